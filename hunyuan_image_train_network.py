@@ -3,7 +3,10 @@
 from library.core.lazy_names import homes, lazy_names
 from library.training import cli
 
-__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.trainers", "HunyuanImageNetworkTrainer"))
+__getattr__, __dir__ = lazy_names(__name__, {
+    **homes("library.compat.trainers", "HunyuanImageNetworkTrainer"),
+    **homes("library.compat.hunyuan_image_names", "sample_images"),
+})
 
 
 def setup_parser():

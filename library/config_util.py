@@ -32,7 +32,7 @@ from library.dataset.config_reading import (
     Table,
     read_config_file,
 )
-from library.dataset.config_schema import KEYS
+from library.dataset.config_schema import CONTROL, KEYS
 from library.dataset.items import DatasetParams, SubsetParams
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,10 @@ __getattr__, __dir__ = lazy_names(__name__, homes(
 ))
 
 REQUIRED = {"DB": ("image_dir",), "FT": ("metadata_file",), "CN": ("image_dir", "conditioning_data_dir")}
-KIND_NAMES = {"DB": "folders with caption files", "FT": "metadata files", "CN": "folders with masks or control images"}
+KIND_NAMES = {
+    "DB": "folders with caption files", "FT": "metadata files", "CN": "folders with masks or control images",
+    CONTROL: "folders with control images",
+}  # fmt: skip
 SUBSET_FIELDS = tuple(f.name for f in dataclasses.fields(SubsetParams) if f.name in KEYS)
 DATASET_FIELDS = tuple(f.name for f in dataclasses.fields(DatasetParams) if f.name in KEYS)
 PLACEHOLDER_RESOLUTION = (512, 512)
@@ -76,12 +79,21 @@ class DatasetConfigError(ConfigError):
 
 @dataclass(frozen=True)
 class ScriptRules:
-    """Which kinds of dataset a script takes. `masks`: CN datasets too, with --masked_loss. `dropout`: caption dropout
-    keys."""
+    """Which kinds of dataset a script takes. `masks`: CN datasets too, with --masked_loss; else their conditioning images
+    are control pictures. `dropout`: caption dropout keys."""
 
     kinds: frozenset[str] = frozenset({"DB", "FT"})
     masks: bool = True
     dropout: bool = True
+
+    def keys_of(self, kind: str) -> frozenset[str]:
+        """For whom keys may be that stand in a dataset of a kind."""
+        return frozenset({kind, CONTROL} if kind == "CN" and not self.masks else {kind})
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The same of all kinds that the script takes."""
+        return self.kinds.union(*map(self.keys_of, self.kinds))
 
 
 _TEXTUAL_INVERSION = ScriptRules(dropout=False)
@@ -148,7 +160,7 @@ def load_blueprint(
             raise DatasetConfigError(problems.items)
     if options.caption_extention is not None and {"caption_extension", "caption_extention"} <= explicit:
         warnings.append(f"--caption_extention {options.caption_extention} is used, --caption_extension is not")
-    tables = ConfigReader(problems, kinds=rules.kinds, supports_dropout=rules.dropout).read(raw)
+    tables = ConfigReader(problems, kinds=rules.keys, supports_dropout=rules.dropout).read(raw)
     resolver = _Resolver(options, caching or CachingOptions(), explicit, architecture, rules, problems, warnings)
     datasets = tuple(resolver.dataset(tables, dataset) for dataset in tables.datasets)
     if options.masked_loss and not any(d.kind == "CN" or any(s.alpha_mask for s in d.subsets) for d in datasets):
@@ -206,7 +218,10 @@ class _Resolver:
         if len(set(kinds)) <= 1:
             self._check_keys(dataset.table, kind)
         values["resolution"] = values["resolution"] or PLACEHOLDER_RESOLUTION
-        params = DatasetParams(kind=kind, label=dataset.table.path, **_without_bad(values, DatasetParams))
+        params = DatasetParams(
+            kind=kind, holds_control=CONTROL in self.rules.keys_of(kind), label=dataset.table.path,
+            **_without_bad(values, DatasetParams),
+        )
         subsets = [
             self._subset(Scope(self.options, table, *scope.tables), params, own_kind)
             for table, own_kind in zip(dataset.subsets, kinds)
@@ -225,7 +240,7 @@ class _Resolver:
         values = {}
         for name in SUBSET_FIELDS:
             key = KEYS[name]
-            values[name] = scope.get(name) if kind in key.kinds else key.default
+            values[name] = scope.get(name) if key.kinds & self.rules.keys_of(kind) else key.default
         values["custom_attributes"] = scope.merged("custom_attributes")
         if isinstance(values["caption_extension"], str):
             values["caption_extension"] = dotted(values["caption_extension"])
@@ -238,14 +253,14 @@ class _Resolver:
     def _check_keys(self, table: Table, kind: str) -> None:
         """Keys that have no meaning for this kind of dataset. A refused value was reported already."""
         for name, value in table.values.items():
-            if kind in KEYS[name].kinds or value is BAD:
+            if KEYS[name].kinds & self.rules.keys_of(kind) or value is BAD:
                 continue
             if name == "conditioning_data_dir":
                 self.problems.add(
                     table.where(name), "conflict", "masks need the option --masked_loss; add it, or remove this key"
                 )
                 continue
-            wanted = " or ".join(KIND_NAMES[other] for other in sorted(KEYS[name].kinds))
+            wanted = " or ".join(KIND_NAMES[other] for other in sorted(KEYS[name].kinds - {CONTROL}))
             self.problems.add(
                 table.where(name), "conflict", f"the key is for {wanted}; this dataset is made of {KIND_NAMES[kind]}"
             )

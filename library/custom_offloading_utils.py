@@ -146,6 +146,12 @@ class BlockOffloader:
             self.pending.pop(index).result()
 
 
+def moving_weights(module: nn.Module) -> set[nn.Parameter]:
+    """Those of a denoiser that change their memory while it runs."""
+    offloaders = (offloader for offloader in getattr(module, "offloaders", ()) if offloader is not None and offloader.active)
+    return {weight for offloader in offloaders for block in offloader.weights for weight in block.values()}
+
+
 class BlockStackMixin:
     """What a denoiser made of rows of equal blocks does with its memory: checkpoints, and blocks that wait on the CPU.
 

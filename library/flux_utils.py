@@ -35,7 +35,7 @@ from library.checkpoints.loading import (
     strip_prefix,
 )
 from library.components.ldm_utils import AE_PREFIXES, AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
-from library.components.text_encoder_utils import load_clip_l, load_t5xxl
+from library.components.text_encoder_utils import inspect_clip_l, inspect_t5xxl, load_clip_l, load_t5xxl
 from library.core.errors import CheckpointError
 from library.core.lazy_names import homes, lazy_names
 from library.flux_models import AutoEncoder, Flux, FluxParams, StreamParams, StreamTransformer
@@ -115,7 +115,7 @@ def inspect_stream_model(
     is_diffusers = is_diffusers_denoiser(stripped)
     shapes = convert_diffusers_sd_to_bfl(stripped) if is_diffusers else stripped
     kind.refuse(shapes, source.path)
-    given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
+    given = {**diffusers_config(source.config), **source.model_config, **(config or {})}
     params = build_params(kind.params, kind.infer(shapes, given, source.path), given, source.path)
     dtypes = frozenset(tensor.dtype for key, tensor in stripped.items() if key.endswith(".weight"))
     return StreamModelInfo(source, prefix, is_diffusers, params, dtypes)
@@ -159,7 +159,7 @@ def refuse_unknown_streams(shapes: Mapping[str, Tensor], path: str, title: str) 
     )
 
 
-def _diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Names of a diffusers config.json that the hyper-parameters have under other ones."""
     names = {"axes_dims_rope": "axes_dim", "num_attention_heads": "num_heads"}
     return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
@@ -194,7 +194,7 @@ def infer_streams(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: 
 
 
 def infer_flux(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """FluxParams from shapes."""
+    """FluxParams from shapes in original names."""
     return {
         **infer_streams(shapes, given, path, "Flux"),
         "vec_in_dim": size_of(shapes, "vector_in.in_layer.weight", 1, path, "Flux"),
@@ -288,6 +288,11 @@ def model_config_metadata(model: StreamTransformer, infer: Callable[..., dict[st
     return config_metadata(
         model.params, lambda: build_params(type(model.params), infer(model.state_dict(), {}, ""), {}, "")
     )
+
+
+def embedding_widths(clip_l: str | os.PathLike, t5xxl: str | os.PathLike) -> dict[str, int | None]:
+    """Widths of the vectors that the text encoders take, by the names of files of textual inversions."""
+    return {"clip_l": inspect_clip_l(clip_l)["width"], "t5xxl": inspect_t5xxl(t5xxl)["d_model"]}
 
 
 def inspect_ae(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:

@@ -28,7 +28,12 @@ from library.attention import (
     scaled_attention,
     timestep_embedding,
 )
+from library.core.lazy_names import homes, lazy_names
 from library.custom_offloading_utils import StreamStackMixin
+
+__getattr__, __dir__ = lazy_names(
+    __name__, homes("library.compat.hunyuan_image_names", "create_model", "load_hunyuan_image_model")
+)
 
 Rope = tuple[Tensor, Tensor]
 

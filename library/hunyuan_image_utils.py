@@ -40,6 +40,7 @@ from library.components.ldm_utils import (
 from library.components.llm_encoder_utils import inspect_qwen25_vl, load_qwen25_vl
 from library.components.text_encoder_utils import inspect_t5xxl, load_t5xxl
 from library.core.errors import CheckpointError
+from library.core.lazy_names import homes, lazy_names
 from library.fp8_optimization_utils import (
     FP8_STORAGE,
     scaled_fp8,
@@ -52,6 +53,9 @@ from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, SAMPLE_SIZE, TILES,
 from library.safetensors_utils import cast_all, save_file_atomic
 
 logger = logging.getLogger(__name__)
+__getattr__, __dir__ = lazy_names(__name__, homes(
+    "library.compat.hunyuan_image_names", "MODEL_VERSION_2_1", "get_timesteps_sigmas", "step",
+))
 
 VAE_WANTED = Wanted(
     "HunyuanImage 2.1", "hunyuan_image_2.1_vae_fp16.safetensors", quant_conv=False,

@@ -23,9 +23,9 @@ from library.components.ldm_models import (
     run_middle,
 )
 from library.components.tiling import Tiles
-from library.core.lazy_names import lazy_names
+from library.core.lazy_names import homes, lazy_names
 
-__getattr__, __dir__ = lazy_names(__name__, {"load_vae": "library.hunyuan_image_utils:load_vae"})
+__getattr__, __dir__ = lazy_names(__name__, homes("library.compat.hunyuan_image_names", "load_vae"))
 
 VAE_SCALE_FACTOR = 32
 LATENT_SCALING_FACTOR = 0.75289

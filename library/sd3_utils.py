@@ -337,6 +337,14 @@ def part_paths(base: str | os.PathLike, given: Mapping[str, str | None]) -> dict
     return {part: path or own_place(part) for part, path in given.items() if path or part in own}
 
 
+def embedding_widths(base: str | os.PathLike, given: Mapping[str, str | None]) -> dict[str, int | None]:
+    """Widths of the vectors that the text encoders take, by the names of files of textual inversions; None for T5 that
+    is left out. `given`: as for `part_paths`."""
+    paths = part_paths(base, given)
+    sizes = {slot: inspect_encoder(slot, paths[slot]) for slot in ENCODER_SLOTS if slot in paths}
+    return {slot: sizes[slot].get("width", sizes[slot].get("d_model")) if slot in sizes else None for slot in ENCODER_SLOTS}
+
+
 def file_problems(
     slot: str, base: str | None, given: Mapping[str, str | None], *, for_pictures: bool = False
 ) -> list[str]:

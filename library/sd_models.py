@@ -17,7 +17,7 @@ from library.components.unet_encoder_models import (
     middle_of,
     skip_widths,
 )
-from library.components.unet_models import UNetParams, Upsample2D, with_skip
+from library.components.unet_models import UNetParams, Upsample2D, contexts_of, with_skip
 
 if TYPE_CHECKING:
     from library.components.control_models import Control
@@ -54,15 +54,16 @@ class UNet2DConditionModel(UNetEncoder):
     def forward(
         self, sample: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, control: Control | None = None
     ) -> Tensor:
-        """sample [B, 4, H, W], timesteps [B] 0..999, encoder_hidden_states [B, L, D] -> [B, 4, H, W]."""
-        context = encoder_hidden_states.to(self.dtype)
+        """sample [B, 4, H, W], timesteps [B] 0..999, encoder_hidden_states [B, L, D] -> [B, 4, H, W]. States may be
+        [B, N, L, D], for each of the N `text_layers` its own."""
+        contexts = contexts_of(encoder_hidden_states.to(self.dtype), self.params)
         embedding = self.time_embedding(self.time_vector(timesteps, sample).to(self.dtype))  # [B, time_embed_dim]
-        x, skips = self.way_down(self.conv_in(sample.to(self.dtype)), embedding, context, timesteps)
-        x = self.through_middle(x, embedding, context)
+        x, skips = self.way_down(self.conv_in(sample.to(self.dtype)), embedding, contexts, timesteps)
+        x = self.through_middle(x, embedding, contexts)
         x, skips = self.controlled(x, skips, control, sample, timesteps, encoder_hidden_states)
         for level in self.up_blocks:
             for number in range(len(level.resnets)):
-                x = self.run_place(level, number, with_skip(x, skips.pop()), embedding, context)
+                x = self.run_place(level, number, with_skip(x, skips.pop()), embedding, contexts)
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -18,6 +18,7 @@ from library.components.unet_control_net_utils import UNetControlNets
 from library.components.unet_models import UNetParams
 from library.components.unet_utils import UNetInfo, inspect_unet, load_unet, unet_file_state
 from library.core.errors import CheckpointError
+from library.families.sdxl import FAMILY
 from library.safetensors_utils import cast_all, save_file_atomic
 from library.sdxl_models import SdxlUNet2DConditionModel
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 VAE_WANTED = Wanted(
     "SDXL", "with 4 latent channels", quant_conv=True, scaling={"scaling_factor": 0.13025, "shift_factor": 0.0}
 )
-CONTROL_NETS = UNetControlNets(frozenset({"sdxl_controlnet"}), is_original=False, new_rate=1e-4)
+CONTROL_NETS = UNetControlNets(frozenset({"sdxl_controlnet"}), is_original=False)
 
 
 def inspect_sdxl_unet(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> UNetInfo:
@@ -62,6 +63,13 @@ def load_text_encoders_sdxl(
 def text_encoder_sizes(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Sizes of CLIP-L and bigG from headers. CheckpointError when one is not there."""
     return [inspect_clip(path, slot).values for slot in (CLIP_L, CLIP_G)]
+
+
+def embedding_widths(path: str | os.PathLike) -> dict[str, int | None]:
+    """Widths of the vectors that the text encoders take, by the names of files of textual inversions."""
+    return {
+        key: values["width"] for key, values in zip(FAMILY.embedding_keys, text_encoder_sizes(path), strict=True)
+    }
 
 
 def text_width_problem(path: str | os.PathLike, sizes: list[dict[str, Any]], params: UNetParams) -> str | None:

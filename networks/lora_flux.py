@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["CHROMA_TARGETS", "TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
 
 __getattr__, __dir__ = lazy_names(
-    __name__, {"LoRANetwork": "library.compat.networks:FluxLoRANetwork", "LoRAModule": "networks.lora:LoRAModule"}
+    __name__, {"LoRANetwork": "library.compat.flux_names:LoRANetwork", "LoRAModule": "networks.lora:LoRAModule"}
 )
 
 DOUBLE, SINGLE = ("DoubleStreamBlock",), ("SingleStreamBlock",)

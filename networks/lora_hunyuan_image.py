@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from library.core.lazy_names import lazy_names
 from networks.kinds.targets import NetworkTargets, SplitRule, linear1_rows, qkv_rows
 from networks.lora import check_network_args, create_network, create_network_from_weights
 
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
     from networks.files.file_names import LayerNames
 
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights", "file_layers"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "HunyuanImageLoRANetwork": "library.compat.hunyuan_image_names:HunyuanImageLoRANetwork",
+        "LoRAModule": "networks.lora:LoRAModule",
+    },
+)
 
 SIDES = (
     ("img", ("to_q", "to_k", "to_v"), "to_out.0", "ff", "norm1"),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
 
 __getattr__, __dir__ = lazy_names(
-    __name__, {"LoRANetwork": "library.compat.networks:LuminaLoRANetwork", "LoRAModule": "networks.lora:LoRAModule"}
+    __name__, {"LoRANetwork": "library.compat.lumina_names:LoRANetwork", "LoRAModule": "networks.lora:LoRAModule"}
 )
 
 BLOCK, FINAL = ("JointTransformerBlock",), ("FinalLayer",)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["TARGETS", "check_network_args", "create_network", "create_network_from_weights"]
 
 __getattr__, __dir__ = lazy_names(
-    __name__, {"LoRANetwork": "library.compat.networks:Sd3LoRANetwork", "LoRAModule": "networks.lora:LoRAModule"}
+    __name__, {"LoRANetwork": "library.compat.sd3_names:LoRANetwork", "LoRAModule": "networks.lora:LoRAModule"}
 )
 
 _TEXT_OUTPUT = re.compile(r"context_block[._](?:attn[._]proj|mlp)|to_add_out|ff_context")

@@ -26,6 +26,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "cross_product(*axes): a parameter or a tuple of parameters each; runs pairwise without --full"
     )
+    config.addinivalue_line("markers", "of_the_loop: what no family does itself (tests/runs/test_families.py)")
     config.addinivalue_line("markers", "full: a case much like another one; runs with --full alone")
 
 

@@ -15,7 +15,8 @@ class FamilyCase:
     of text encoders that learn, none where they never do; `text_options`: without which none does; `caches_text`: their
     outputs can be cached;
     `brief`: options that make prompts as short as those of the tests, where the family computes with all places of a
-    long prompt."""
+    long prompt;
+    `like`: the case that shows what data and loop do for this one too: the model is of the same classes."""
 
     name: str
     version: str
@@ -23,6 +24,7 @@ class FamilyCase:
     caches_text: bool = True
     text_options: tuple[str, ...] = ()
     brief: tuple[str, ...] = ()
+    like: str = ""
 
     @property
     def entry(self) -> TinyEntry:
@@ -52,14 +54,14 @@ CASES = {
     for case in (
         FamilyCase("flux", "flux1", ("lora_te1_",), brief=("--t5xxl_max_token_length=64",)),
         FamilyCase("sd1", "sd_v1", ("lora_te_",), caches_text=False),
-        FamilyCase("sd2", "sd_v2_v", ("lora_te_",), caches_text=False),
+        FamilyCase("sd2", "sd_v2_v", ("lora_te_",), caches_text=False, like="sd1"),
         FamilyCase("sdxl", "sdxl_base_v1-0", ("lora_te1_", "lora_te2_")),
         FamilyCase("sd3", "5-medium", ("lora_te1_", "lora_te2_")),
         FamilyCase("anima", "anima", ("lora_te_",)),
         FamilyCase("hunyuan_image", "hunyuan-image-2.1", ()),
         FamilyCase(
             "chroma", "chroma", ("lora_te3_",), text_options=("--network_args", "train_t5xxl=True"),
-            brief=("--t5xxl_max_token_length=64",),
+            brief=("--t5xxl_max_token_length=64",), like="flux",
         ),
         FamilyCase("lumina", "lumina2", ("lora_te_",)),
     )

@@ -23,7 +23,7 @@ from tests.pairwise import Each, Sort
 def test_product(a, b, c, d):
     print("case", a, b, c, d)
 
-@pytest.mark.cross_product("a", Sort("b", lambda b: b > 2), Each("b"))
+@pytest.mark.cross_product("a", Sort("b", lambda b: b > 2, frozenset({5})), Each("b"))
 @pytest.mark.parametrize("a", range(3))
 @pytest.mark.parametrize("b", range(6))
 def test_sorts(a, b):
@@ -85,3 +85,4 @@ def test_a_sort_stands_for_its_values_and_each_of_them_is_met_all_the_same(cases
     assert len(found) < 10 < 18
     assert {(a, int(b) > 2) for a, b in found} == set(product("012", (False, True)))
     assert {b for _, b in found} == set("012345")
+    assert sum(b == "5" for _, b in found) == 1, "a dear value stands for no other"

@@ -55,12 +55,12 @@ class PretrainOptions:
     work_dir: str = option(
         "tiny_base_work", help="folder for sample grids and the results of the stages, which are not repeated"
     )
-    num_pictures: int = option(12000, help="pictures that the autoencoder learns from")
-    num_scenes: int = option(30000, help="captioned scenes that the denoiser learns from")
-    denoiser_steps: int = option(3400, help="training steps of the denoiser")
-    batch_size: int = option(128, help="scenes per step of the denoiser")
+    num_pictures: int = option(12000, least=1, help="pictures that the autoencoder learns from")
+    num_scenes: int = option(30000, least=1, help="captioned scenes that the denoiser learns from")
+    denoiser_steps: int = option(3400, least=1, help="training steps of the denoiser")
+    batch_size: int = option(128, least=1, help="scenes per step of the denoiser")
     compile: bool = option(False, help="compile the denoiser (needs a C++ compiler; a third quicker)")
-    threads: int = option(2, help="CPU threads")
+    threads: int = option(2, least=1, help="CPU threads")
     seed: int = option(1, help="seed of all drawing and training")
 
 

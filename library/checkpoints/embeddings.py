@@ -1,8 +1,9 @@
-"""Files of textual inversions: vectors of new words, for each text encoder of a family."""
+"""Files of textual inversions: vectors of new words, for each text encoder of a family, or for each layer of a U-Net."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,17 +11,159 @@ from torch import Tensor
 
 from library.core.errors import CheckpointError
 from library.families.registry import FAMILIES
-from library.safetensors_utils import load_safetensors
+from library.safetensors_utils import load_pickled_tensors, load_safetensors, read_header
 
 OLD_KEYS = ("emb_params", "*")
 """names of the vectors in files for a single text encoder"""
+BUNDLED = "bundle_emb."
+"""vectors of words in an adapter file that was trained with them: `bundle_emb.WORD.KEY`"""
+_WEB_UI = "string_to_param"
+_OTHER_NAMES = {"t5": "t5xxl"}
+"""what some bundles call the vectors of an encoder -> our key"""
+
+Widths = Mapping[str, "int | None"]
+"""of the vectors of each text encoder of a family, under the name that its files have for it; None for one that is left
+out"""
+
+
+@dataclass(frozen=True)
+class WordVectors:
+    """The vectors of a word: [n, D] under the name that the family's files have for each text encoder, or under the
+    name of each layer that has vectors of its own. `source`: option and file, for messages."""
+
+    word: str
+    vectors: Mapping[str, Tensor]
+    source: str
+
+    @property
+    def count(self) -> int:
+        return len(next(iter(self.vectors.values())))
+
+    def checked(self, widths: Mapping[str, int]) -> WordVectors:
+        """Itself. CheckpointError where the vectors differ in number or are not as wide as `widths` says, by
+        name."""
+        found = [
+            f"{self.source} holds vectors of {rows.shape[1]} values in {key}; the text encoder has {widths[key]}. It "
+            "belongs to another model"
+            for key, rows in self.vectors.items()
+            if rows.shape[1] != widths.get(key, rows.shape[1])
+        ]
+        if len({len(rows) for rows in self.vectors.values()}) > 1:
+            held = ", ".join(f"{len(rows)} in {key}" for key, rows in self.vectors.items())
+            found.append(f"{self.source} holds {held}; the same number of vectors is needed in each")
+        if found:
+            raise CheckpointError("; ".join(found))
+        return self
 
 
 def read_inversion(path: str, keys: Sequence[str], *, partly: bool = False) -> list[Tensor | None]:
     """Vectors [n, D] for each text encoder, by the names that the family has for them; one encoder alone takes the only
     tensor of a file under any name. `partly`: encoders may be missing (None). CheckpointError."""
-    tensors = load_safetensors(path, device="cpu") if path.endswith(".safetensors") else _pickled_inversion(path)
-    held, several = ", ".join(sorted(tensors)) or "nothing", {key for keys in _known_keys() for key in keys}
+    return _by_encoder(_read(path), path, keys, partly=partly)
+
+
+def read_word(path: str, word: str, widths: Widths, option: str) -> WordVectors:
+    """A file of a single word, with vectors for every text encoder that is there. CheckpointError."""
+    return _word_of(_read(path), path, word, widths, f"--{option}: {path}")
+
+
+def read_layered(path: str, word: str, layers: Sequence[str], option: str, width: int | None = None) -> WordVectors:
+    """A file with vectors of its own for each of the `layers` with cross-attention, in their order; `width` None: of any
+    width. CheckpointError."""
+    tensors = _read(path)
+    lacking = [name for name in layers if name not in tensors]
+    if lacking:
+        raise CheckpointError(
+            f"--{option}: {path} holds {_held(tensors)}; vectors for each layer with cross-attention are needed, it lacks "
+            f"{', '.join(lacking)}"
+        )
+    rows = {name: _as_rows(tensors[name], path) for name in layers}
+    return WordVectors(word, rows, f"--{option}: {path}").checked({} if width is None else dict.fromkeys(layers, width))
+
+
+def is_layered(tensors: Iterable[str]) -> bool:
+    """Whether names are those of a file with vectors for each layer."""
+    return any(name == "MID" or name[:2] == "IN" and name[2:].isdigit() for name in tensors)
+
+
+def bundle_of(word: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a word in an adapter file."""
+    return {f"{BUNDLED}{word}.{key}": rows for key, rows in vectors.items()}
+
+
+def bundled_words(path: str, widths: Widths, option: str) -> list[WordVectors]:
+    """The words that an adapter file was trained with; none where it has none. CheckpointError when one does not fit the
+    text encoders."""
+    return [
+        _word_of(tensors, path, word, widths, f"--{option}: the word '{word}' in {path}")
+        for word, tensors in _bundles(path).items()
+    ]
+
+
+def bundled_rows(path: str, keys: Sequence[str] | None = None) -> dict[str, dict[str, Tensor]]:
+    """word -> key -> vectors of the words that an adapter file was trained with: those of `keys`, as far as they are
+    there (None: all as they are). CheckpointError."""
+    words = _bundles(path)
+    if keys is None:
+        return words
+    found = {}
+    for word, tensors in words.items():
+        rows = _by_encoder(tensors, f"the word '{word}' in {path}", keys, partly=True)
+        found[word] = {key: own for key, own in zip(keys, rows, strict=True) if own is not None}
+    return found
+
+
+def _bundles(path: str) -> dict[str, dict[str, Tensor]]:
+    """word -> key -> vectors. A file that cannot be read has none: those who read its layers tell what is wrong."""
+    words: dict[str, dict[str, Tensor]] = {}
+    try:
+        tensors = bundled_tensors(path) if Path(path).is_file() else {}
+    except (CheckpointError, OSError):
+        return words
+    for name, tensor in tensors.items():
+        word, _, key = name.removeprefix(BUNDLED).partition(".")
+        words.setdefault(word, {})[_own_key(key)] = tensor
+    return words
+
+
+def bundled_tensors(path: str) -> dict[str, Tensor]:
+    """The vectors of words in an adapter file, under its own names. CheckpointError."""
+    if not path.endswith(".safetensors"):
+        tensors = load_pickled_tensors(path)
+        return {name: tensor for name, tensor in tensors.items() if name.startswith(BUNDLED)}
+    names = [name for name in read_header(path)[0] if name.startswith(BUNDLED)]
+    if not names:
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).clone() for name in names}
+
+
+def _word_of(tensors: Mapping[str, Tensor], path: str, word: str, widths: Widths, source: str) -> WordVectors:
+    there = {key: width for key, width in widths.items() if width is not None}
+    try:
+        found = _by_encoder(tensors, path, list(there), absent=widths.keys() - there.keys())
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {str(error).removeprefix(f'{path} ')}") from error
+    return WordVectors(word, dict(zip(there, found, strict=True)), source).checked(there)
+
+
+def _own_key(key: str) -> str:
+    first, _, rest = key.partition(".")
+    return (rest or first) if first == _WEB_UI else _OTHER_NAMES.get(key, key)
+
+
+def _by_encoder(
+    tensors: Mapping[str, Tensor], path: str, keys: Sequence[str], *, partly: bool = False, absent: Iterable[str] = ()
+) -> list[Tensor | None]:
+    """The vectors of `keys` in turn; those of `absent` may be there and are left out."""
+    held, several = _held(tensors), {key for keys in _known_keys() for key in keys}
+    if is_layered(tensors):
+        raise CheckpointError(
+            f"{path} holds vectors for each layer of a U-Net ({held}), which gen_img.py reads with --XTI_embeddings; "
+            f"vectors for text encoders are needed ({' and '.join(keys)})"
+        )
     if len(keys) == 1:
         foreign = sorted(several & tensors.keys())
         if foreign:
@@ -34,14 +177,25 @@ def read_inversion(path: str, keys: Sequence[str], *, partly: bool = False) -> l
         found = [tensors[name] if name else next(iter(tensors.values()))]
     else:
         here = [key for key in keys if key in tensors]
-        foreign = sorted((several - set(keys)) & tensors.keys())
+        foreign = sorted((several - {*keys, *absent}) & tensors.keys())
         if not here or foreign or (len(here) < len(keys) and not partly):
             raise CheckpointError(f"{path} holds {held}; {' and '.join(keys)} are needed")
         found = [tensors.get(key) for key in keys]
-    found = [tensor[None] if tensor is not None and tensor.ndim == 1 else tensor for tensor in found]
-    if any(tensor is not None and tensor.ndim != 2 for tensor in found):
+    return [None if tensor is None else _as_rows(tensor, path) for tensor in found]
+
+
+def _as_rows(tensor: Tensor, path: str) -> Tensor:
+    """[n, D]; a vector alone is one row."""
+    rows = tensor[None] if tensor.ndim == 1 else tensor
+    if rows.ndim != 2 or not len(rows) or not rows.is_floating_point():
         raise CheckpointError(f"{path} holds tensors that are no rows of vectors")
-    return found
+    if not bool(torch.isfinite(rows).all()):
+        raise CheckpointError(f"{path} holds vectors that are not finite; the training of this file failed")
+    return rows
+
+
+def _held(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(sorted(tensors)) or "nothing"
 
 
 def _known_keys() -> list[tuple[str, ...]]:
@@ -49,16 +203,20 @@ def _known_keys() -> list[tuple[str, ...]]:
     return [record.embedding_keys for record in FAMILIES.values() if len(record.embedding_keys) > 1]
 
 
-def _pickled_inversion(path: str) -> dict[str, Tensor]:
-    """A .pt file: tensors, or the older form with string_to_param around them."""
+def _read(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: there is no such file")
+    return load_safetensors(path, device="cpu") if path.endswith(".safetensors") else _pickled_inversion(path)
+
+
+def _pickled_inversion(path: str) -> dict[str, Tensor]:
+    """A .pt file: tensors, or the older form with string_to_param around them."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle can fail in any way
         raise CheckpointError(f"{path} cannot be read as tensors alone: {error}") from error
-    if isinstance(content, dict) and "string_to_param" in content:
-        content = dict(content["string_to_param"])
+    if isinstance(content, dict) and _WEB_UI in content:
+        content = dict(content[_WEB_UI])
     return (
         {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
         if isinstance(content, dict)

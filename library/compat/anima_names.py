@@ -11,13 +11,11 @@ from torch import Tensor
 
 from library.anima_models import Anima
 from library.anima_utils import FILE_PREFIX, load_anima
-from library.checkpoints.loading import Transform
+from library.compat.networks import merging
 from library.components import tokenizers
 from library.components.llm_encoder_utils import load_qwen3
 from library.fp8_optimization_utils import FP8_STORAGE
-from library.lora_utils import Adapter, MergeOnLoad
 from library.safetensors_utils import cast_all, save_file_atomic
-from networks.files.network_files import by_module, to_kohya_names
 from networks.lora_anima import TARGETS
 
 
@@ -31,7 +29,7 @@ def load_anima_model(
     """The denoiser on `loading_device`, with adapters merged. `attn_mode` and `split_attn` choose among ways with equal
     results and change nothing; `fp8_scaled` keeps the weights of linear layers in 8 bits."""
     dtype = FP8_STORAGE if fp8_scaled else dit_weight_dtype
-    return load_anima(dit_path, dtype, loading_device, transform=_merging(lora_weights_list, lora_multipliers))
+    return load_anima(dit_path, dtype, loading_device, transform=merging(TARGETS, lora_weights_list, lora_multipliers))
 
 
 def load_qwen3_tokenizer(qwen3_path: str | os.PathLike) -> Any:
@@ -44,7 +42,7 @@ def load_qwen3_text_encoder(
     lora_weights: Sequence[Mapping[str, Tensor]] | None = None, lora_multipliers: Sequence[float] | None = None,
 ) -> tuple[Any, Any]:
     """(text encoder, its tokenizer)."""
-    model = load_qwen3(qwen3_path, dtype, device, transform=_merging(lora_weights, lora_multipliers))
+    model = load_qwen3(qwen3_path, dtype, device, transform=merging(TARGETS, lora_weights, lora_multipliers))
     return model, load_qwen3_tokenizer(qwen3_path)
 
 
@@ -65,20 +63,3 @@ def save_anima_model(
         for key, tensor in dit_state_dict.items()
     }
     save_file_atomic(cast_all(names, dtype), save_path, {"format": "pt", **(metadata or {})})
-
-
-def _merging(weights: Sequence[Mapping[str, Tensor]] | None, multipliers: Sequence[float] | None) -> Transform | None:
-    """Adapters as tensors under the names of a file, merged while the model is read; 1 where a multiplier is
-    missing."""
-    if not weights:
-        return None
-    strengths = [*(multipliers or ()), *[1.0] * len(weights)]
-    adapters = [
-        Adapter(
-            f"adapter {number}",
-            by_module(to_kohya_names(tensors, TARGETS, f"adapter {number}")),
-            lambda name, strength=strength: float(strength),
-        )
-        for number, (tensors, strength) in enumerate(zip(weights, strengths), 1)
-    ]
-    return MergeOnLoad(TARGETS, adapters)

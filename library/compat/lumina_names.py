@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library import lumina_utils
 from library.checkpoints import lumina_convert
 from library.compat.arguments import add_groups
+from library.compat.networks import KnownNetwork, row, shared_pairs
 from library.compat.samples import Replacement, refuse_control_net, sample_family
 from library.components import gemma_encoder_utils
 from library.components.ldm_models import AutoEncoder
@@ -23,6 +24,7 @@ from library.generation.lumina_pipeline import LuminaPipeline
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 from library.lumina_models import NextDiT
 from library.training.timestep_samplers import TimestepOptions
+from networks.lora import LoRAModule
 
 
 def load_lumina_model(
@@ -78,6 +80,30 @@ def denoise(
         sigma = torch.as_tensor(timestep, dtype=torch.float32, device=img.device) / NUM_TRAIN_TIMESTEPS
         img = scheduler.step(velocity(img, sigma), timestep, img, return_dict=False)[0]
     return img
+
+
+class LoRANetwork(KnownNetwork):
+    """LoRA of Lumina-Image 2.0."""
+
+    PARTS = ("attn_dim", "mlp_dim", "mod_dim", "refiner_dim")
+
+    def __init__(
+        self, text_encoders: Any, unet: nn.Module, multiplier: float = 1.0, lora_dim: int = 4, alpha: float | None = 1,
+        dropout: float | None = None, rank_dropout: float | None = None, module_dropout: float | None = None,
+        conv_lora_dim: int | None = None,
+        conv_alpha: float | None = None, module_class: type = LoRAModule, modules_dim: Mapping[str, int] | None = None,
+        modules_alpha: Mapping[str, float] | None = None, train_blocks: str | None = None,
+        type_dims: Sequence[int | None] | None = None, embedder_dims: Sequence[int] | None = None, verbose: bool = False,
+    ) -> None:
+        """`type_dims` in the order of PARTS."""
+        pairs = {
+            **shared_pairs(rank_dropout, module_dropout, conv_lora_dim, conv_alpha, verbose),
+            "train_blocks": train_blocks, "embedder_dims": row(embedder_dims),
+            **dict(zip(self.PARTS, type_dims or ())),
+        }
+        self.build(
+            text_encoders, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha
+        )
 
 
 def save_models(

@@ -1,4 +1,4 @@
-"""LoRA networks made by their classes' constructors, as other code makes them."""
+"""LoRA networks made by their classes' constructors, as other code makes them, and merged as tensors in memory."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from library.checkpoints.loading import Transform
+from library.lora_utils import Adapter, MergeOnLoad
+from networks.files.network_files import by_module, to_kohya_names
 from networks.kinds.additional_network import AdditionalNetwork
 from networks.kinds.network_base import build_module, build_network, encoder_list, read_settings
 from networks.kinds.selection import plan_network
-from networks.kinds.targets import targets_of_denoiser
+from networks.kinds.targets import NetworkTargets, targets_of_denoiser
 from networks.lora import KIND, LoRAModule
 
 
-class _Network(AdditionalNetwork):
+class KnownNetwork(AdditionalNetwork):
+    """What the networks of all families build themselves with, from ranks or from the ranks of single layers."""
+
     LORA_PREFIX_UNET = "lora_unet"
     LORA_PREFIX_TEXT_ENCODER = "lora_te"
 
-    def _build(
+    def build(
         self, text_encoder: Any, unet: nn.Module, multiplier: float, rank: int, alpha: float | None,
         dropout: float | None, pairs: Mapping[str, Any],
         module_class: type, modules_dim: Mapping[str, int] | None, modules_alpha: Mapping[str, float] | None,
@@ -47,7 +52,7 @@ class _Network(AdditionalNetwork):
         super().__init__(targets, settings, modules, multiplier)
 
 
-class LoRANetwork(_Network):
+class LoRANetwork(KnownNetwork):
     """LoRA of Stable Diffusion 1, 2 and SDXL; which of them, the denoiser tells."""
 
     def __init__(
@@ -63,108 +68,36 @@ class LoRANetwork(_Network):
     ) -> None:
         pairs = {
             "rank_dropout": rank_dropout, "module_dropout": module_dropout, "conv_dim": conv_lora_dim,
-            "conv_alpha": conv_alpha if conv_lora_dim or conv_block_dims else None, "block_dims": _row(block_dims),
-            "block_alphas": _row(block_alphas), "conv_block_dims": _row(conv_block_dims),
-            "conv_block_alphas": _row(conv_block_alphas),
+            "conv_alpha": conv_alpha if conv_lora_dim or conv_block_dims else None, "block_dims": row(block_dims),
+            "block_alphas": row(block_alphas), "conv_block_dims": row(conv_block_dims),
+            "conv_block_alphas": row(conv_block_alphas),
             "verbose": varbose or None,
         }
-        self._build(
+        self.build(
             text_encoder, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha
         )
 
 
-class FluxLoRANetwork(_Network):
-    """LoRA of FLUX.1."""
-
-    LORA_PREFIX_TEXT_ENCODER_CLIP = "lora_te1"
-    LORA_PREFIX_TEXT_ENCODER_T5 = "lora_te3"
-    PARTS = (
-        "img_attn_dim", "txt_attn_dim", "img_mlp_dim", "txt_mlp_dim", "img_mod_dim", "txt_mod_dim", "single_dim",
-        "single_mod_dim",
-    )  # fmt: skip
-
-    def __init__(
-        self, text_encoders: Any, unet: nn.Module, multiplier: float = 1.0, lora_dim: int = 4, alpha: float | None = 1,
-        dropout: float | None = None, rank_dropout: float | None = None, module_dropout: float | None = None,
-        conv_lora_dim: int | None = None,
-        conv_alpha: float | None = None, module_class: type = LoRAModule, modules_dim: Mapping[str, int] | None = None,
-        modules_alpha: Mapping[str, float] | None = None, train_blocks: str | None = None, split_qkv: bool = False,
-        train_t5xxl: bool = False,
-        type_dims: Sequence[int | None] | None = None, in_dims: Sequence[int] | None = None,
-        train_double_block_indices: Sequence[bool] | None = None,
-        train_single_block_indices: Sequence[bool] | None = None,
-        reg_dims: Mapping[str, int] | None = None, ggpo_beta: float | None = None, ggpo_sigma: float | None = None,
-        reg_lrs: Mapping[str, float] | None = None, verbose: bool = False,
-    ) -> None:
-        """`type_dims` in the order of PARTS; block indices tell for each block whether it is trained."""
-        pairs = {
-            **_shared_pairs(rank_dropout, module_dropout, conv_lora_dim, conv_alpha, verbose),
-            "train_blocks": train_blocks, "split_qkv": split_qkv or None,
-            "train_t5xxl": train_t5xxl or None, "in_dims": _row(in_dims),
-            "train_double_block_indices": _numbers(train_double_block_indices),
-            "train_single_block_indices": _numbers(train_single_block_indices), "network_reg_dims": reg_dims,
-            "network_reg_lrs": reg_lrs,
-            "ggpo_beta": ggpo_beta, "ggpo_sigma": ggpo_sigma,
-            **dict(zip(self.PARTS, type_dims or ())),
-        }
-        self._build(
-            text_encoders, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha
+def merging(
+    targets: NetworkTargets, weights: Sequence[Mapping[str, Tensor]] | None, multipliers: Sequence[float] | None
+) -> Transform | None:
+    """Adapters as tensors under the names of a file, merged while the model is read; 1 where a multiplier is
+    missing."""
+    if not weights:
+        return None
+    strengths = [*(multipliers or ()), *[1.0] * len(weights)]
+    adapters = [
+        Adapter(
+            f"adapter {number}",
+            by_module(to_kohya_names(tensors, targets, f"adapter {number}")),
+            lambda name, strength=strength: float(strength),
         )
+        for number, (tensors, strength) in enumerate(zip(weights, strengths), 1)
+    ]
+    return MergeOnLoad(targets, adapters)
 
 
-class Sd3LoRANetwork(_Network):
-    """LoRA of Stable Diffusion 3."""
-
-    LORA_PREFIX_TEXT_ENCODER_CLIP_L = "lora_te1"
-    LORA_PREFIX_TEXT_ENCODER_CLIP_G = "lora_te2"
-    LORA_PREFIX_TEXT_ENCODER_T5 = "lora_te3"
-    PARTS = ("context_attn_dim", "context_mlp_dim", "context_mod_dim", "x_attn_dim", "x_mlp_dim", "x_mod_dim")
-
-    def __init__(
-        self, text_encoders: Any, unet: nn.Module, multiplier: float = 1.0, lora_dim: int = 4, alpha: float | None = 1,
-        dropout: float | None = None, rank_dropout: float | None = None, module_dropout: float | None = None,
-        conv_lora_dim: int | None = None,
-        conv_alpha: float | None = None, module_class: type = LoRAModule, modules_dim: Mapping[str, int] | None = None,
-        modules_alpha: Mapping[str, float] | None = None, train_t5xxl: bool = False,
-        type_dims: Sequence[int | None] | None = None, emb_dims: Sequence[int] | None = None,
-        train_block_indices: Sequence[bool] | None = None, verbose: bool = False,
-    ) -> None:
-        """`type_dims` in the order of PARTS; `train_block_indices` tells for each block whether it is trained."""
-        pairs = {
-            **_shared_pairs(rank_dropout, module_dropout, conv_lora_dim, conv_alpha, verbose),
-            "train_t5xxl": train_t5xxl or None, "emb_dims": _row(emb_dims),
-            "train_block_indices": _numbers(train_block_indices), **dict(zip(self.PARTS, type_dims or ())),
-        }
-        self._build(
-            text_encoders, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha
-        )
-
-
-class LuminaLoRANetwork(_Network):
-    """LoRA of Lumina-Image 2.0."""
-
-    PARTS = ("attn_dim", "mlp_dim", "mod_dim", "refiner_dim")
-
-    def __init__(
-        self, text_encoders: Any, unet: nn.Module, multiplier: float = 1.0, lora_dim: int = 4, alpha: float | None = 1,
-        dropout: float | None = None, rank_dropout: float | None = None, module_dropout: float | None = None,
-        conv_lora_dim: int | None = None,
-        conv_alpha: float | None = None, module_class: type = LoRAModule, modules_dim: Mapping[str, int] | None = None,
-        modules_alpha: Mapping[str, float] | None = None, train_blocks: str | None = None,
-        type_dims: Sequence[int | None] | None = None, embedder_dims: Sequence[int] | None = None, verbose: bool = False,
-    ) -> None:
-        """`type_dims` in the order of PARTS."""
-        pairs = {
-            **_shared_pairs(rank_dropout, module_dropout, conv_lora_dim, conv_alpha, verbose),
-            "train_blocks": train_blocks, "embedder_dims": _row(embedder_dims),
-            **dict(zip(self.PARTS, type_dims or ())),
-        }
-        self._build(
-            text_encoders, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha
-        )
-
-
-def _shared_pairs(
+def shared_pairs(
     rank_dropout: float | None, module_dropout: float | None, conv_lora_dim: int | None, conv_alpha: float | None,
     verbose: bool,
 ) -> dict[str, Any]:
@@ -175,11 +108,11 @@ def _shared_pairs(
     }  # fmt: skip
 
 
-def _row(values: Sequence[Any] | None) -> str | None:
+def row(values: Sequence[Any] | None) -> str | None:
     return None if values is None else ",".join(map(str, values))
 
 
-def _numbers(trained: Sequence[bool] | None) -> str | None:
+def numbers(trained: Sequence[bool] | None) -> str | None:
     """The numbers of the blocks that are trained."""
     if trained is None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from library.compat.arguments import add_groups
 from library.compat.flows import noisy_by
 from library.compat.namespace import options_of
+from library.compat.networks import KnownNetwork, numbers, row, shared_pairs
 from library.compat.samples import Replacement, sample_family
 from library.components.ldm_models import AutoEncoder
 from library.core.registry import import_target
@@ -26,6 +27,7 @@ from library.sd3_utils import FILE_PREFIX, FILE_PREFIXES, inspect_sd3, load_sd3,
 from library.training.timestep_samplers import TimestepOptions
 from library.training.timesteps import shift_sigmas
 from library.utils import str_to_dtype
+from networks.lora import LoRAModule
 
 
 def analyze_checkpoint_state(ckpt_path: str | os.PathLike) -> SD3Params:
@@ -141,6 +143,34 @@ def get_noisy_model_input_and_timesteps(
         options_of(args, TimestepOptions), timestep_sampling="whole", discrete_flow_shift=1.0 if shift is None else shift
     )
     return noisy_by(options, args, latents, noise, device, dtype)
+
+
+class LoRANetwork(KnownNetwork):
+    """LoRA of Stable Diffusion 3."""
+
+    LORA_PREFIX_TEXT_ENCODER_CLIP_L = "lora_te1"
+    LORA_PREFIX_TEXT_ENCODER_CLIP_G = "lora_te2"
+    LORA_PREFIX_TEXT_ENCODER_T5 = "lora_te3"
+    PARTS = ("context_attn_dim", "context_mlp_dim", "context_mod_dim", "x_attn_dim", "x_mlp_dim", "x_mod_dim")
+
+    def __init__(
+        self, text_encoders: Any, unet: nn.Module, multiplier: float = 1.0, lora_dim: int = 4, alpha: float | None = 1,
+        dropout: float | None = None, rank_dropout: float | None = None, module_dropout: float | None = None,
+        conv_lora_dim: int | None = None,
+        conv_alpha: float | None = None, module_class: type = LoRAModule, modules_dim: Mapping[str, int] | None = None,
+        modules_alpha: Mapping[str, float] | None = None, train_t5xxl: bool = False,
+        type_dims: Sequence[int | None] | None = None, emb_dims: Sequence[int] | None = None,
+        train_block_indices: Sequence[bool] | None = None, verbose: bool = False,
+    ) -> None:
+        """`type_dims` in the order of PARTS; `train_block_indices` tells for each block whether it is trained."""
+        pairs = {
+            **shared_pairs(rank_dropout, module_dropout, conv_lora_dim, conv_alpha, verbose),
+            "train_t5xxl": train_t5xxl or None, "emb_dims": row(emb_dims),
+            "train_block_indices": numbers(train_block_indices), **dict(zip(self.PARTS, type_dims or ())),
+        }
+        self.build(
+            text_encoders, unet, multiplier, lora_dim, alpha, dropout, pairs, module_class, modules_dim, modules_alpha
+        )
 
 
 # -- files, samples, options -------------------------------------------------------------------------------------------

@@ -346,21 +346,13 @@ class SdxlNetworkTrainer(NetworkTrainer):
     vae_scale_factor = 0.13025
 
 
-class FluxNetworkTrainer(NetworkTrainer):
-    family = "flux"
+def __getattr__(name: str) -> type[NetworkTrainer]:
+    """`FooNetworkTrainer` of every family `foo`, made when it is first asked for."""
+    from library.families.registry import FAMILIES
 
-
-class AnimaNetworkTrainer(NetworkTrainer):
-    family = "anima"
-
-
-class HunyuanImageNetworkTrainer(NetworkTrainer):
-    family = "hunyuan_image"
-
-
-class LuminaNetworkTrainer(NetworkTrainer):
-    family = "lumina"
-
-
-class Sd3NetworkTrainer(NetworkTrainer):
-    family = "sd3"
+    families = {f"{''.join(map(str.capitalize, family.split('_')))}NetworkTrainer": family for family in FAMILIES}
+    if name not in families:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = type(name, (NetworkTrainer,), {"family": families[name], "__module__": __name__})
+    globals()[name] = made
+    return made

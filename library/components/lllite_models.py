@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,8 @@ PREFIX = "lllite_unet_"
 STRIDES = {1: (4, 2), 2: (4, 4), 3: (4, 4, 2)}
 """depth -> strides of the convolutions that bring the picture to the sides of the feature map"""
 PICTURE_CHANNELS = 3
+VALUE_RANGE = (-1.0, 1.0)
+"""darkest and brightest value of the pictures that networks see"""
 _TARGETS = re.compile(
     r"(input_blocks\.(?P<block>\d+)|middle_block)\.\d+\.transformer_blocks\.\d+\.(attn1\.to_[qkv]|attn2\.to_q)"
 )
@@ -39,6 +41,18 @@ class LLLiteShape:
     def channels(self) -> list[int]:
         """Into the first convolution and out of each; all but the last have half of `cond_dim`."""
         return [PICTURE_CHANNELS, *[self.cond_dim // 2] * (len(self.strides) - 1), self.cond_dim]
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of a module, by name."""
+        weights: dict[str, tuple[int, ...]] = {
+            f"conditioning1.{2 * place}": (self.channels[place + 1], self.channels[place], stride, stride)
+            for place, stride in enumerate(self.strides)
+        }
+        weights["down.0"] = (self.mlp_dim, self.width)
+        weights["mid.0"] = (self.mlp_dim, self.mlp_dim + self.cond_dim)
+        weights["up.0"] = (self.width, self.mlp_dim)
+        biases = {f"{layer}.bias": shape[:1] for layer, shape in weights.items()}
+        return {**{f"{layer}.weight": shape for layer, shape in weights.items()}, **biases}
 
 
 @dataclass
@@ -117,6 +131,8 @@ class LLLiteModule(nn.Module):
     def change(self, x: Tensor) -> Tensor:
         """What is added to x [R, L, D] at a multiplier of 1."""
         condition = self.embedding()
+        if len(x) % len(condition):
+            raise ValueError(f"{self.lllite_name} sees {len(x)} rows for {len(condition)} pictures; needed: a multiple")
         condition = condition.repeat(len(x) // len(condition), 1, 1)  # [R, L, cond_dim]
         inner = self.mid(torch.cat((condition, self.down(x.to(condition.dtype))), dim=2))  # [R, L, mlp_dim]
         if self.dropout and self.training:
@@ -124,7 +140,7 @@ class LLLiteModule(nn.Module):
         return self.up(inner)
 
     def _dropped(self, inner: Tensor) -> Tensor:
-        """Dropout whose mask is keyed by sample, so that ranks, accumulation and recomputed activations see the same."""
+        """Dropout with a mask keyed by sample, so that ranks, accumulation and recomputed activations see the same."""
         draws = self._state.draws
         if draws is None:  # outside a training run
             return F.dropout(inner, self.dropout)
@@ -158,6 +174,10 @@ class LLLite(nn.Module):
     @property
     def parts(self) -> Iterator[LLLiteModule]:
         return (getattr(self, name) for name in self.names)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def initialize(self, seed: int) -> None:
         """Start values as a function of (seed, name) alone."""
@@ -205,10 +225,18 @@ def new_shapes(unet: UNetBase, cond_dim: int, mlp_dim: int) -> dict[str, LLLiteS
     return found
 
 
-def shape_of_tensors(name: str, tensors: Mapping[str, Sequence[int]]) -> LLLiteShape:
-    """Sizes of a module from the shapes of its tensors in a file; KeyError when one is missing."""
+def shape_of_tensors(tensors: Mapping[str, tuple[int, ...]]) -> LLLiteShape:
+    """Sizes of a module from the shapes of its tensors in a file. ValueError when these are none of a module."""
     strides = []
     while (weight := tensors.get(f"conditioning1.{2 * len(strides)}.weight")) is not None:
         strides.append(weight[-1])
-    mlp_dim, width = tensors["down.0.weight"]
-    return LLLiteShape(width, tuple(strides), tensors[f"conditioning1.{2 * len(strides) - 2}.weight"][0], mlp_dim)
+    last, down = tensors.get(f"conditioning1.{2 * len(strides) - 2}.weight"), tensors.get("down.0.weight")
+    if not last or down is None or len(down) != 2:
+        raise ValueError(f"its tensors are {', '.join(tensors)}")
+    found = LLLiteShape(down[1], tuple(strides), last[0], down[0])
+    needed = found.tensors()
+    for name in {**needed, **tensors}:
+        if needed.get(name) != tensors.get(name):
+            told = [list(shapes[name]) if name in shapes else "not there" for shapes in (tensors, needed)]
+            raise ValueError(f"{name} is {told[0]}, needed: {told[1]}")
+    return found

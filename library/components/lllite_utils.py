@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -21,10 +21,17 @@ SHOWN = 3
 
 def read_shapes(path: str | os.PathLike[str]) -> dict[str, LLLiteShape]:
     """The modules of a file by name, from its header. CheckpointError when it is damaged or something else."""
-    if is_pickled(path):
-        shapes = {key: tuple(tensor.shape) for key, tensor in load_pickled_tensors(path).items()}
-    else:
-        shapes = {key: tuple(info.shape) for key, info in read_header(path)[0].items()}
+    found = load_pickled_tensors(path) if is_pickled(path) else read_header(path)[0]
+    return shapes_of({key: tuple(entry.shape) for key, entry in found.items()}, path)
+
+
+def is_lllite(keys: Iterable[str]) -> bool:
+    """Whether these are names of tensors of a file."""
+    return any(key.startswith(PREFIX) and ".conditioning1." in key for key in keys)
+
+
+def shapes_of(shapes: Mapping[str, tuple[int, ...]], path: str | os.PathLike[str]) -> dict[str, LLLiteShape]:
+    """The modules of tensors with these shapes. CheckpointError when there is another tensor, or one too few."""
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
         name, _, parameter = key.partition(".")
@@ -36,8 +43,8 @@ def read_shapes(path: str | os.PathLike[str]) -> dict[str, LLLiteShape]:
     found = {}
     for name, tensors in parts.items():
         try:
-            found[name] = shape_of_tensors(name, tensors)
-        except (KeyError, ValueError, IndexError) as error:
+            found[name] = shape_of_tensors(tensors)
+        except ValueError as error:
             raise CheckpointError(f"{path}: {name} is incomplete, or none of a ControlNet-LLLite ({error})") from error
     return found
 
@@ -58,8 +65,8 @@ def misfit(path: str | os.PathLike[str], info: UNetInfo) -> str | None:
     other = [name for name, shape in modules.items() if name in widths and widths[name] != shape.width]
     if lacking:
         return (
-            f"it changes {len(lacking)} layers that {info.source.path} does not have ({_some(lacking)}): it was made for"
-            " another model"
+            f"it changes {len(lacking)} layers that {info.source.path} does not have ({_some(lacking)}): it was made"
+            " for another model"
         )
     if other:
         name = other[0]
@@ -79,8 +86,12 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def load_tensors(net: LLLite, tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
-    """Copy the tensors of a file into a network of the same modules and sizes."""
+    """Copy the tensors of a file into a network of the same modules and sizes. CheckpointError for other ones, and for
+    values that would make every output NaN."""
     check_state(net, tensors, str(path))
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise CheckpointError(f"{path}: {key} has values that are not finite; the training of this file failed")
     net.load_state_dict(dict(tensors))
 
 

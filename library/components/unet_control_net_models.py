@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.components.control_models import HintConvolutions
 from library.components.unet_encoder_models import TimeEmbedding, UNetEncoder, levels_down, middle_of, skip_widths
-from library.components.unet_models import UNetParams
+from library.components.unet_models import UNetParams, contexts_of
 
 HINT_CHANNELS = (16, 32, 96, 256)
 """widths of the convolutions that a new net reads its picture with"""
@@ -42,11 +42,11 @@ class UNetControlNet(UNetEncoder):
     ) -> list[Tensor]:
         """picture [B, 3, 8H, 8W] in 0..1 beside the inputs of the U-Net: sample [B, 4, H, W], timesteps [B], context
         [B, L, D], y [B, V] where it has a vector. One residual for each skip connection, then that of the middle."""
-        context = context.to(self.dtype)
+        contexts = contexts_of(context.to(self.dtype), self.params)
         embedding = self.time_embedding(self.time_vector(timesteps, sample).to(self.dtype))  # [B, time_embed_dim]
         if self.add_embedding is not None:
             embedding = embedding + self.add_embedding(y.to(self.dtype))
         x = self.conv_in(sample.to(self.dtype)) + self.controlnet_cond_embedding(picture.to(self.dtype))
-        x, skips = self.way_down(x, embedding, context, timesteps)
-        x = self.through_middle(x, embedding, context)
+        x, skips = self.way_down(x, embedding, contexts, timesteps)
+        x = self.through_middle(x, embedding, contexts)
         return [*(zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips)), self.controlnet_mid_block(x)]

@@ -3,6 +3,8 @@ every ControlNet of a U-Net copies."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,25 +93,30 @@ class UNetEncoder(UNetBase):
     down_blocks: nn.ModuleList
     mid_block: nn.Module
 
-    def way_down(self, x: Tensor, embedding: Tensor, context: Tensor, timesteps: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(features at the bottom, skip connections) of what the first convolution made, x [B, C, H, W]."""
+    def way_down(
+        self, x: Tensor, embedding: Tensor, contexts: Iterator[Tensor], timesteps: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(features at the bottom, skip connections) of what the first convolution made, x [B, C, H, W]; `contexts`: see
+        `contexts_of`."""
         skips = [x]
         for depth, level in enumerate(self.down_blocks):
             x = self.shrunk(depth, x, timesteps)
             for number in range(len(level.resnets)):
-                x = self.run_place(level, number, x, embedding, context)
+                x = self.run_place(level, number, x, embedding, contexts)
                 skips.append(x)
             if hasattr(level, "downsamplers"):
                 x = level.downsamplers[0](x)
                 skips.append(x)
         return x, skips
 
-    def through_middle(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+    def through_middle(self, x: Tensor, embedding: Tensor, contexts: Iterator[Tensor]) -> Tensor:
         x = self.run_block(self.mid_block.resnets[0], x, embedding)
-        x = self.run_block(self.mid_block.attentions[0], x, context)
+        x = self.run_block(self.mid_block.attentions[0], x, next(contexts))
         return self.run_block(self.mid_block.resnets[1], x, embedding)
 
-    def run_place(self, level: nn.Module, number: int, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+    def run_place(
+        self, level: nn.Module, number: int, x: Tensor, embedding: Tensor, contexts: Iterator[Tensor]
+    ) -> Tensor:
         """One residual block of a level, and the transformer behind it where there is one."""
         x = self.run_block(level.resnets[number], x, embedding)
-        return self.run_block(level.attentions[number], x, context) if hasattr(level, "attentions") else x
+        return self.run_block(level.attentions[number], x, next(contexts)) if hasattr(level, "attentions") else x

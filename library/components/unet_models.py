@@ -6,8 +6,9 @@ ResnetBlock2D, Downsample2D, Upsample2D, CrossAttention). Leaf layers are plain 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,6 +62,33 @@ class UNetParams:
                 raise ValueError(f"heads is {self.heads}; each must divide the width of its level, {self.channels}")
             if width % self.norm_groups:
                 raise ValueError(f"norm_groups is {self.norm_groups}; it must divide every width, among them {width}")
+
+
+def text_layers(params: UNetParams) -> list[str]:
+    """The places with cross-attention in the order in which they run, by their numbers in files of the original layout:
+    IN01 is input_blocks.1, MID middle_block, OUT03 output_blocks.3."""
+    levels, names, place = len(params.channels), [], 0  # input_blocks.0 is a convolution
+    for level, depth in enumerate(params.transformer_depth):
+        for _ in range(params.num_res_blocks):
+            place += 1
+            names += [f"IN{place:02}"] if depth else []
+        place += level < levels - 1  # a convolution that halves the sides
+    names.append("MID")
+    for level, depth in enumerate(reversed(params.transformer_depth)):
+        start = level * (params.num_res_blocks + 1)
+        names += [f"OUT{start + number:02}" for number in range(params.num_res_blocks + 1)] if depth else []
+    return names
+
+
+def contexts_of(states: Tensor, params: UNetParams) -> Iterator[Tensor]:
+    """What each of the `text_layers` in turn attends to, [B, L, D]: the same states, or those of its own of
+    [B, layers, L, D]."""
+    if states.dim() == 3:
+        return repeat(states)
+    layers = len(text_layers(params))
+    if states.shape[1] != layers:
+        raise ValueError(f"there are text states for {states.shape[1]} layers; the U-Net has {layers}")
+    return iter(states.unbind(1))
 
 
 class GEGLU(nn.Module):

@@ -59,6 +59,7 @@ class OptionSpec:
     flags: tuple[str, ...] = ()
     metavar: str | None = None
     secret: bool = False
+    least: float | None = None
     most: float | None = None
     repeatable: bool = False
     status: str = "works"
@@ -75,14 +76,15 @@ def option(
     flags: Sequence[str] = (),
     metavar: str | None = None,
     secret: bool = False,
+    least: float | None = None,
     most: float | None = None,
     repeatable: bool = False,
 ) -> Any:
     """A dataclass field that is a command-line option as well.
 
     `convert` turns the text into the value (default: from the field's annotation); `flags` are further spellings;
-    `most` is the largest number that makes sense. Every number is checked against it, or against LARGEST_WHOLE and
-    LARGEST_NUMBER. A list that is `repeatable` grows with each `--name value`; of others the last one counts.
+    `least` and `most` are the smallest and the largest number that make sense. Every number is checked against them, or
+    against LARGEST_WHOLE and LARGEST_NUMBER. A list that is `repeatable` grows with each `--name value`; of others the last one counts.
     """
     spec = OptionSpec(
         help,
@@ -92,6 +94,7 @@ def option(
         tuple(flags),
         metavar,
         secret,
+        least,
         most,
         repeatable,
     )
@@ -232,10 +235,16 @@ def add_options(
             )
 
 
-def number_problem(value: float, is_whole: bool, most: float | None = None) -> str | None:
-    """What is needed instead of a number that is not finite or too large in size; None when it is right."""
+def number_problem(
+    value: float, is_whole: bool, most: float | None = None, least: float | None = None
+) -> str | None:
+    """What is needed instead of a number that is not finite, too small, or too large in size; None when it is right."""
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
+    if least is not None and most is not None and not least <= value <= most:
+        return f"a {'whole ' if is_whole else ''}number from {least:g} to {most:.9g}"
+    if least is not None and value < least:
+        return f"{least:g} or more"
     largest = most if most is not None else LARGEST_WHOLE if is_whole else LARGEST_NUMBER
     if abs(value) <= largest:
         return None
@@ -249,7 +258,7 @@ def range_problems(values: Mapping[str, Any], options_class: type) -> dict[str, 
         value, is_whole = values.get(name), value_type(options_class, name) is not float
         for part in value if isinstance(value, (list, tuple)) else [value]:
             needed = (
-                number_problem(part, is_whole, spec.most)
+                number_problem(part, is_whole, spec.most, spec.least)
                 if isinstance(part, (int, float)) and not isinstance(part, bool)
                 else None
             )

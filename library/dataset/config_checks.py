@@ -80,11 +80,8 @@ def check_subset(
         where = scope.where(name)
         problems.add(where, "conflict", reason if subset.label in where else f"{reason} ({subset.label})")
 
-    if dataset.kind == "CN" and subset.random_crop:
-        refuse(
-            "random_crop",
-            "cannot be used with conditioning_data_dir, whose images are cropped in the centre; set it to false",
-        )
+    if dataset.kind == "CN" and subset.random_crop and not dataset.holds_control:
+        refuse("random_crop", "cannot be used with conditioning_data_dir and --masked_loss; set it to false")
     if caching.caches_latents:
         for name in ("color_aug", "random_crop"):
             if getattr(subset, name):
@@ -170,7 +167,7 @@ def notices(datasets: Sequence[DatasetParams]) -> list[str]:
         "validation_split: every image is in one part only; the choice follows validation_seed, else --seed": any(
             d.validation_split > 0 or any(s.validation_split for s in d.subsets) for d in datasets
         ),
-        "conditioning_data_dir: masks are scaled and cropped like their images, not squeezed to the bucket": any(
+        "conditioning_data_dir: its pictures are scaled and cropped like their images, not squeezed to the bucket": any(
             d.kind == "CN" for d in datasets
         ),
     }

@@ -33,6 +33,8 @@ from library.core.options import LARGEST_BATCH, LARGEST_NUMBER, LARGEST_SEED, LA
 from library.dataset import INTERPOLATIONS, parse_resolution
 
 ALL_KINDS = frozenset({"DB", "FT", "CN"})
+CONTROL = "control"
+"""of keys: datasets of kind CN whose conditioning images are control pictures, and no masks"""
 SHAPE_HINT = (
     "datasets are written as [[datasets]] with [[datasets.subsets]], or, with a name, as [datasets.NAME] with"
     " [[datasets.NAME.subsets]]"
@@ -174,7 +176,7 @@ def _keys() -> dict[str, Key]:
     add("caption_extension", TEXT, "GDS", kinds=folders, option="effective_caption_extension", default=".caption")
     add("cache_info", BOOLEAN, "GDS", kinds=folders, default=False)
     add("class_tokens", TEXT, "GDS", kinds=frozenset({"DB"}), option=False)
-    add("alpha_mask", BOOLEAN, "GDS", kinds=frozenset({"DB", "FT"}), default=False)
+    add("alpha_mask", BOOLEAN, "GDS", kinds=frozenset({"DB", "FT", CONTROL}), default=False)
     add("image_dir", PATH, "S", option=False)
     add("is_reg", BOOLEAN, "S", kinds=frozenset({"DB"}), option=False, default=False)
     add("metadata_file", PATH, "S", kinds=frozenset({"FT"}), option=False)

@@ -245,9 +245,9 @@ class Dataset:
         return caption, None
 
     def _warn_empty_mask(self, sample: Sample) -> None:
-        mask = sample.alpha_mask if sample.conditioning is None else sample.conditioning[0] / 2 + 0.5
-        is_mask = sample.conditioning is None or self.params.kind == "CN"
-        if is_mask and mask is not None and sample.image_key not in self._warned_masks and not (mask > 0).any():
+        is_mask = sample.conditioning is not None and self.params.kind == "CN" and not self.params.holds_control
+        mask = sample.conditioning[0] / 2 + 0.5 if is_mask else sample.alpha_mask
+        if mask is not None and sample.image_key not in self._warned_masks and not (mask > 0).any():
             self._warned_masks.add(sample.image_key)
             logger.warning("the mask of %s is zero everywhere: nothing is learned from this image", sample.image_key)
 

@@ -69,6 +69,8 @@ class DatasetParams:
     """images of no more than this many pixels (as width, height) are left out of the dataset"""
     kind: str = "DB"
     """DB (folders with caption files), FT (metadata files) or CN (folders with mask or control images)."""
+    holds_control: bool = False
+    """whether the conditioning images of CN are control pictures, and no masks"""
     subsets: tuple[SubsetParams, ...] = ()
     label: str = ""
 

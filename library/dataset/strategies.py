@@ -3,7 +3,7 @@ out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,9 @@ class StrategySet:
     text_encoder_outputs_caching: TextCache | None = None
     text_layout: TextLayout | None = None
     """what the text encoding gives; None: that of the cache"""
+
+    prompt_text: Callable[[str], str] = str
+    """a sample prompt as it is tokenized, where words of embedding files stand for their tokens"""
 
     @property
     def layout(self) -> TextLayout:

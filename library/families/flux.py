@@ -34,6 +34,16 @@ FAMILY = FamilyRecord(
             ),
         ),
         "textual_inversion": OtherScript(name="flux_train_textual_inversion"),
+        "control_net": OtherScript(
+            name="flux_train_control_net",
+            options=frozenset(
+                {
+                    "fused_optimizer_groups", "blockwise_fused_optimizers", "mem_eff_save",
+                    "skip_latents_validity_check", "double_blocks_to_swap", "single_blocks_to_swap", "use_safetensors",
+                }
+            ),
+            defaults={"save_model_as": None},
+        ),
     },
     place=10,
     family="library.training.wiring.flux:FluxFamily",
@@ -91,6 +101,7 @@ FAMILY = FamilyRecord(
             role="relative",
             wanted="a FLUX.1 ControlNet",
             subfolder="controlnet",
+            layouts="library.flux_control_net_utils:LAYOUTS",
             signatures=(
                 Signature(
                     title="a FLUX.1 ControlNet", contains=("controlnet_blocks.0.", "double_blocks.0."), priority=90

@@ -168,6 +168,8 @@ class OtherScript:
     name: str
     """without .py"""
     options: frozenset[str] = frozenset()
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """options whose default differs here: name -> default"""
     text_switches: Mapping[int, str] = field(default_factory=dict)
     """text encoders, by their place, that learn only with an option of their own"""
     text_files: Mapping[int, str] = field(default_factory=dict)

@@ -54,6 +54,8 @@ FAMILY = FamilyRecord(
             ),
         ),
         "textual_inversion": OtherScript(name="train_textual_inversion"),
+        "control_net": OtherScript(name="train_control_net", options=frozenset({"conditioning_range"})),
+        "textual_inversion_xti": OtherScript(name="train_textual_inversion_XTI"),
     },
     place=20,
     family="library.training.wiring.sd:SdFamily",
@@ -122,6 +124,7 @@ FAMILY = FamilyRecord(
             role="relative",
             wanted="a ControlNet of Stable Diffusion 1",
             subfolder="controlnet",
+            layouts="library.components.unet_control_net_utils:LAYOUTS",
             signatures=_control_net("a ControlNet of Stable Diffusion 1"),
         ),
         ModelKind(
@@ -129,6 +132,7 @@ FAMILY = FamilyRecord(
             role="relative",
             wanted="a ControlNet of Stable Diffusion 2",
             subfolder="controlnet",
+            layouts="library.components.unet_control_net_utils:LAYOUTS",
             signatures=_control_net("a ControlNet of Stable Diffusion 2", text_width=1024),
         ),
         ModelKind(

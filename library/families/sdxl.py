@@ -31,6 +31,7 @@ FAMILY = FamilyRecord(
             ),
         ),
         "textual_inversion": OtherScript(name="sdxl_train_textual_inversion"),
+        "control_net": OtherScript(name="sdxl_train_control_net", defaults={"control_net_lr": 1e-4}),
         "lllite": OtherScript(name="sdxl_train_control_net_lllite"),
     },
     place=30,
@@ -75,6 +76,7 @@ FAMILY = FamilyRecord(
             role="relative",
             wanted="a ControlNet of SDXL",
             subfolder="controlnet",
+            layouts="library.components.unet_control_net_utils:LAYOUTS",
             signatures=(
                 Signature(
                     title="a ControlNet of SDXL", has=("input_hint_block.0.weight", "label_emb.0.0.weight"), priority=88

@@ -165,3 +165,14 @@ class ListedAdapterOptions:
             AdapterFile(p, m, LYCORIS_MODULE if self.lycoris else OWN_MODULE)
             for p, m in zip(paths, strengths, strict=True)
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingOptions:
+    """Words"""
+
+    textual_inversion_embeddings: list[str] | None = option(
+        None, nargs="*",
+        help="files of textual inversions; the name of a file without its ending is the word for prompts. Words that a "
+        "LoRA file holds are known under their own names"
+    )

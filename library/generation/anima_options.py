@@ -23,12 +23,12 @@ from library.generation.requests import (
     SampledRequest,
     SessionOptions,
     dtype_problem,
-    read_shift,
+    guidance_letters,
     too_small_problems,
 )
 from library.training.inference_samplers import FLOW_SAMPLER_NAMES, SAMPLER_HELP, check_flow_sampler
 from library.training.option_groups import ConsoleOptions
-from library.training.sampling_prompts import DRAWN, LineOption, read_number
+from library.training.sampling_prompts import DRAWN, LineOption, read_shift
 
 SIZE_STEP = 16
 TOKEN_LENGTH = 512
@@ -160,7 +160,6 @@ class AnimaRequest(SampledRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
-    "g": LineOption("cfg_scale", read_number),
-    "l": LineOption("cfg_scale", read_number),
+    **guidance_letters(),
     "fs": LineOption("flow_shift", read_shift),
 }

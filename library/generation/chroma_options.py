@@ -9,12 +9,19 @@ from library.core.errors import ConfigError
 from library.core.options import LARGEST_STEPS, LARGEST_TOKENS, equivalent_option, ignored_option, option
 from library.core.plugins import PluginOptions
 from library.generation.flux_options import MODEL_TYPES, STEPS_DEV, InferenceModelOptions, PromptOptions
-from library.generation.requests import COMMON_LINE_OPTIONS, PictureRequest, SessionOptions, request_of
+from library.generation.requests import (
+    COMMON_LINE_OPTIONS,
+    PictureRequest,
+    SessionOptions,
+    guidance_letters,
+    request_of,
+)
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import LineOption, read_number
 
 STEPS = STEPS_DEV
 _T5_ALONE = "Chroma reads prompts through T5 alone"
+_NOT_EMBEDDED = "Chroma has no embedded guidance; --cfg_scale guides it, in a prompt line --c or --l"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,7 @@ class ChromaPromptOptions(PromptOptions):
     negative_prompt: str | None = option(None, help="what it should not show; an empty text when not given")
     steps: int | None = option(None, help=f"steps; {STEPS} when not given", most=LARGEST_STEPS)
     guidance: float = ignored_option(
-        0.0, help="embedded guidance", reason="Chroma has no embedded guidance; --cfg_scale guides it"
+        0.0, help="embedded guidance", reason=_NOT_EMBEDDED
     )
     cfg_scale: float = option(
         1.0, help="classifier-free guidance, away from --negative_prompt; 1 = off, else two forwards per step"
@@ -66,4 +73,7 @@ class ChromaRequest(PictureRequest):
     """A picture of Chroma, guided by its negative prompt alone."""
 
 
-LINE_OPTIONS: Mapping[str, LineOption] = {**COMMON_LINE_OPTIONS, "c": LineOption("cfg_scale", read_number)}
+LINE_OPTIONS: Mapping[str, LineOption] = {
+    **COMMON_LINE_OPTIONS,
+    **guidance_letters(LineOption("guidance", read_number, ignored=_NOT_EMBEDDED)),
+}

@@ -23,6 +23,7 @@ from library.generation.flux_options import (
 from library.generation.script import ImageScript, format_problems, with_seed_and_size
 
 if TYPE_CHECKING:
+    from library.checkpoints.embeddings import Widths
     from library.generation.pipeline import PictureMaker
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,12 @@ class FluxScript(ImageScript[FluxRequest]):
         slots = {"ckpt_path": "flux", "clip_l": "clip_l", "t5xxl": "t5", "ae": "vae_flux"}
         formats = ("clip_l_dtype", "ae_dtype", "t5xxl_dtype", "flux_dtype")
         raise_file_problems(config[InferenceModelOptions], self.family, slots, formats)
+
+    def embedding_widths(self, config: Config) -> Widths:
+        from library.flux_utils import embedding_widths
+
+        options = config[InferenceModelOptions]
+        return embedding_widths(options.clip_l, options.t5xxl)
 
     def load(self, config: Config) -> PictureMaker[FluxRequest]:
         from library.generation.flux_pipeline import load_pipeline

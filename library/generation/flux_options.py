@@ -14,18 +14,19 @@ from library.core.options import (
     option,
 )
 from library.core.plugins import PluginOptions
-from library.generation.adapter_files import AdapterChoice, parse_adapter_argument
+from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     DTYPE_NAMES,
     PictureRequest,
     SessionOptions,
     dtype_problem,
+    guidance_letters,
     request_of,
     too_small_problems,
 )
 from library.training.option_groups import ConsoleOptions
-from library.training.sampling_prompts import DRAWN, LineOption, read_number
+from library.training.sampling_prompts import DRAWN, LineOption, read_not_negative
 
 SIZE_STEP = 16
 STEPS_SCHNELL, STEPS_DEV = 4, 50
@@ -116,7 +117,7 @@ class PromptOptions:
     steps: int | None = option(
         None, help=f"steps; {STEPS_SCHNELL} for schnell, {STEPS_DEV} for dev when not given", most=LARGEST_STEPS
     )
-    guidance: float = option(3.5, help="embedded guidance (dev)")
+    guidance: float = option(3.5, least=0, help="embedded guidance (dev)")
     cfg_scale: float = option(
         1.0, help="classifier-free guidance with --negative_prompt; 1 = off, else two forwards per step"
     )
@@ -132,7 +133,7 @@ class PromptOptions:
         return request_of(FluxRequest, self)
 
 
-GROUPS = (PluginOptions, InferenceModelOptions, PromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, InferenceModelOptions, EmbeddingOptions, PromptOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +150,5 @@ class FluxRequest(PictureRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
-    "g": LineOption("guidance", read_number),
-    "c": LineOption("cfg_scale", read_number),
+    **guidance_letters(LineOption("guidance", read_not_negative)),
 }

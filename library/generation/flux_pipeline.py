@@ -42,7 +42,8 @@ class FluxPipeline(FlowPipeline[FluxRequest]):
 
     def velocity(self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: FluxRequest) -> Tensor:
         return predict_velocity(
-            self.denoiser, latents, times, conditioning, guidance=request.guidance, use_t5_mask=self.use_t5_mask
+            self.denoiser, latents, times, conditioning, guidance=request.guidance, use_t5_mask=self.use_t5_mask,
+            control=self.control,
         )
 
     def sigmas(self, request: FluxRequest) -> Tensor:

@@ -17,11 +17,11 @@ from library.generation.requests import (
     PictureRequest,
     SessionOptions,
     dtype_problem,
-    read_shift,
+    guidance_letters,
     too_small_problems,
 )
 from library.training.option_groups import ConsoleOptions
-from library.training.sampling_prompts import DRAWN, LineOption, read_number
+from library.training.sampling_prompts import DRAWN, LineOption, read_shift
 
 SIZE_STEP = 32
 APG_START_TEXT, APG_START = 38, 5
@@ -181,7 +181,6 @@ class HunyuanImageRequest(PictureRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
-    "g": LineOption("cfg_scale", read_number),
-    "l": LineOption("cfg_scale", read_number),
+    **guidance_letters(),
     "fs": LineOption("flow_shift", read_shift),
 }

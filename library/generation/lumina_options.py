@@ -23,12 +23,12 @@ from library.generation.requests import (
     PictureRequest,
     SessionOptions,
     dtype_problem,
-    read_shift,
+    guidance_letters,
     request_of,
     too_small_problems,
 )
 from library.training.option_groups import ConsoleOptions
-from library.training.sampling_prompts import DRAWN, LineOption, read_number
+from library.training.sampling_prompts import DRAWN, LineOption, read_not_negative, read_share, read_shift
 
 SIZE_STEP = 8
 TOKEN_LENGTH = 256
@@ -116,11 +116,11 @@ class LuminaPromptOptions:
     steps: int = option(36, help="steps", most=LARGEST_STEPS)
     guidance_scale: float = option(3.5, help="classifier-free guidance; 1 = off, else two forwards per step")
     cfg_trunc_ratio: float = option(
-        0.25, help="how far guidance lasts, as the time that runs from 0 (noise) to 1 (picture); later steps are made"
+        0.25, least=0, most=1, help="how far guidance lasts, as the time that runs from 0 (noise) to 1 (picture); later steps are made"
         " without it; 1 = to the end",
     )
     renorm_cfg: float = option(
-        1.0, help="how much longer than without guidance a step may be made by it, at most; longer ones are shortened;"
+        1.0, least=0, help="how much longer than without guidance a step may be made by it, at most; longer ones are shortened;"
         " 0 = not bounded",
     )
     discrete_flow_shift: float = option(6.0, help="how far the steps lie towards noise; 1 = evenly spaced")
@@ -131,7 +131,7 @@ class LuminaPromptOptions:
 
     def __post_init__(self) -> None:
         least = (("image_width", SIZE_STEP), ("image_height", SIZE_STEP), ("steps", 1), ("seed", DRAWN))
-        problems = too_small_problems(self, *least, ("cfg_trunc_ratio", 0), ("renorm_cfg", 0))
+        problems = too_small_problems(self, *least)
         if not self.discrete_flow_shift > 0:
             problems.append(f"--discrete_flow_shift is {self.discrete_flow_shift}; needed: a number above 0")
         if problems:
@@ -161,9 +161,8 @@ OPTION_NAMES: Mapping[str, str] = {
 """fields of requests -> options of other names"""
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
-    "g": LineOption("cfg_scale", read_number),
-    "l": LineOption("cfg_scale", read_number),
-    "ctr": LineOption("cfg_trunc_ratio", read_number),
-    "rcfg": LineOption("renorm_cfg", read_number),
+    **guidance_letters(),
+    "ctr": LineOption("cfg_trunc_ratio", read_share),
+    "rcfg": LineOption("renorm_cfg", read_not_negative),
     "fs": LineOption("flow_shift", read_shift),
 }

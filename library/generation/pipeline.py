@@ -6,7 +6,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 import torch
@@ -17,10 +18,12 @@ from library.families.latents import Bucket, LatentSpec
 from library.families.registry import record_of
 from library.generation.requests import SAMPLE_NAMES, VIDEO_SAMPLE_NAMES, PictureRequest, Request, request_of
 from library.generation.sampling_utils import Conditioning, decode_to_frames
+from library.generation.words import PromptWords
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from library.components.control_models import Control
     from library.dataset.strategies import StrategySet
     from library.generation.adapters import LoadedAdapters
     from library.generation.picture_files import Picture
@@ -38,6 +41,8 @@ class PicturePipeline(ABC, Generic[Request]):
     denoiser: Any
     vae: Any
     """None where latents are wanted alone"""
+    control: Control | None = field(default=None, kw_only=True)
+    """nets that guide every forward of the denoiser by pictures, in families that have some"""
 
     family: ClassVar[str]
     """whose record tells the shape of the latents"""
@@ -112,6 +117,12 @@ class PictureMaker(Generic[Request]):
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext
     """what the denoiser's forwards run inside"""
 
+    @cached_property
+    def words(self) -> PromptWords:
+        """Words of embedding files."""
+        keys = record_of(self.pipeline.family).embedding_keys
+        return PromptWords(self.strategies.tokenize.tokenizers, self.text_encoders, keys)
+
     @torch.no_grad()
     def generate(self, request: Request) -> Tensor:
         """Latents of one picture; `request` is complete."""
@@ -127,7 +138,7 @@ class PictureMaker(Generic[Request]):
         return self.pipeline.decode(latents)
 
     def _encoded(self, texts: Sequence[str], tokenize: Callable[[str], list[Tensor]]) -> Conditioning:
-        tokens = [tokenize(text) for text in texts]
+        tokens = [tokenize(self.words.text(text)) for text in texts]
         # where each tokenizer has a text of its own, each one's tokens are those of its text
         own = tokens[0] if len(tokens) == 1 else [made[place] for place, made in enumerate(tokens)]
         return self.strategies.encode(self.text_encoders, own)

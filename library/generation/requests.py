@@ -103,13 +103,6 @@ def read_negative(text: str) -> str:
     return "" if text == "-" else text
 
 
-def read_shift(text: str) -> float:
-    shift = read_number(text)
-    if shift <= 0:
-        raise ValueError("a number above 0 is needed")
-    return shift
-
-
 def read_multipliers(text: str) -> tuple[float, ...]:
     return tuple(read_number(part.strip()) for part in text.split(","))
 
@@ -121,6 +114,13 @@ COMMON_LINE_OPTIONS: Mapping[str, LineOption] = {
     "m": LineOption("multipliers", read_multipliers),
 }  # fmt: skip
 """letters of a prompt line that every image script has"""
+
+
+def guidance_letters(embedded: LineOption | None = None) -> dict[str, LineOption]:
+    """The letters of guidance, those of all known scripts together: `--l` and `--c` are the scale of the prompt against
+    the negative prompt, and so is `--g`, unless the family has an `embedded` guidance, which it stands for."""
+    scale = LineOption("cfg_scale", read_number)
+    return {"l": scale, "c": scale, "g": embedded or scale}
 
 
 # -- checks of option groups -------------------------------------------------------------------------------------------

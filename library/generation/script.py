@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from library.core.console import utf8_text
-from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems
+from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems, problems_of
 from library.core.options import Config
 from library.core.registry import import_target
 from library.core.text_files import read_text
 from library.families.registry import record_of
-from library.generation.adapter_files import multiplier_problems
+from library.generation.adapter_files import EmbeddingOptions, multiplier_problems
 from library.generation.picture_files import settings_texts, write_picture
 from library.generation.requests import PictureRequest, Request, SessionOptions
 from library.scripts.command_line import (
@@ -45,6 +45,7 @@ from library.training.sampling_prompts import DRAWN, LineOption, good_lines, par
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from library.checkpoints.embeddings import Widths, WordVectors
     from library.families.latents import SideLimit
     from library.generation.pipeline import PictureMaker
 
@@ -170,7 +171,11 @@ def output_name(seed: int | None, index: int, ending: str = ".png") -> str:
 def unused_path(folder: str | os.PathLike[str], seed: int | None, index: int, ending: str = ".png") -> Path:
     """A file of `output_name` in `folder`. Where another call of the same second has made such a file, or latents of
     that name, it has a number behind it: `{YYYYmmdd_HHMMSS}_{seed}_{index}_2.png`."""
-    name = output_name(seed, index, "")
+    return free_path(folder, output_name(seed, index, ""), ending)
+
+
+def free_path(folder: str | os.PathLike[str], name: str, ending: str = ".png") -> Path:
+    """A file of this name in `folder`, or with a number behind the name where there is such a file."""
     there = {path.name for path in Path(folder).iterdir()} if Path(folder).is_dir() else set()
     stem, number = name, 1
     while any(other.startswith(stem) for other in there):
@@ -256,6 +261,10 @@ class ImageScript(ABC, Generic[Request]):
     @abstractmethod
     def load(self, config: Config) -> PictureMaker[Request]: ...
 
+    def embedding_widths(self, config: Config) -> Widths:
+        """Widths of the vectors that the text encoders take, from headers, where the script has EmbeddingOptions."""
+        return {}
+
     def notices(self, config: Config) -> list[str]:
         """Lines for the log before the models are loaded."""
         return []
@@ -290,14 +299,44 @@ class ImageScript(ABC, Generic[Request]):
         for line in self.notices(config):
             logger.info(line)
         maker = self.load(config)
+        self._add_words(maker, config)
         return make_each(requests, lambda request, index: self.make_picture(maker, config, request, index))
 
     def _check_all(self, config: Config) -> None:
         problems = Problems()
         for problem in refused_problems(config):
             problems.add(problem)
-        problems.attempt(lambda: self.check(config))
+        found = problems_of(lambda: self.check(config))
+        for problem in [*found, *self._word_problems(config, has_model=not found)]:
+            problems.add(problem)
         problems.raise_if_any()
+
+    def _word_problems(self, config: Config, has_model: bool) -> list[str]:
+        """What is wrong with files of textual inversions; for the text encoders where there are such."""
+        from library.generation.words import missing_files
+
+        if EmbeddingOptions not in config:
+            return []
+        if not has_model:
+            files = config[EmbeddingOptions].textual_inversion_embeddings or ()
+            return missing_files(files, "textual_inversion_embeddings")
+        return problems_of(lambda: self._words(config))
+
+    def _words(self, config: Config) -> list[WordVectors]:
+        """The words of --textual_inversion_embeddings and those in the files of adapters. ConfigError."""
+        from library.checkpoints.embeddings import bundled_rows
+        from library.generation.words import read_words
+
+        files = config[EmbeddingOptions].textual_inversion_embeddings or []
+        adapters = [file.path for file in config[self.adapters].adapters.files]
+        if not files and not any(map(bundled_rows, adapters)):
+            return []
+        bundles = [("lora_weights", path) for path in adapters]
+        return read_words(files, bundles, self.embedding_widths(config), "textual_inversion_embeddings")
+
+    def _add_words(self, maker: PictureMaker[Request], config: Config) -> None:
+        for word in self._words(config) if EmbeddingOptions in config else ():
+            maker.words.add(word)
 
     def side_limit(self, config: Config) -> SideLimit | None:
         """How large pictures may be, from the header of the model; None: as large as one likes. CheckpointError."""

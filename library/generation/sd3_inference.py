@@ -19,6 +19,7 @@ from library.generation.sd3_options import (
 )
 
 if TYPE_CHECKING:
+    from library.checkpoints.embeddings import Widths
     from library.families.latents import SideLimit
     from library.generation.pipeline import PictureMaker
 
@@ -42,6 +43,12 @@ class Sd3Script(ImageScript[Sd3Request]):
         problems = [problem for problem in [*found, *adapter_problems(options.lora_weights, "sd3")] if problem]
         if problems:
             raise ConfigError(problems)
+
+    def embedding_widths(self, config: Config) -> Widths:
+        from library.sd3_utils import ENCODER_SLOTS, embedding_widths
+
+        options = config[Sd3ModelOptions]
+        return embedding_widths(options.ckpt_path, {slot: getattr(options, slot) for slot in ENCODER_SLOTS})
 
     def side_limit(self, config: Config) -> SideLimit | None:
         from library.sd3_utils import inspect_sd3

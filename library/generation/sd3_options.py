@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from library.core.errors import ConfigError, Problems
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, LARGEST_TOKENS, option
 from library.core.plugins import PluginOptions
-from library.generation.adapter_files import AdapterChoice, parse_adapter_argument
+from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     PictureRequest,
     SessionOptions,
+    guidance_letters,
     request_of,
     too_small_problems,
 )
 from library.training.option_groups import ConsoleOptions
-from library.training.sampling_prompts import DRAWN, LineOption, read_number
+from library.training.sampling_prompts import DRAWN, LineOption
 
 SIZE_STEP = 8
 TOKEN_LENGTH = 256
@@ -110,7 +111,7 @@ class Sd3PromptOptions:
         return request_of(Sd3Request, self)
 
 
-GROUPS = (PluginOptions, Sd3ModelOptions, Sd3PromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, Sd3ModelOptions, EmbeddingOptions, Sd3PromptOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,5 @@ class Sd3Request(PictureRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
-    "c": LineOption("cfg_scale", read_number),
-    "l": LineOption("cfg_scale", read_number),
+    **guidance_letters(),
 }

@@ -10,13 +10,14 @@ import torch
 
 from library.components.text_encoder_utils import inspect_clip
 from library.components.tokenizers import load_clip_tokenizer
+from library.components.unet_models import text_layers
 from library.components.unet_utils import UNetInfo
 from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.families.sd import FAMILY
-from library.generation.prompt_encoder import PromptEncoder, WordTokenizer, tokenizer_problems
+from library.generation.prompt_encoder import PromptEncoder, tokenizer_problems
 from library.generation.requests import SampledRequest
 from library.generation.sampling_utils import Conditioning
-from library.generation.unet_pipeline import UNetPipeline
+from library.generation.unet_pipeline import ControlledPredict, UNetPipeline
 from library.sd_train_utils import predict_noise
 from library.sd_utils import (
     clip_skip_problem,
@@ -30,6 +31,7 @@ from library.sd_utils import (
 from library.strategy_sd import V2_PAD, SdTextEncodingStrategy, SdTokenizeStrategy
 
 if TYPE_CHECKING:
+    from library.checkpoints.embeddings import Widths
     from library.generation.gen_img.options import GenerationModelOptions
 
 
@@ -71,9 +73,18 @@ class SdPipeline(UNetPipeline[SampledRequest]):
         return [*tokenizer_problems(lambda: _tokenizer(options), rows), *([skip] if skip else [])]
 
     @staticmethod
+    def embedding_widths(options: GenerationModelOptions) -> Widths:
+        width = inspect_clip(options.ckpt, text_slot(options.v2)).values["width"]
+        return dict.fromkeys(FAMILY.embedding_keys, width)
+
+    @staticmethod
+    def text_layers(options: GenerationModelOptions) -> list[str]:
+        return text_layers(inspect_sd_unet(options.ckpt).params)
+
+    @staticmethod
     def load_prompt_encoder(options: GenerationModelOptions, dtype: torch.dtype, device: torch.device) -> PromptEncoder:
         """The text encoder and its tokenizer."""
-        tokenizer = WordTokenizer(_tokenizer(options))
+        tokenizer = _tokenizer(options)
         encoder = load_text_encoder_sd(options.ckpt, options.v2, dtype, device)
         return PromptEncoder(
             lambda length: SdTokenizeStrategy(options.v2, length, tokenizer=tokenizer),

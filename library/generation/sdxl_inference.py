@@ -22,6 +22,7 @@ from library.training.wiring.base import tokenizer_problems
 from library.training.wiring.unet import about_slot, slot_problem
 
 if TYPE_CHECKING:
+    from library.checkpoints.embeddings import Widths
     from library.generation.pipeline import PictureMaker
 
 
@@ -41,6 +42,11 @@ class SdxlScript(ImageScript[SdxlRequest]):
     def notices(self, config: Config) -> list[str]:
         told = "--prompt2 goes to the second text encoder with its own padding (known scripts give both encoders the first prompt)"
         return [told, *sampler_notices(config[SdxlPromptOptions].sampler)]
+
+    def embedding_widths(self, config: Config) -> Widths:
+        from library.sdxl_utils import embedding_widths
+
+        return embedding_widths(config[SdxlModelOptions].ckpt_path)
 
     def load(self, config: Config) -> PictureMaker[SdxlRequest]:
         from library.generation.sdxl_pipeline import load_pipeline

@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from library.core.errors import ConfigError, problems_of
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, option
 from library.core.plugins import PluginOptions
-from library.generation.adapter_files import AdapterChoice, parse_adapter_argument
+from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     DTYPE_NAMES,
     SampledRequest,
     SessionOptions,
     dtype_problem,
+    guidance_letters,
     read_negative,
     request_of,
     too_small_problems,
 )
 from library.training.inference_samplers import SAMPLER_HELP, SAMPLER_NAMES, check_sampler
 from library.training.option_groups import ConsoleOptions
-from library.training.sampling_prompts import DRAWN, LineOption, read_number
+from library.training.sampling_prompts import DRAWN, LineOption
 
 SIZE_STEP = 8
 LARGEST_STEPS = 1000
@@ -103,7 +104,7 @@ class SdxlPromptOptions:
         return request_of(SdxlRequest, self)
 
 
-GROUPS = (PluginOptions, SdxlModelOptions, SdxlPromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, SdxlModelOptions, EmbeddingOptions, SdxlPromptOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,5 +128,5 @@ LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
     "s": LineOption("steps", read_steps),
     "p2": LineOption("prompt2", read_negative),
-    "l": LineOption("cfg_scale", read_number),
+    **guidance_letters(),
 }

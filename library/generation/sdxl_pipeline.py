@@ -18,12 +18,13 @@ from library.device_utils import get_preferred_device
 from library.families.sdxl import FAMILY
 from library.generation.adapters import load_with_adapters
 from library.generation.pipeline import PictureMaker
-from library.generation.prompt_encoder import PromptEncoder, WordTokenizer, tokenizer_problems
+from library.generation.prompt_encoder import PromptEncoder, tokenizer_problems
 from library.generation.sampling_utils import Conditioning
 from library.generation.sdxl_options import SdxlModelOptions, SdxlRequest
 from library.generation.unet_pipeline import ControlledPredict, UNetPipeline
 from library.sdxl_train_utils import predict_noise
 from library.sdxl_utils import (
+    embedding_widths,
     inspect_sdxl_unet,
     inspect_vae_sdxl,
     load_text_encoders_sdxl,
@@ -35,6 +36,7 @@ from library.sdxl_utils import (
 from library.strategy_sdxl import SECOND_PAD, SdxlTextEncodingStrategy, SdxlTokenizeStrategy
 
 if TYPE_CHECKING:
+    from library.checkpoints.embeddings import Widths
     from library.checkpoints.loading import Transform
     from library.generation.gen_img.options import GenerationModelOptions
 
@@ -81,11 +83,15 @@ class SdxlPipeline(UNetPipeline[SdxlRequest]):
         return [*found, width] if width else found
 
     @staticmethod
+    def embedding_widths(options: GenerationModelOptions) -> Widths:
+        return embedding_widths(options.ckpt)
+
+    @staticmethod
     def load_prompt_encoder(options: GenerationModelOptions, dtype: torch.dtype, device: torch.device) -> PromptEncoder:
         """Both text encoders and their tokenizers, which differ in their padding."""
         where = (options.clip_tokenizer, options.tokenizer_cache_dir)
-        first = WordTokenizer(load_clip_tokenizer(*where, option="--clip_tokenizer"))
-        second = WordTokenizer(load_clip_tokenizer(*where, pad_token=SECOND_PAD, option="--clip_tokenizer"))
+        first = load_clip_tokenizer(*where, option="--clip_tokenizer")
+        second = load_clip_tokenizer(*where, pad_token=SECOND_PAD, option="--clip_tokenizer")
         encoders = load_text_encoders_sdxl(options.ckpt, dtype, device)
         return PromptEncoder(
             lambda length: SdxlTokenizeStrategy(length, tokenizers=(first, second)), SdxlTextEncodingStrategy(),

@@ -18,6 +18,7 @@ from library.generation.unet_sampling import SamplingRun, guided_predictor
 from library.training.inference_samplers.discrete import Predict
 
 if TYPE_CHECKING:
+    from library.checkpoints.embeddings import Widths
     from library.components.control_models import Control
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
@@ -62,7 +63,8 @@ class UNetPipeline(PicturePipeline[Request]):
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             parts = latents.split(rows)
-            return torch.cat([predictor(part, timestep) for predictor, part in zip(predictors, parts, strict=True)])
+            made = [predictor(part, timestep, self.control) for predictor, part in zip(predictors, parts, strict=True)]
+            return torch.cat(made)
 
         return guided_predictor(
             predict, ("negative", "positive") if with_cfg else ("positive",), request.cfg_scale, None
@@ -84,6 +86,16 @@ class UNetPipeline(PicturePipeline[Request]):
     @abstractmethod
     def text_problems(options: GenerationModelOptions) -> list[str]:
         """What is wrong with text encoders and tokenizers."""
+
+    @staticmethod
+    @abstractmethod
+    def embedding_widths(options: GenerationModelOptions) -> Widths:
+        """Widths of the vectors that text encoders take, from headers. CheckpointError."""
+
+    @staticmethod
+    def text_layers(options: GenerationModelOptions) -> list[str]:
+        """The layers for each of which a word can have vectors of its own; none where it cannot."""
+        return []
 
     @staticmethod
     @abstractmethod

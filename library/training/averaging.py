@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from library.core.errors import CheckpointError
+from library.custom_offloading_utils import moving_weights
 
 
 class WeightAverage:
@@ -46,12 +47,13 @@ class WeightAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the weights are the average; afterwards they are as before, to the bit. Where both have one type and
-        place their memory is exchanged and nothing is copied."""
+        place their memory is exchanged and nothing is copied, but for weights whose memory block swap gives to others."""
+        moving = set().union(*(moving_weights(module) for module in self._modules().values()))
         exchanged: dict[torch.nn.Parameter, torch.Tensor] = {}
         copied: dict[torch.nn.Parameter, torch.Tensor] = {}
         for name, parameter in self.parameters().items():
             average, data = self.tensors[name], parameter.data
-            if average.dtype == data.dtype and average.device == data.device:
+            if average.dtype == data.dtype and average.device == data.device and parameter not in moving:
                 exchanged[parameter], parameter.data = data, average
             else:
                 copied[parameter] = data.to("cpu", copy=True)
@@ -75,8 +77,7 @@ class WeightAverage:
         if wrong:
             raise CheckpointError(
                 f"{self._what} in the state does not fit this run: {len(wrong)} weights differ (first: {min(wrong)}); "
-                "resume with the"
-                " network options of the interrupted run"
+                "resume with the options of the interrupted run"
             )
         self.tensors = {
             name: state[name].to("cpu" if self._on_cpu else p.device, torch.float32) for name, p in parameters.items()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.core.atomic_file import unwritable
-from library.core.errors import AtelierError, ConfigError, Problems
+from library.core.errors import AtelierError, ConfigError, Problems, problems_of
 from library.core.file_limits import cut_name, name_length, name_limit
 from library.core.options import Config, MissingGroup
 from library.core.text_files import parse_toml, read_text
@@ -47,6 +47,7 @@ from library.training.schedulers import SchedulerOptions, parse_step_count
 from library.training.whole_models import side_endings
 
 if TYPE_CHECKING:
+    from library.checkpoints.embeddings import WordVectors
     from library.training.trainables.base import Trainable
     from library.training.wiring.base import ModelFamily
 
@@ -64,7 +65,9 @@ def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[s
             problems.add(message)
     for message in sampling_problems(config, family.prompt_options()):
         problems.add(message)
-    problems.attempt(family.check)
+    found = problems_of(family.check)
+    for message in [*found, *prompt_word_problems(config, family, has_model=not found)]:
+        problems.add(message)
     problems.attempt(lambda: trainable.check(family))
     return problems.messages
 
@@ -175,7 +178,8 @@ def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainab
 def layout_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
     """What is trained can be a folder, where one is asked for."""
     layout = config[SavingOptions].save_model_as
-    if layout not in FOLDER_FORMATS or (trainable.writes_folders and family.writes_folders):
+    can = trainable.writes_folders and (family.writes_folders or trainable.has_own_folder)
+    if layout not in FOLDER_FORMATS or can:
         return []
     if trainable.writes_folders:
         return [f"--save_model_as is {layout}; models of this family are not written as folders, use safetensors"]
@@ -194,6 +198,26 @@ def sampling_problems(config: Config, options: Mapping[str, LineOption] = IMAGE_
     except ConfigError as error:
         return list(error.problems)
     return []
+
+
+def prompt_words(config: Config, family: ModelFamily) -> list[WordVectors]:
+    """The words of --textual_inversion_embeddings. ConfigError."""
+    from library.generation.words import read_words
+
+    files = config[SamplingOptions].textual_inversion_embeddings
+    return read_words(files, (), family.embedding_widths(), "textual_inversion_embeddings") if files else []
+
+
+def prompt_word_problems(config: Config, family: ModelFamily, *, has_model: bool) -> list[str]:
+    """Files of words fit the text encoders, where these can be told."""
+    from library.generation.words import missing_files
+
+    files = config[SamplingOptions].textual_inversion_embeddings
+    if files and not family.record.embedding_keys:
+        return [f"--textual_inversion_embeddings: {family.name} has no textual inversion: no words can be added to its text"]
+    if not has_model:
+        return missing_files(files or (), "textual_inversion_embeddings")
+    return problems_of(lambda: prompt_words(config, family))
 
 
 def resume_problems(config: Config) -> list[str]:
@@ -263,7 +287,7 @@ def changed_fixed_problems(config: Config, family: ModelFamily, trainable: Train
         return []  # told by the check of --resume
     except AtelierError as error:
         return [str(error)]
-    return fixed_problems(folder, state, recorded, config[LoopOptions].seed, own)
+    return fixed_problems(folder, state, recorded, config[LoopOptions].seed, own, trainable.begins_with)
 
 
 def logging_problems(config: Config) -> list[str]:

@@ -125,6 +125,8 @@ def _idle_samples(sampling: SamplingOptions) -> Iterator[tuple[str, str]]:
             "sample_prompts",
             "has no effect without --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first",
         )
+    if sampling.textual_inversion_embeddings and not (sampling.sample_prompts and given):
+        yield "textual_inversion_embeddings", "has no effect: its words are for sample images, and none are made"
 
 
 def _idle_memory(config: Config) -> Iterator[tuple[str, str]]:

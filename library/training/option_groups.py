@@ -539,6 +539,11 @@ class SamplingOptions:
     )
     sample_at_first: bool = option(False, help="make sample images before the first step")
     sample_prompts: str | None = option(None, help="file of prompts (.txt, .toml or .json)")
+    textual_inversion_embeddings: list[str] | None = option(
+        None, nargs="*",
+        help="files of textual inversions whose words sample prompts may have; the name of a file without its ending is "
+        "the word. Captions do not know them"
+    )
 
     def __post_init__(self) -> None:
         raise_problems(too_small(self, 1, "sample_every_n_steps", "sample_every_n_epochs"))
@@ -570,7 +575,7 @@ class NoiseOptions:
     multires_noise_iterations: int | None = option(
         None, help="noise of several resolutions: number of levels (6 to 10)", most=1000
     )
-    multires_noise_discount: float = option(0.3, help="share of each coarser level of the noise")
+    multires_noise_discount: float = option(0.3, least=0, most=1, help="share of each coarser level of the noise")
     ip_noise_gamma: float | None = option(None, help="strength of the noise that perturbs the input alone")
     ip_noise_gamma_random_strength: bool = option(False, help="draw the strength from 0..--ip_noise_gamma")
     zero_terminal_snr: bool = option(False, help="rescale the noise schedule to end without signal")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,6 +11,7 @@ from library.core.options import Config, option_fields
 from library.core.registry import Registry
 from library.training.checkpoint import AVERAGED
 from library.training.hooks.base import Hook
+from library.training.new_words import AddedWordOptions
 from library.training.option_groups import HookOptions
 
 
@@ -64,6 +66,29 @@ def _refusal(method: Callable[..., object], bound: Sequence[str], words: Sequenc
     return None
 
 
+LIKE = 0.8
+"""how alike a name must be to one that is called, from 0 to 1"""
+
+
+def names_never_called(cls: type[Hook]) -> list[str]:
+    """A line for every method that a hook adds under a name much like one that a run calls, or that begins with `on_` as
+    those do: such a one is probably misspelled, and never called."""
+    known = [name for name in vars(Hook) if not name.startswith("_")]
+    bases = cls.__mro__[: cls.__mro__.index(Hook)]
+    own = dict.fromkeys(name for base in bases for name, value in vars(base).items() if inspect.isfunction(value))
+    lines = []
+    for name in own:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=LIKE)
+        if name.startswith("_") or name in known or not (near or name.startswith("on_")):
+            continue
+        meant = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(n for n in known if n.startswith('on_'))}."
+        lines.append(
+            f"the hook {cls.__name__} has a method {name}, which a run never calls{meant} Give a method of its own another"
+            " name, or one that begins with _"
+        )
+    return lines
+
+
 def option_groups_of(names: Iterable[str], present: Iterable[str]) -> tuple[type, ...]:
     """Groups of the options that these hooks declare; ConfigError when one has the name of an option that is there."""
     taken, groups, problems = set(present), [], Problems()
@@ -94,4 +119,6 @@ def companion_endings(config: Config) -> Sequence[str]:
         classes = hook_classes((config[HookOptions].hook if HookOptions in config else None) or ())
     except ConfigError:
         classes = []  # told where the options are read
-    return list(dict.fromkeys([AVERAGED, *(ending for cls in classes for ending in cls.companions)]))
+    words = config[AddedWordOptions].companions if AddedWordOptions in config else ()
+    words = [*words, *(f"{ending}{AVERAGED}" for ending in words)]
+    return list(dict.fromkeys([AVERAGED, *words, *(ending for cls in classes for ending in cls.companions)]))

@@ -12,15 +12,16 @@ import dataclasses
 import functools
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from library.core.errors import ConfigError
-from library.core.options import Config
+from library.core.options import Config, option_fields
+from library.core.plugins import PluginOptions, import_plugins
 from library.core.registry import Registry, import_target
 from library.families.registry import record_of, variants_of
-from library.training.config_file import read_config_file
+from library.training.config_file import convert_value, read_config_file
 from library.training.option_groups import SHARED_GROUPS, ConfigFileOptions, HookOptions
 from library.training.option_reader import Note, OptionReader, Script, parser_of
 
@@ -51,6 +52,11 @@ PATH_OPTIONS: tuple[str, ...] = (
 
 NEW_WORDS_LEARN = "the text encoders read the vectors that learn in every step, so that their outputs are new each time"
 
+CONTROL_IS_NO_MASK = (
+    "the conditioning images are what the net sees; masks are the alpha channels of the images, with alpha_mask = true in"
+    " the dataset"
+)
+
 TRAINABLES: Registry[type] = Registry(
     "trainable",
     group="trainables",
@@ -64,7 +70,8 @@ TRAINABLES: Registry[type] = Registry(
         isinstance(found, type) and all(hasattr(found, name) for name in ("options", "attach", "param_groups", "save"))
     ),
 )
-"""What is learned, by the name that a script gives. `options`: its group, importable without torch; `ignored`: shared
+"""What is learned, by the name that a script gives. `options`: its group, importable without torch; `beside`: a function
+of the family's record that gives further groups; `ignored`: shared
 options without meaning for this kind of training, name -> reason, or a function as `foreign` is; `refused`: those
 without which the result would be another, or such a function; `foreign`: a function of the family's record and the
 name that tells which options of the group the family's script lacks; `defaults`: of shared options, where they differ;
@@ -72,8 +79,9 @@ name that tells which options of the group the family's script lacks; `defaults`
 follow from these. One from outside says the first two in its class."""
 TRAINABLES.add(
     "network",
-    "library.training.trainables.network:NetworkTrainable",
+    "library.training.trainables.network_words:NetworkWithWords",
     options="library.training.adapters:NetworkOptions",
+    beside="library.training.new_words:groups_beside_adapter",
     ignored={
         "fused_backward_pass": "gradients of a network are few, are averaged over processes and clipped by their common norm, which"
         " needs all of them at once; the option saves memory in full fine-tuning only",
@@ -93,17 +101,27 @@ for _name, _class in (("full", "FullTrainable"), ("dreambooth", "DreamBooth")):
         stands_for={"use_t5xxl_cache_only": {"cache_text_encoder_outputs": True}},
     )
 
+for _name, _class in (("textual_inversion", "TextualInversion"), ("textual_inversion_xti", "LayeredTextualInversion")):
+    TRAINABLES.add(
+        _name,
+        f"library.training.trainables.textual_inversion:{_class}",
+        options="library.training.new_words:TextualInversionOptions",
+        foreign="library.training.new_words:foreign_options",
+        defaults={"save_model_as": "pt"},
+        refused={
+            "cache_text_encoder_outputs": NEW_WORDS_LEARN,
+            "cache_text_encoder_outputs_to_disk": NEW_WORDS_LEARN,
+            "fused_backward_pass": "a few vectors learn, whose gradients take no memory that it could save",
+        },
+    )
+
 TRAINABLES.add(
-    "textual_inversion",
-    "library.training.trainables.textual_inversion:TextualInversion",
-    options="library.training.new_words:TextualInversionOptions",
-    foreign="library.training.new_words:foreign_options",
-    defaults={"save_model_as": "pt"},
-    refused={
-        "cache_text_encoder_outputs": NEW_WORDS_LEARN,
-        "cache_text_encoder_outputs_to_disk": NEW_WORDS_LEARN,
-        "fused_backward_pass": "a few vectors learn, whose gradients take no memory that it could save",
-    },
+    "control_net",
+    "library.training.trainables.control_net:ControlNetTrainable",
+    options="library.training.control_nets:ControlNetOptions",
+    foreign="library.training.control_nets:foreign_options",
+    ignored="library.training.control_nets:ignored_options",
+    refused={"masked_loss": CONTROL_IS_NO_MASK},
 )
 
 TRAINABLES.add(
@@ -111,7 +129,10 @@ TRAINABLES.add(
     "library.training.trainables.lllite:LLLiteTrainable",
     options="library.training.lllite:LLLiteOptions",
     foreign="library.training.lllite:foreign_options",
-    refused={"fused_backward_pass": "a small network learns, whose gradients take no memory that it could save"},
+    refused={
+        "masked_loss": CONTROL_IS_NO_MASK,
+        "fused_backward_pass": "a small network learns, whose gradients take no memory that it could save",
+    },
 )
 
 
@@ -130,25 +151,44 @@ class Parsed:
     notes: tuple[Note, ...]
 
 
-def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
-    """The family itself, or the variant that an option on the command line or in its configuration file chooses instead
-    (`FamilyRecord.variant_of`). Whatever is wrong with the options is told when they are read with those of the
-    family."""
-    variants = variants_of(family)
-    if not variants:
-        return family
+def import_named_plugins(argv: Sequence[str] | None) -> None:
+    """The modules of --plugins, on the command line or in its configuration file, before names are looked up: they may
+    register variants, and values of options that only names from outside can have. What is wrong with them is told when
+    the options are read."""
+    value = _early_values(argv, ()).get("plugins")
+    try:
+        import_plugins(convert_value(PluginOptions, "plugins", value) or () if value else ())
+    except (ConfigError, ValueError):
+        return
+
+
+def _early_values(argv: Sequence[str] | None, names: Iterable[str]) -> dict[str, Any]:
+    """What the command line, or else its configuration file, says of --plugins and of these options; nothing where one
+    of them cannot be read."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("config_file", *dict.fromkeys(record.variant_of[1] for record in variants if record.variant_of)):
-        reader.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), dest=name)
+    for name in ("config_file", "plugins", *names):
+        flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        reader.add_argument(*flags, dest=name, nargs="*" if name == "plugins" else None)
     try:
         given = vars(reader.parse_known_args(sys.argv[1:] if argv is None else list(argv))[0])
         in_file = read_config_file(given["config_file"]) if given["config_file"] else {}
     except (argparse.ArgumentError, ConfigError):
-        return family
-    values = {
+        return {}
+    return {
         **{key.replace("-", "_"): value for key, value in in_file.items()},
         **{key: value for key, value in given.items() if value is not None},
     }
+
+
+def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
+    """The family itself, or the variant that an option on the command line or in its configuration file chooses instead
+    (`FamilyRecord.variant_of`). Whatever is wrong with the options is told when they are read with those of the
+    family."""
+    import_named_plugins(argv)
+    variants = variants_of(family)
+    if not variants:
+        return family
+    values = _early_values(argv, dict.fromkeys(record.variant_of[1] for record in variants if record.variant_of))
     for record in variants:
         _, name, value = record.variant_of
         if values.get(name) == value:
@@ -159,6 +199,7 @@ def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
 def script(family: str, trainable: str) -> Script:
     """The options of the script that trains `trainable` of `family`."""
     record = record_of(family)
+    own = record.scripts.get(trainable)
     family_class = import_target(record.family)
     options, said = trainable_options(trainable)
     foreign = import_target(said["foreign"])(record, trainable) if said["foreign"] else {}
@@ -166,14 +207,16 @@ def script(family: str, trainable: str) -> Script:
         import_target(table)(record, trainable) if isinstance(table, str) else table or {}
         for table in (said["ignored"], said["refused"])
     )
+    beside = import_target(said["beside"])(record) if said.get("beside") else ()
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
+    further = (group for group in family_class.further_options if not {*option_fields(group)} & {*option_fields(options)})
     return Script(
         family,
         trainable,
-        classes=(*first, family_class.options, options, *packages, *rest),
+        classes=(*first, family_class.options, *further, options, *beside, *packages, *rest),
         refused={**family_class.refused, **refused},
-        defaults={**family_class.defaults, **(said["defaults"] or {})},
+        defaults={**family_class.defaults, **(said["defaults"] or {}), **(own.defaults if own else {})},
         ignored={**family_class.ignored, **ignored},
         foreign={**family_class.foreign, **foreign},
         read_values=family_class.read_values,
@@ -199,6 +242,7 @@ def parse(argv: Sequence[str] | None, family: str, trainable: str) -> Config:
 def parse_command(argv: Sequence[str] | None, family: str, trainable: str) -> Parsed:
     """Like `parse`, with the log lines handed back: the log is set up from the options themselves."""
     argv = sys.argv[1:] if argv is None else argv
+    import_named_plugins(argv)
     return parse_script(argv, with_own_hooks(script(family, trainable), argv))
 
 

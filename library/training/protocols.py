@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, TypedDict, Union, runtime_checkable
 if TYPE_CHECKING:
     import torch
 
+    from library.checkpoints.loading import CheckpointFiles
     from library.dataset.batch import Batch
     from library.dataset.captions import Replacements
     from library.dataset.items import ImageItem
@@ -99,6 +100,13 @@ class BatchSource(Protocol):
 
     def metadata(self) -> list[dict[str, Plain]]:
         """A record of each dataset."""
+
+
+class BaseInfo(Protocol):
+    """What the headers of a denoiser's file tell: where its tensors are, and its hyper-parameters."""
+
+    source: CheckpointFiles
+    params: object
 
 
 class AdapterNetwork(Protocol):

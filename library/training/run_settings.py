@@ -162,10 +162,11 @@ def plain(value: Any) -> Any:
 
 
 def fixed_problems(
-    folder: Path, state: Mapping[str, Any], recorded: RunSettings | None, seed: int | None, own: Mapping[str, Any]
+    folder: Path, state: Mapping[str, Any], recorded: RunSettings | None, seed: int | None, own: Mapping[str, Any],
+    begins_with: str,
 ) -> list[str]:
     """Settings that a state is bound to and that this run has otherwise. `state`: content of train_state.json; `seed`:
-    None takes that of the state; `own`: `fixed_settings` of this run."""
+    None takes that of the state; `own`: `fixed_settings` of this run; `begins_with`: that of its trainable."""
     problems = []
     if seed is not None and "seed" in state and state["seed"] != seed:
         problems.append(
@@ -180,8 +181,7 @@ def fixed_problems(
         if isinstance(value, dict) and isinstance(earlier, dict):
             problems += [
                 f"--{name} has {_written(key, value)}; the run of --resume {folder} has {_written(key, earlier)}, and "
-                "the layers of a network"
-                f" cannot change: {_advice(name)}"
+                f"what learns cannot change: {_advice(name, begins_with)}"
                 for key in dict.fromkeys((*earlier, *value))
                 if earlier.get(key) != value.get(key)
             ]
@@ -189,10 +189,10 @@ def fixed_problems(
             what = (
                 "the state of another optimizer does not fit"
                 if name == "optimizer_type"
-                else "the layers of a network cannot change"
+                else "what learns cannot change"
             )
             problems.append(
-                f"--{name} is {value}; the run of --resume {folder} has {earlier}, and {what}: {_advice(name)}"
+                f"--{name} is {value}; the run of --resume {folder} has {earlier}, and {what}: {_advice(name, begins_with)}"
             )
     return problems
 
@@ -201,8 +201,8 @@ def _written(key: str, pairs: Mapping[str, Any]) -> str:
     return f"{key}={pairs[key]}" if key in pairs else f"no {key}"
 
 
-def _advice(name: str) -> str:
-    return f"give the same --{name}, or begin a new run from the weights with --network_weights"
+def _advice(name: str, begins_with: str) -> str:
+    return f"give the same --{name}, or begin a new run from the weights with {begins_with}"
 
 
 def changed(earlier: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,6 @@ from library.core.text_files import parse_json, parse_toml
 from library.core.text_files import read_text as read_text_file
 from library.families.record import SampleDefaults
 from library.families.registry import by_family
-from library.training.new_words import words_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,17 +110,32 @@ read_steps = Whole(0, LARGEST_STEPS, 28)
 read_seed = Seed(0, LARGEST_SEED, 42)
 
 
-def read_number(text: str) -> float:
-    if not FLOAT_PATTERN.fullmatch(text):
-        raise ValueError("a number is needed, e.g. 3.5")
-    return finite(float(text))
+@dataclass(frozen=True)
+class Number:
+    """Reads a number from `least`, or from above `above`, to `most`."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+
+    def __call__(self, text: str) -> float:
+        if not FLOAT_PATTERN.fullmatch(text):
+            raise ValueError("a number is needed, e.g. 3.5")
+        return self.checked(float(text))
+
+    def checked(self, value: float) -> float:
+        needed = number_problem(value, is_whole=False, most=self.most, least=self.least)
+        if needed is None and self.above is not None and value <= self.above:
+            needed = f"a number above {self.above:g}"
+        if needed is not None:
+            raise ValueError(f"{needed} is needed")
+        return float(value)
 
 
-def finite(value: float) -> float:
-    needed = number_problem(value, is_whole=False)
-    if needed is not None:
-        raise ValueError(f"{needed} is needed")
-    return value
+read_number = Number()
+read_share = Number(0, 1)
+read_not_negative = Number(0)
+read_shift = Number(above=0)
 
 
 def read_text(text: str) -> str:
@@ -135,24 +149,26 @@ class LineOption:
     field: str
     convert: Callable[[str], Any]
     repeats: bool = False
+    ignored: str = ""
+    """why it changes nothing, where it is read for the sake of lines that others know"""
 
 
 _SHARED_LINE_OPTIONS = {
     "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side),
     "d": LineOption("seed", read_seed),
-    "s": LineOption("sample_steps", read_whole), "g": LineOption("guidance_scale", read_number),
+    "s": LineOption("sample_steps", read_whole), "g": LineOption("guidance_scale", read_not_negative),
     "n": LineOption("negative_prompt", read_text),
 }
 IMAGE_LINE_OPTIONS: Mapping[str, LineOption] = {
     **_SHARED_LINE_OPTIONS,
     "l": LineOption("scale", read_number), "ss": LineOption("sample_sampler", read_text),
     "cn": LineOption("controlnet_image", read_text),
-    "ctr": LineOption("cfg_trunc_ratio", read_number), "rcfg": LineOption("renorm_cfg", read_number),
-    "fs": LineOption("flow_shift", read_number),
+    "ctr": LineOption("cfg_trunc_ratio", read_share), "rcfg": LineOption("renorm_cfg", read_not_negative),
+    "fs": LineOption("flow_shift", read_shift),
 }
 VIDEO_LINE_OPTIONS: Mapping[str, LineOption] = {
     **_SHARED_LINE_OPTIONS,
-    "f": LineOption("frame_count", Whole(1, MOST_FRAMES, 25)), "fs": LineOption("discrete_flow_shift", read_number),
+    "f": LineOption("frame_count", Whole(1, MOST_FRAMES, 25)), "fs": LineOption("discrete_flow_shift", read_shift),
     "l": LineOption("cfg_scale", read_number),
     "i": LineOption("image_path", read_text), "ei": LineOption("end_image_path", read_text),
     "cn": LineOption("control_video_path", read_text),
@@ -192,6 +208,9 @@ def parse_pieces(line: str, where: str, options: Mapping[str, LineOption]) -> tu
             value = _checked(entry.field, entry.convert(text))
         except ValueError as error:
             problems.add(f"{where}: --{name} is '{text}'; {error}")
+            continue
+        if entry.ignored:
+            logger.warning("%s: --%s has no effect: %s", where, name, entry.ignored)
             continue
         values[entry.field] = (*values.get(entry.field, ()), value) if entry.repeats else value
     problems.raise_if_any()
@@ -349,7 +368,8 @@ def _checked_key(option: LineOption, value: Any) -> Any:
         or (is_whole and value < 0 and not isinstance(option.convert, Seed))
     ):
         raise ValueError("a whole number, 0 or more, is needed" if is_whole else "a number is needed")
-    return _checked(option.field, option.convert.checked(value) if is_whole else float(finite(value)))
+    number = option.convert if isinstance(option.convert, (Whole, Number)) else read_number
+    return _checked(option.field, number.checked(value))
 
 
 SAMPLE_DEFAULTS: Mapping[str, SampleDefaults] = by_family(lambda record: record.samples)
@@ -368,9 +388,11 @@ def with_defaults(prompt: SamplePrompt, defaults: SampleDefaults) -> SamplePromp
     return dataclasses.replace(prompt, **values)
 
 
-def unused_settings(prompts: Sequence[SamplePrompt], defaults: SampleDefaults) -> list[str]:
-    """Settings that prompts give and a family does not read, for one warning at start."""
-    used = {"prompt", "enum", "negative_prompt", "width", "height", "seed", *defaults.settings, *defaults.reads}
+def unused_settings(
+    prompts: Sequence[SamplePrompt], defaults: SampleDefaults, more: Collection[str] = ()
+) -> list[str]:
+    """Settings that prompts give and neither a family reads nor who reads `more`, for one warning at start."""
+    used = {"prompt", "enum", "negative_prompt", "width", "height", "seed", *defaults.settings, *defaults.reads, *more}
     return sorted({key for prompt in prompts for key in prompt.to_dict()} - used)
 
 
@@ -412,14 +434,12 @@ def sample_file_name(
     return "sample/" + "_".join(part for part in parts if part is not None) + extension
 
 
-def replace_token(prompt: SamplePrompt, token: str, count: int) -> SamplePrompt:
-    """`token` of a textual inversion with `count` vectors becomes `token token1 token2 ...`, in the negative prompt
-    too."""
-    words, negative = " ".join(words_of(token, count)), prompt.negative_prompt
-    pattern = whole_word(token)
+def replace_words(prompt: SamplePrompt, token: str, words: Sequence[str]) -> SamplePrompt:
+    """`token` of a textual inversion becomes the `words` of its vectors, in the negative prompt too."""
+    text, negative, pattern = " ".join(words), prompt.negative_prompt, whole_word(token)
     return dataclasses.replace(
-        prompt, prompt=pattern.sub(lambda _: words, prompt.prompt),
-        negative_prompt=None if negative is None else pattern.sub(lambda _: words, negative)
+        prompt, prompt=pattern.sub(lambda _: text, prompt.prompt),
+        negative_prompt=None if negative is None else pattern.sub(lambda _: text, negative)
     )
 
 

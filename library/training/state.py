@@ -176,7 +176,8 @@ def resume(run: Run, folder: Path | None) -> None:
     counters, changes = None, {}
     if folder is not None:
         counters = read_train_state(folder)
-        problems = fixed_problems(folder, counters, read_settings(folder), run.step.seed, run.settings.fixed)
+        recorded, own = read_settings(folder), run.settings.fixed
+        problems = fixed_problems(folder, counters, recorded, run.step.seed, own, run.trainable.begins_with)
         if problems:  # those of a local folder were told before models were loaded
             raise ConfigError(problems)
         changes = load_state(run, folder, counters["current_step"])
@@ -296,7 +297,7 @@ def load_weights(run: Run, folder: Path) -> None:
             raise CheckpointError(
                 f"the weights in {path} do not fit this run: {len(wrong)} of {len(own)} tensors differ"
                 f" (first: {wrong[0] if wrong else sorted(set(part) - set(own))[0]});"
-                f" resume with {'each --hook and its options' if is_hook else 'the network options'} of the "
+                f" resume with {'each --hook and its options' if is_hook else 'the model and the options'} of the "
                 "interrupted run"
             )
         module.load_state_dict(part)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -45,7 +45,7 @@ from library.training.loss import LossFunction
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
 from library.training.option_groups import LoopOptions, MemoryOptions, ResumeOptions, SamplingOptions, SavingOptions
-from library.training.own_hooks import make_hooks
+from library.training.own_hooks import make_hooks, names_never_called
 from library.training.progress import Progress
 from library.training.run import Models, Run
 from library.training.run_lock import claimed_output
@@ -61,6 +61,9 @@ from library.training.stopping import command_going_on, exit_code_of_signal
 from library.training.timestep_samplers import TimestepOptions
 from library.training.trainables.base import Trainable
 from library.training.wiring.base import ModelFamily
+
+if TYPE_CHECKING:
+    from library.generation.words import PromptWords
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +123,7 @@ class Trainer:
         trained = self.trainable.trains_text_encoders(self.family)
         strategies = self.family.strategies(trained)
         self.trainable.prepare_tokenizers(self.family, strategies)
+        strategies = self.trainable.text_strategies(strategies)
         strategies.mark_text_models(self.trainable.transform_identity(self.family))
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
@@ -136,7 +140,10 @@ class Trainer:
         self.on_main(runtime, self.take_output)
         self.family.transform = self.trainable.transform(self.family)
         vae, beside_vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
-        text = self.text_phase(data, strategies, runtime, prompts)
+        words = self.prompt_words(strategies) if prompts else None
+        if words is not None:
+            strategies = dataclasses.replace(strategies, prompt_text=words.text)
+        text = self.text_phase(data, strategies, runtime, prompts, words)
         models = Models(
             vae, text.text_encoders, self.denoiser_phase(runtime), {**beside_vae, **self._parts(runtime, "denoiser")}
         )
@@ -179,6 +186,8 @@ class Trainer:
         problems.attempt(lambda: check_replacements(self.added_hooks))
         for hook in self.added_hooks:
             problems.attempt(lambda hook=hook: hook.check(self.config, self.family, self.trainable))
+            for line in names_never_called(type(hook)) if is_main_process() else ():
+                logger.warning(line)
         rules = self.trainable.dataset_rules(self.family)
         found = problems.attempt(lambda: find_data(self.config, self.family.architecture, rules))
         try:
@@ -247,7 +256,8 @@ class Trainer:
         return {name: self._frozen(part) for name, part in self.family.load_parts(runtime, beside).items()}
 
     def text_phase(
-        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[SamplePrompt]
+        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[SamplePrompt],
+        words: PromptWords | None = None,
     ) -> TextPhase:
         """Encode captions and sample prompts; afterwards only encoders that the step needs are in memory."""
 
@@ -258,6 +268,8 @@ class Trainer:
                 held = dataclasses.replace(runtime, weight_dtype=dtype, text_encoder_dtype=dtype)
             encoders = [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(held)]
             self.trainable.prepare_text_encoders(self.family, encoders, runtime)
+            if words is not None:
+                words.join(encoders, checks.prompt_words(self.config, self.family))
             return encoders
 
         def encode(encoders: list[torch.nn.Module | None]) -> Texts:
@@ -268,6 +280,14 @@ class Trainer:
         )
         clean_memory_on_device()
         return phase
+
+    def prompt_words(self, strategies: StrategySet) -> PromptWords | None:
+        """What reads words of embedding files in sample prompts, once the text encoders are there."""
+        if not self.config[SamplingOptions].textual_inversion_embeddings:
+            return None
+        from library.generation.words import PromptWords
+
+        return PromptWords(strategies.tokenize.tokenizers, (), self.family.record.embedding_keys)
 
     def denoiser_phase(self, runtime: Runtime) -> torch.nn.Module:
         denoiser = self.family.load_denoiser(

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from library.core.errors import AtelierError
+from library.components.lllite_utils import is_lllite, shapes_of
+from library.core.errors import AtelierError, CheckpointError
 from networks.files.file_names import is_kohya_name, names_of_family
 from networks.files.layer_tensors import alpha_of, missing_alphas, rank_of, scale_of
 from networks.files.lora_conversion import is_beside, named_parameter
@@ -60,18 +61,22 @@ class FileReport:
 
 def report(tensors: Mapping[str, torch.Tensor], family: str | None) -> FileReport:
     """Everything that the tensors tell. `family` is None when nothing tells it."""
+    if is_lllite(tensors):
+        return _report_lllite(tensors)
     result, parts = FileReport(), {}
     for key, tensor in tensors.items():
         found = named_parameter(key, tensors)
         if found is None and is_beside(key):
-            result.notes.append(f"{key} is an embedding that was trained with the adapter; it is no part of it")
+            result.notes.append(
+                f"{key} holds {tensor.shape[0] if tensor.ndim > 1 else 1} vectors of a word that was trained with the "
+                "adapter: --network_weights with --token_string, and image scripts, read them"
+            )
             continue
         if found is None:
             result.problems.append(f"{key} belongs to no adapter that is known")
             continue
         parts.setdefault(found[0], {})[found[1]] = tensor
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            result.problems.append(f"{key} has values that are not finite (NaN or infinite)")
+        result.problems += _not_finite(key, tensor)
     for name, own in parts.items():
         try:
             result.layers.append(_layer(name, own))
@@ -82,6 +87,38 @@ def report(tensors: Mapping[str, torch.Tensor], family: str | None) -> FileRepor
     return result
 
 
+def _not_finite(key: str, tensor: torch.Tensor) -> list[str]:
+    finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
+    return [] if finite else [f"{key} has values that are not finite (NaN or infinite)"]
+
+
+def _report_lllite(tensors: Mapping[str, torch.Tensor]) -> FileReport:
+    """A ControlNet-LLLite: what its modules change hangs on the picture, so that there are no norms; the rank is the
+    width of their inner layers."""
+    result = FileReport(naming="LLLite")
+    try:
+        shapes = shapes_of({key: tuple(tensor.shape) for key, tensor in tensors.items()}, "the file")
+    except CheckpointError as error:
+        result.problems.append(str(error))
+        return result
+    for name, shape in shapes.items():
+        result.layers.append(LayerReport(name, "LLLite", "denoiser", _place(name), shape.mlp_dim, None, None))
+    for key, tensor in tensors.items():
+        result.problems += _not_finite(key, tensor)
+    widths = sorted({shape.cond_dim for shape in shapes.values()})
+    result.notes.append(f"the control picture is embedded in {' or '.join(map(str, widths))} channels (cond_emb_dim)")
+    idle = [name for name in shapes if not any(tensors[f"{name}.up.0.{part}"].any() for part in ("weight", "bias"))]
+    if idle:
+        result.notes.append(f"{len(idle)} modules change nothing: their last layer is 0 (first: {idle[0]})")
+    return result
+
+
+def _place(name: str) -> str:
+    """The block of the model that a layer stands in."""
+    block = _BLOCK.search(name)
+    return "other" if block is None else block[1] + (f" {block[2]}" if block[2] else "")
+
+
 def _layer(name: str, tensors: Mapping[str, torch.Tensor]) -> LayerReport:
     kind = known_kind_of(tensors, name)
     rank, alpha = rank_of(tensors), alpha_of(tensors)
@@ -89,9 +126,8 @@ def _layer(name: str, tensors: Mapping[str, torch.Tensor]) -> LayerReport:
         " with DoRA" if "dora_scale" in tensors else " (Tucker)" if "lora_mid.weight" in tensors else ""
     )
     encoder = _ENCODER.match(name)
-    block = _BLOCK.search(name)
-    place = "other" if block is None else block[1] + (f" {block[2]}" if block[2] else "")
-    return LayerReport(name, label, encoder[1] if encoder else "denoiser", place, rank, alpha, _norm(name, tensors))
+    part = encoder[1] if encoder else "denoiser"
+    return LayerReport(name, label, part, _place(name), rank, alpha, _norm(name, tensors))
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from library.checkpoints.embeddings import BUNDLED
 from library.checkpoints.number_formats import narrowed
 from library.core.errors import CheckpointError
 from networks.files.file_names import (
@@ -51,8 +52,6 @@ Module = dict[str, torch.Tensor]
 """parameter name of kohya files -> tensor"""
 
 _PEFT = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
-BUNDLED = "bundle_emb."
-"""embeddings of trigger words that some programs put into the adapter file that was trained with them"""
 _PROCESSOR = re.compile(r"(?P<path>.+)\.(?P<leaf>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight")
 """diffusers before PEFT: the layers of an attention stood in its processor"""
 

@@ -50,11 +50,10 @@ def to_kohya_names(
             raise CheckpointError(f"{label}: {error}") from error
         beside = [key for key in renamed if is_beside(key)]
         if beside:
-            logger.warning(
-                "%s: %d tensors are embeddings of trigger words (%s), which are no part of the adapter; they are left "
-                "out here and kept by tools that"
-                " write adapter files", label, len(beside),
-                ", ".join(sorted({".".join(key.split(".")[:2]) for key in beside})),
+            logger.info(
+                "%s: %d tensors are vectors of words (%s), which are no part of the adapter: image scripts and a training "
+                "with --token_string read them, tools that write adapter files keep them, merging into a model leaves "
+                "them out", label, len(beside), ", ".join(sorted({key.split(".")[1] for key in beside})),
             )  # fmt: skip
         return {key: tensor for key, tensor in renamed.items() if key not in beside}
     return dict(tensors)

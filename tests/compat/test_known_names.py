@@ -218,6 +218,27 @@ library.chroma_models
 Chroma(params)
 ChromaParams()
 
+library.hunyuan_image_utils
+get_timesteps_sigmas(sampling_steps, shift, device)
+step(latents, noise_pred, sigmas, step_i)
+
+library.hunyuan_image_models
+create_model(attn_mode, split_attn, dtype)
+load_hunyuan_image_model(device, dit_path, attn_mode, split_attn, loading_device, dit_weight_dtype, fp8_scaled, lora_weights_list, lora_multipliers)
+
+library.hunyuan_image_vae
+load_vae(vae_path, device, disable_mmap, chunk_size)
+
+library.hunyuan_image_text_encoder
+get_byt5_prompt_embeds_from_tokens(text_encoder, input_ids, text_mask)
+get_byt5_text_tokens(tokenizer, max_length, text_list)
+get_glyph_prompt_embeds(tokenizer, text_encoder, prompt)
+get_qwen_prompt_embeds(tokenizer, vlm, prompt)
+get_qwen_prompt_embeds_from_tokens(vlm, input_ids, attention_mask)
+get_qwen_tokens(tokenizer, prompt)
+load_byt5(ckpt_path, dtype, device, disable_mmap, state_dict)
+load_qwen2_5_vl(ckpt_path, dtype, device, disable_mmap, state_dict)
+
 library.anima_utils
 load_anima_model(device, dit_path, attn_mode, split_attn, loading_device, dit_weight_dtype, fp8_scaled, lora_weights_list, lora_multipliers)
 load_qwen3_text_encoder(qwen3_path, dtype, device, lora_weights, lora_multipliers)
@@ -287,6 +308,12 @@ LoRANetwork(text_encoders, unet, multiplier, lora_dim, alpha, dropout, rank_drop
 create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet)
 create_network_from_weights(multiplier, file, vae, text_encoder, unet, weights_sd, for_inference)
 
+networks.lora_hunyuan_image
+HunyuanImageLoRANetwork(text_encoders, unet, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout, conv_lora_dim, conv_alpha, module_class, modules_dim, modules_alpha, split_qkv, reg_dims, ggpo_beta, ggpo_sigma, reg_lrs, verbose)
+LoRAModule(lora_name, org_module, multiplier, lora_dim, alpha, dropout, rank_dropout, module_dropout)
+create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet)
+create_network_from_weights(multiplier, file, vae, text_encoder, unet, weights_sd, for_inference)
+
 train_network
 NetworkTrainer()
 VideoDialect()
@@ -314,6 +341,7 @@ setup_parser()
 
 hunyuan_image_train_network
 HunyuanImageNetworkTrainer()
+sample_images(accelerator, args, epoch, steps, dit, vae, text_encoders, sample_prompts_te_outputs, prompt_replacement)
 setup_parser()
 """
 TRAINER = """

@@ -1,8 +1,11 @@
-"""Whole optimizer steps of a fine-tune: losses, gradient norms and what became of the weights."""
+"""Whole optimizer steps of a fine-tune of SD3, as its script makes them: losses, gradient norms and what became of the
+weights."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +13,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from library.core.errors import CheckpointError
-from library.training.objective import FlowMatchingObjective, clean_estimate
-from tests.golden_cases import _loaded
+from library.safetensors_utils import save_file_atomic
+from library.training import optimizers
+from library.training.optimizers import OptimizerOptions
+from library.training.parser_common import parse
+from library.training.run import Models
+from library.training.trainables.full import FullTrainable
+from library.training.updaters.single import FusedUpdater
+from library.training.wiring.sd3 import Sd3Family
 from tests.golden_dir import GOLDEN_DIR, load_golden
 
 NAME = "full_step_sd3"
@@ -20,12 +28,14 @@ UPDATE_TOLERANCE = {"AdamW": 5e-3, "Adafactor": 5e-4}
 
 
 def cases() -> list[Any]:
+    """Each case of the file, and those whose fused steps are the same once more with these."""
     path = GOLDEN_DIR / f"{NAME}.safetensors"
     if not path.exists():
-        return [pytest.param(None, id="missing")]
+        return [pytest.param(None, False, id="missing")]
     with safe_open(path, framework="pt") as file:
-        found = json.loads(file.metadata()["golden"])["config"]["cases"]
-    return [pytest.param(case, id=case["name"]) for case in found]
+        listed = json.loads(file.metadata()["golden"])["config"]["cases"]
+    plain = [pytest.param(case, False, id=case["name"]) for case in listed]
+    return plain + [pytest.param(case, True, id=f"{case['name']}-fused") for case in listed if case.get("fused_equal")]
 
 
 def optimizer_of(case: dict[str, Any], parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -36,41 +46,72 @@ def optimizer_of(case: dict[str, Any], parameters: list[Tensor]) -> torch.optim.
     return Adafactor(parameters, **case["args"])
 
 
-def frozen(case: dict[str, Any], key: str, depth: int) -> bool:
-    return any(key.startswith(f"joint_blocks.{depth - 1 - i}.") for i in range(case.get("num_last_block_to_freeze", 0)))
+def options_of(case: dict[str, Any], model: Path, is_fused: bool) -> list[str]:
+    """The command line of a case."""
+    args = {name: value for name, value in case["args"].items() if name != "lr"}
+    words = [
+        f"--pretrained_model_name_or_path={model}", f"--optimizer_type={case['optimizer']}", f"--learning_rate={case['args']['lr']}",
+        f"--max_grad_norm={case['max_grad_norm']}", "--optimizer_args", *(f"{name}={value}" for name, value in args.items()),
+    ]  # fmt: skip
+    frozen = case.get("num_last_block_to_freeze")
+    words += [f"--num_last_block_to_freeze={frozen}"] if frozen else []
+    return words + (["--fused_backward_pass"] if is_fused else [])
 
 
-@pytest.mark.parametrize("case", cases())
-def test_steps_of_sd3(case: dict[str, Any] | None) -> None:
+class Steps:
+    """The steps of a run without its data: family, trainable, optimizer and updater as the options say."""
+
+    def __init__(self, words: list[str]) -> None:
+        config = parse(words, "sd3", "full")
+        runtime: Any = SimpleNamespace(
+            device=torch.device("cpu"), backward=lambda loss: loss.backward(), reduce_gradients=lambda parameters: None,
+            unscale_gradients=lambda: None, **dict.fromkeys(("denoiser_dtype", "weight_dtype", "trained_dtype"), torch.float32),
+        )  # fmt: skip
+        self.family, trainable = Sd3Family(config), FullTrainable(config)
+        self.models = Models(None, [None] * 3, self.family.load_denoiser(runtime).requires_grad_(False))
+        trainable.attach(self.family, self.models, runtime)
+        self.objective, self.updater = self.family.objective(), trainable.updater()
+        optimizer = optimizers.build(config[OptimizerOptions], trainable.param_groups()).optimizer
+        self.learning = [p for group in optimizer.param_groups for p in group["params"]]
+        self.norms: list[float] = []
+        self.run: Any = SimpleNamespace(
+            optimizer=optimizer, max_grad_norm=config[OptimizerOptions].max_grad_norm, runtime=runtime, models=self.models,
+            lr_scheduler=SimpleNamespace(step=lambda: None), hooks=SimpleNamespace(on_gradients_ready=self._note),
+            step=SimpleNamespace(seed=0), progress=SimpleNamespace(global_step=0),
+        )  # fmt: skip
+        self.updater.begin(self.run)
+
+    def _note(self, run: Any) -> None:
+        self.norms.append(torch.nn.utils.get_total_norm([p.grad for p in self.learning]).item())
+
+    def step(self, inputs: dict[str, Tensor], number: int) -> float:
+        times = inputs["timesteps"][number].float() / 1000
+        sample = self.objective.corrupt(inputs["latents"], inputs["noise"][number], times, None)
+        text = {"lg_out": inputs["context"][:, :2], "t5_out": inputs["context"][:, 2:], "lg_pooled": inputs["y"]}
+        output = self.family.predict(self.models, sample, text, None)
+        loss = (output.pred - output.target).square().mean()
+        self.updater.backward(self.run, loss)
+        self.updater.update(self.run)
+        return loss.item()
+
+
+@pytest.mark.parametrize("case, is_fused", cases())
+def test_steps_of_sd3(case: dict[str, Any] | None, is_fused: bool, tmp_path: Path) -> None:
     """The loss compares clean estimate and clean latents, as the family does."""
-    from library.sd3_utils import load_sd3
-
     weights, inputs, expected, config = load_golden(NAME)
-    model = _loaded(load_sd3, weights, {})
-    assert isinstance(case, dict), CheckpointError
-    learning = {
-        key: p.requires_grad_(True) for key, p in model.named_parameters() if not frozen(case, key, model.params.depth)
-    }
-    optimizer = optimizer_of(case, list(learning.values()))
-    objective = FlowMatchingObjective(None, target="latents")
-    losses, norms = [], []
-    for step in range(case["steps"]):
-        times = inputs["timesteps"][step].float() / 1000
-        sample = objective.corrupt(inputs["latents"], inputs["noise"][step], times, None)
-        velocity = model(sample.noisy_latents, sample.timesteps, inputs["y"], inputs["context"])
-        loss = (clean_estimate(velocity, sample.noisy_latents, sample.sigmas) - sample.target).square().mean()
-        loss.backward()
-        losses.append(loss.item())
-        norms.append(torch.nn.utils.get_total_norm([p.grad for p in learning.values()]).item())
-        optimizer.step()
-        optimizer.zero_grad()
+    assert case is not None
+    save_file_atomic({f"model.diffusion_model.{key}": tensor for key, tensor in weights.items()}, tmp_path / "base.safetensors", {})
+    run = Steps(options_of(case, tmp_path / "base.safetensors", is_fused))
+    assert isinstance(run.updater, FusedUpdater) == is_fused
+    losses = [run.step(inputs, number) for number in range(case["steps"])]
 
     def of(name: str) -> Tensor:
         return expected[f"{case['name']}/{name}"]
 
     torch.testing.assert_close(torch.tensor(losses, dtype=torch.float64), of("losses"), rtol=2e-5, atol=0)
-    torch.testing.assert_close(torch.tensor(norms, dtype=torch.float64), of("grad_norms"), rtol=1e-4, atol=0)
-    state, bound = model.state_dict(), UPDATE_TOLERANCE[case["optimizer"]]
+    if not is_fused:
+        torch.testing.assert_close(torch.tensor(run.norms, dtype=torch.float64), of("grad_norms"), rtol=1e-4, atol=0)
+    state, bound = run.models.denoiser.state_dict(), UPDATE_TOLERANCE[case["optimizer"]]
     for key, wanted_norm, wanted_sum in zip(config["keys"], of("delta_norms").tolist(), of("delta_sums").tolist()):
         if key in config["noise_only"]:
             continue

@@ -9,6 +9,7 @@ import pytest
 
 from library.core.errors import ConfigError
 from library.training import sampling_prompts
+from library.training.new_words import words_of as vector_words
 from library.training.sampling_prompts import IMAGE_LINE_OPTIONS, VIDEO_LINE_OPTIONS, SamplePrompt
 from tests.golden_dir import behaviour, behaviour_cases
 
@@ -96,4 +97,4 @@ def test_occasions(case):
 def test_token_vectors():
     case = behaviour(FILE)["token_vectors"]
     prompt = SamplePrompt(prompt=case["prompt"], negative_prompt=case["negative_prompt"])
-    assert sampling_prompts.replace_token(prompt, case["token"], case["count"]).to_dict() == case["expected"]
+    assert sampling_prompts.replace_words(prompt, case["token"], vector_words(case["token"], case["count"])).to_dict() == case["expected"]

@@ -17,7 +17,7 @@ from library.families.registry import FAMILIES
 from library.strategy_sd import SdTokenizeStrategy
 from library.strategy_sdxl import SECOND_PAD, SdxlTokenizeStrategy
 from library.training.new_words import TextualInversionOptions, templates
-from library.training.new_words.rows import start_rows
+from library.components.word_rows import start_rows
 from library.training.parser_common import parse
 from library.training.sampling_prompts import whole_word
 from library.training.trainables.textual_inversion import TextualInversion
@@ -82,10 +82,10 @@ def test_words_and_captions(case, caplog):
     for tokenizer in strategies.tokenize.tokenizers:
         assert tokenizer.convert_tokens_to_ids(case["token_strings"]) == case["token_ids"]
     assert any("--init_word" in record.message for record in caplog.records) == case["warns"]
-    assert set(map(tuple, trainable._init_ids.values())) == ({tuple(case["init_ids"])} if case["init_ids"] else set())
+    assert set(map(tuple, trainable.word.init_ids.values())) == ({tuple(case["init_ids"])} if case["init_ids"] else set())
     if case["init_rows"]:
         table = torch.nn.Embedding(49408, 1, _weight=torch.arange(49408.0)[:, None])
-        ids = trainable._init_ids[family.record.embedding_keys[0]]
+        ids = trainable.word.init_ids[family.record.embedding_keys[0]]
         rows = start_rows(table, ids, case["num_vectors_per_token"], torch.Generator())
         assert rows[:, 0].tolist() == case["init_rows"]
     for wanted in case["captions"]:

@@ -113,9 +113,9 @@ def test_lines_are_typed_or_in_a_file(tiny: TinyChroma, tmp_path: Path, monkeypa
     lines = ["the dog --d 9 --c 3 --n blue", "a cat --w 32 --s 1"]
     (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
     from_file = pictures(tiny, tmp_path / "a", f"--from_file={tmp_path / 'prompts.txt'}")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([lines[0], "a cat --g 3", lines[1], "", ""])))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([lines[0], "a cat --x 3", lines[1], "", ""])))
     assert pictures(tiny, tmp_path / "b", "--interactive") == from_file and len(set(from_file)) == 2
-    assert "unknown option --g" in capsys.readouterr().err
+    assert "unknown option --x" in capsys.readouterr().err
 
 
 def test_a_denoiser_in_eight_bits(tiny: TinyChroma, tmp_path: Path) -> None:

@@ -3,11 +3,17 @@ time."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from library.custom_offloading_utils import BlockOffloader
 from library.flux_models import Flux, FluxParams, block_swap_problem, split_blocks_to_swap
+from library.training.averaging import WeightAverage
+from library.training.run import Models
+from library.training.updaters.single import FusedUpdater
 
 PARAMS = FluxParams(
     in_channels=16, vec_in_dim=8, context_in_dim=12, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=5,
@@ -126,6 +132,59 @@ def test_backward_that_ends_early_and_two_graphs_at_once() -> None:
         sum(losses).backward()
         results.append(bias.grad)
     assert torch.equal(*results)
+
+
+class Learning(TwoPlaces):
+    """Takes what a block has become along when it goes."""
+
+    def send_away(self, index: int) -> None:
+        if index in self.here:
+            self.kept[index] = {name: weight.detach().clone() for name, weight in self.weights[index].items()}
+        super().send_away(index)
+
+
+def fused_steps(model: Flux, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The weights after three updates inside the backward pass."""
+    model.to(dtype).requires_grad_(True)
+    run: Any = SimpleNamespace(
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2), max_grad_norm=0.0, models=Models(None, [], model),
+        lr_scheduler=SimpleNamespace(step=lambda: None), step=SimpleNamespace(seed=0), progress=SimpleNamespace(global_step=0),
+        runtime=SimpleNamespace(backward=lambda loss: loss.backward(), device=torch.device("cpu")),
+    )  # fmt: skip
+    updater = FusedUpdater("stochastic")
+    model.prepare_block_swap_before_forward()
+    updater.begin(run)
+    values = {name: value.to(dtype) if name in ("img", "txt", "y") else value for name, value in inputs().items()}
+    for _ in range(3):
+        updater.backward(run, model(**values).float().square().mean())
+        updater.update(run)
+        for offloader in model.offloaders:
+            assert offloader is None or len(offloader.here) == len(offloader.blocks) - offloader.num_swapped
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_travel_learn_what_others_learn(dtype: torch.dtype) -> None:
+    expected = fused_steps(make_model(), dtype)
+    model = make_model().to(dtype)
+    model.offloaders = (Learning(model.double_blocks, 2), Learning(model.single_blocks, 4))
+    fused_steps(model, dtype)
+    for offloader in model.offloaders:
+        for index in range(len(offloader.blocks)):
+            offloader.bring(index)
+    assert all(torch.equal(p, wanted) for p, wanted in zip(model.parameters(), expected, strict=True))
+
+
+def test_an_average_in_the_place_of_weights_that_travel_stays_as_it_is() -> None:
+    """Another block gets their memory meanwhile."""
+    model, (double, _) = swapped(2, 4)
+    average = WeightAverage(lambda: {"model": model})
+    average.begin()
+    before = {name: tensor.clone() for name, tensor in average.tensors.items()}
+    weight = double.weights[0]["img_attn.qkv"]
+    with average.applied():
+        weight.data.fill_(1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in average.tensors.items())
 
 
 def test_swap_on_the_cpu_moves_nothing() -> None:

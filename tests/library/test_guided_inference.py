@@ -20,7 +20,7 @@ from library.safetensors_utils import save_file_atomic
 from library.sdxl_models import SdxlUNet2DConditionModel
 from library.sdxl_utils import load_unet_sdxl
 from tests.library.test_generation_against_diffusers import our_latents, relative, stable_diffusion, where  # noqa: F401
-from tests.library.test_lllite_utils import by_hand, random_tensors
+from tests.library.test_lllite_utils import by_hand, random_tensors, widened
 from tests.library.test_sdxl_inference import reference_pipeline
 from tests.library.test_unet_inference import distance, made
 from tests.tiny_sd import TinySd, build_tiny_sd
@@ -66,7 +66,7 @@ def test_two_control_nets_as_in_diffusers(stable_diffusion, pictures, tmp_path, 
     )
     reference.set_progress_bar_config(disable=True)
     plain, edges = (Image.open(path) for path in pictures[:2])
-    edges = Image.fromarray((prepared(edges, (96, 64), (63, 191)).permute(1, 2, 0).numpy() * 255).astype(numpy.uint8))
+    edges = prepared(edges, (96, 64), (63, 191))
     assert set(numpy.unique(edges)) == {0, 255}
     given = {
         "prompt": "a red cat", "negative_prompt": "blue", "image": [plain, edges], "height": 64, "width": 96,
@@ -123,7 +123,8 @@ def test_an_lllite_as_by_hand(pictures, tmp_path, monkeypatch):
     pipeline = reference_pipeline(tmp_path)
     unet = load_unet_sdxl(tmp_path / "model", torch.float32, "cpu")
     tensors = write_lllite(unet, tmp_path / "net.safetensors")
-    shown, multiplier, steps = prepared(Image.open(pictures[0]), (96, 64), None)[None] * 2 - 1, 0.6, 5
+    resized = numpy.asarray(Image.open(pictures[0]).resize((96, 64), Image.Resampling.LANCZOS))
+    shown, multiplier, steps = torch.from_numpy(resized / 127.5 - 1).permute(2, 0, 1)[None].float(), 0.6, 5
     step, layers = [0], dict(pipeline.unet.named_modules())
     paths = {
         path.removesuffix(".weight"): "lllite_unet_" + own.removesuffix(".weight").replace(".", "_")
@@ -228,7 +229,7 @@ def test_the_share_of_the_steps():
     ({"control_net_lllite_models": ["a", "b"], "control_net_multipliers": [1.0], "guide_image_path": ["x"]},
      "--control_net_multipliers has 1 values for 2 nets"),
     ({"control_net_models": ["a"], "control_net_lllite_models": ["b"], "control_net_ratios": [1.5, 0.5],
-      "guide_image_path": ["x"]}, "--control_net_ratios has 1.5"),
+      "guide_image_path": ["x"]}, "--control_net_ratios is 1.5 0.5; needed"),
     ({"control_net_models": ["a"], "control_net_preps": ["depth"], "guide_image_path": ["x"]}, "has 'depth'; needed: none"),
     ({"control_net_models": ["a"], "control_net_preps": ["canny_9_3"], "guide_image_path": ["x"]}, "has 'canny_9_3'"),
     ({"guide_image_path": ["x"]}, "--guide_image_path is given without a net"),
@@ -255,8 +256,8 @@ def test_files_that_do_not_fit_are_told_together(tiny, lllite, pictures, tmp_pat
     net = diffusers.ControlNetModel(block_out_channels=(8, 16), down_block_types=("DownBlock2D",) * 2, norm_num_groups=8)
     net.save_pretrained(tmp_path / "net")
     wide = write_lllite(SdxlUNet2DConditionModel(tiny.params), tmp_path / "wide.safetensors")
-    key = next(key for key in wide if key.endswith("down.0.weight"))
-    save_file_atomic({**wide, key: torch.zeros(5, 99)}, tmp_path / "wide.safetensors")
+    name = next(iter(wide)).partition(".")[0]
+    save_file_atomic({**wide, **widened(name, 99)}, tmp_path / "wide.safetensors")
     words = ["--prompt", "a", "--guide_image_path", *[str(tmp_path / "none.png")] * 2]
     with pytest.raises(ConfigError) as caught:
         made(

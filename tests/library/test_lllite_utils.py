@@ -163,7 +163,22 @@ def test_gradients_with_dropout_that_is_drawn_by_sample(unet, checkpointed):
     assert all(gradient.abs().sum() > 0 for gradient in made[3])
 
 
+def test_each_module_drops_other_values(unet):
+    net = LLLite(unet, new_shapes(unet, COND, MLP), dropout=0.4)
+    net.remove()
+    net.state.draws = StepDraws(1, 2, (0, 1))
+    first, second, *_ = (part._dropped(torch.ones(2, 24, MLP)) for part in net.parts)
+    assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
+    assert {round(value, 4) for value in first.unique().tolist()} == {0.0, round(1 / 0.6, 4)}
+
+
 # -- files ---------------------------------------------------------------------------------------------------------------
+
+
+def widened(name: str, width: int) -> dict[str, torch.Tensor]:
+    """The tensors of a module for a layer of another width."""
+    shapes = {"down.0.weight": (MLP, width), "up.0.weight": (width, MLP), "up.0.bias": (width,)}
+    return {f"{name}.{parameter}": torch.zeros(shape) for parameter, shape in shapes.items()}
 
 
 def write(net: LLLite, path: Path, **changed: torch.Tensor) -> Path:
@@ -192,13 +207,18 @@ def test_what_does_not_fit_is_told_from_headers(unet, net, tmp_path):
     assert misfit(path, bases["sdxl"]) is None
     assert "layers that" in misfit(path, bases["sd1"]) and "made for another model" in misfit(path, bases["sd1"])
     name = net.names[0]
-    wide = write(net, tmp_path / "wide.safetensors", **{f"{name}.down.0.weight": torch.zeros(MLP, 99)})
+    wide = write(net, tmp_path / "wide.safetensors", **widened(name, 99))
     assert f"{name} has 99 inputs" in misfit(wide, bases["sdxl"])
     with pytest.raises(CheckpointError, match="does not fit LLLite"):
         load_tensors(net, {**net.state_dict(), f"{name}.down.0.weight": torch.zeros(MLP, 99)}, wide)
+    with pytest.raises(CheckpointError, match="not finite"):
+        load_tensors(net, {**net.state_dict(), f"{name}.up.0.bias": torch.full((16,), float("nan"))}, path)
     for tensors, message in (
         ({"lora_unet_x.lora_down.weight": torch.zeros(1)}, "no ControlNet-LLLite: its tensor lora_unet_x"),
         ({f"{name}.down.0.weight": torch.zeros(2, 3)}, "is incomplete"), ({}, "holds no tensor"),
+        ({**net.state_dict(), f"{name}.up.0.bias": torch.zeros(3)}, r"up.0.bias is \[3\], needed: \[16\]"),
+        ({key: tensor for key, tensor in net.state_dict().items() if "up.0.bias" not in key}, "is not there, needed"),
+        ({**net.state_dict(), f"{name}.more": torch.zeros(3)}, r"more is \[3\], needed: not there"),
     ):  # fmt: skip
         save_file_atomic(tensors, tmp_path / "bad.safetensors")
         with pytest.raises(CheckpointError, match=message):

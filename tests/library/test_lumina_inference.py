@@ -116,7 +116,7 @@ def test_every_wrong_file_is_named_before_anything_is_loaded(tiny: TinyLumina, t
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--gemma2_dtype=fp8", "only the denoiser is stored in 8 bits"), ("--cfg_trunc_ratio=-1", "0 or more"),
+        ("--gemma2_dtype=fp8", "only the denoiser is stored in 8 bits"), ("--cfg_trunc_ratio=2", "a number from 0 to 1"),
         ("--discrete_flow_shift=0", "a number above 0"), ("--image_width=4", "8 or more"), ("--dtype=int3", "known:"),
         ("--gemma2_max_token_length=300", "positions for 299 tokens"),
     ],

@@ -17,6 +17,7 @@ from library.dataset.config_schema import KEYS
 from library.families.registry import FAMILIES
 from library.generation import anima_inference, flux_inference, lumina_inference, sdxl_inference
 from library.generation.gen_img import options as generation_options
+from library.generation.lumina_options import LuminaPromptOptions
 from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS, parse_generation_line
 from library.training import parser_common
 from library.training.option_groups import DdpOptions, LoopOptions
@@ -79,7 +80,43 @@ def test_every_numeric_option_has_bounds(options_class: type, name: str) -> None
     assert allows_none(options_class, name) or option_fields(options_class)[name][0].default is not None
 
 
+SHARE = re.compile(r"ratio|dropout|discount|split$|quantile|strength|_rate$|top_p|thresh")
+NO_SHARE = {
+    "learning_rate": "a rate of learning", "save_n_epoch_ratio": "how many files", "split_unit": "a rank",
+    "noise_offset_random_strength": "a switch",
+}  # fmt: skip
+"""names that are like those of shares -> what they are"""
+
+
+def test_shares_are_from_0_to_1() -> None:
+    shares = [
+        (options_class, name) for options_class, name in numeric_options()
+        if SHARE.search(name) and name not in NO_SHARE and value_type(options_class, name) is float
+        and option_fields(options_class)[name][1].status == "works"
+    ]  # fmt: skip
+    assert len(shares) > 12
+    for options_class, name in shares:
+        for number in (-0.5, 1.5):
+            with pytest.raises(ConfigError, match=f"--{name} is .*(0 or more|from 0|above 0)"):
+                Config.read({name: wrapped(options_class, name, number)}, [options_class])
+
+
+@pytest.mark.parametrize(("letter", "wrong", "needed"), [
+    ("ctr", "2", "from 0 to 1"), ("rcfg", "-1", "0 or more"), ("fs", "0", "a number above 0"),
+    ("g", "-3", "0 or more"),
+])  # fmt: skip
+def test_ranges_of_sample_prompts(letter: str, wrong: str, needed: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--{letter} is '{wrong}'; .*{needed} is needed"):
+        parse_line(f"a cat --{letter} {wrong}")
+    field = IMAGE_LINE_OPTIONS[letter].field
+    (tmp_path / "prompts.json").write_text(f'[{{"prompt": "a cat", "{field}": {wrong}}}]')
+    with pytest.raises(ConfigError, match=f"{field} is {wrong}; .*{needed} is needed"):
+        load_prompts(tmp_path / "prompts.json")
+
+
 def test_messages_say_what_is_possible() -> None:
+    with pytest.raises(ConfigError, match="--cfg_trunc_ratio is 2.0; needed: a number from 0 to 1"):
+        Config.read({"cfg_trunc_ratio": 2.0}, [LuminaPromptOptions])
     with pytest.raises(ConfigError, match=r"--ddp_timeout is 99999999999; needed: a whole number of at most 525600"):
         Config.read({"ddp_timeout": 99999999999}, [DdpOptions])
     with pytest.raises(ConfigError, match=r"--max_train_steps is 1000000\d*\.\.\. \(41 characters\)"):
@@ -124,7 +161,7 @@ TEXTS |= {"control_image_path", "control_video_path", "one_frame"}
 @pytest.mark.parametrize("script", LINES)
 def test_every_number_of_a_prompt_line_has_bounds(script: str) -> None:
     for letter, option in LINES[script].items():
-        if option.field in TEXTS:
+        if option.field in TEXTS or option.ignored:
             continue
         for text in ("9" * 40, "9" * 9999, "1e400", "1" + "0" * 39):
             try:

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.checkpoints.embeddings import read_inversion
+from library.checkpoints.embeddings import read_inversion, read_word
 from library.components.tokenizers import load_clip_tokenizer
 from library.core.errors import CheckpointError
 from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.families.registry import FAMILIES
-from library.generation.prompt_encoder import PromptEncoder, WordTokenizer
+from library.generation.prompt_encoder import PromptEncoder
 from library.safetensors_utils import save_file_atomic
 from library.sd_utils import load_text_encoder_sd
 from library.strategy_sd import SdTextEncodingStrategy, SdTokenizeStrategy
-from library.training.new_words.rows import EmbeddingRows
+from library.components.word_rows import EmbeddingRows
 from networks.files.network_files import write_adapter_file
 from tests.tiny import build_tiny_sd
 
@@ -81,12 +81,12 @@ def test_diffusers_and_image_scripts_load_it_and_compute_the_same(tmp_path):
     (states,) = SdTextEncodingStrategy().encode_tokens(tokenize, [ours], tokenize.tokenize("a zyx zyx1 zyx2, cat"))
     (known,) = SdTextEncodingStrategy().encode_tokens(tokenize, [ours], tokenize.tokenize("a cat"))
 
-    words_of_files = WordTokenizer(load_clip_tokenizer(str(tiny.tokenizer)))
+    words_of_files = load_clip_tokenizer(str(tiny.tokenizer))
     prompts = PromptEncoder(
         lambda length: SdTokenizeStrategy(tokenizer=words_of_files), SdTextEncodingStrategy(), TEXT_LAYOUTS["sd"],
         [load_text_encoder_sd(tiny.model, False, torch.float32, "cpu")], [words_of_files], SD,
     )
-    prompts.add_inversion(str(file))
+    prompts.words.add(read_word(str(file), "zyx", {"emb_params": table.embedding_dim}, "textual_inversion_embeddings"))
     assert torch.equal(prompts.encode("a zyx, cat", 1)["hidden_state"], states)
 
     class Pipeline(TextualInversionLoaderMixin):

@@ -125,14 +125,12 @@ def test_the_same_command_writes_the_same_bytes(tiny, tmp_path, kind):
     assert Image.open(first).size == (64, 64)
 
 
-def test_the_scripts_run_on_their_own(tiny, tmp_path):
-    for script, kind in (("gen_img.py", "sd1"), ("sdxl_gen_img.py", "sdxl")):
-        given = [
-            argument for argument in arguments(tiny[kind], tmp_path / kind, "--prompt", "a cat") if argument != "--sdxl"
-        ]
-        done = subprocess.run([sys.executable, ROOT / script, *given], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert len(list((tmp_path / kind).glob("im_*_000_*.png"))) == 1
+def test_a_script_runs_on_its_own(tiny, tmp_path):
+    """The other script does in `test_names_and_prompts_under_a_locale_of_plain_letters`."""
+    given = [word for word in arguments(tiny["sdxl"], tmp_path / "out", "--prompt", "a cat") if word != "--sdxl"]
+    done = subprocess.run([sys.executable, ROOT / "sdxl_gen_img.py", *given], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("im_*_000_*.png"))) == 1
 
 
 def test_an_error_is_one_message_without_traceback(tiny, tmp_path):
@@ -446,19 +444,19 @@ def test_prompts_in_the_bytes_of_another_locale(tiny, tmp_path, monkeypatch, cap
 
 
 def test_names_and_prompts_under_a_locale_of_plain_letters(tiny, tmp_path):
-    """LC_ALL=C without Python's own ways around it; one name is UTF-8, the other is not."""
+    """LC_ALL=C without Python's own ways around it; the name of the prompts is UTF-8, that of the folder is not. A
+    prompt in the command line is tested above."""
     prompts = os.fsencode(tmp_path) + b"/\xc3\xbc.txt"
     with open(prompts, "wb") as file:
         file.write("caf\u00e9 --d 3\n".encode())
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    plain = [os.fsencode(word) for word in arguments(tiny["sd1"], tmp_path / "out", "--steps=1")]
-    for more, folder in ((b"--prompt=caf\xc3\xa9 --d 3", b"caf\xe9"), (b"--from_file=" + prompts, b"\xc3\xbc")):
-        out = os.fsencode(tmp_path) + b"/" + folder
-        argv = [os.fsencode(sys.executable), b"gen_img.py", *plain, b"--outdir=" + out, more]
-        done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, timeout=PATIENCE)
-        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
-        (name,) = os.listdir(out)
-        assert Image.open(out + b"/" + name).text["prompt"] == "caf\u00e9"
+    out = os.fsencode(tmp_path) + b"/caf\xe9"
+    words = [os.fsencode(word) for word in arguments(tiny["sd1"], tmp_path / "out", "--steps=1")]
+    argv = [os.fsencode(sys.executable), b"gen_img.py", *words, b"--outdir=" + out, b"--from_file=" + prompts]
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, timeout=PATIENCE)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    (name,) = os.listdir(out)
+    assert Image.open(out + b"/" + name).text["prompt"] == "caf\u00e9"
 
 
 def test_metadata_of_networks_is_shown(tiny, network, tmp_path, capsys):
@@ -517,7 +515,7 @@ def test_textual_inversions(tiny, tmp_path):
         )
         [without] = made(tiny[kind], tmp_path / "c", "--prompt", "a myword here --d 1")
         assert distance(words, inverted) == 0 and distance(words, without) > 0
-    with pytest.raises(CheckpointError, match="clip_l and clip_g are needed"):
+    with pytest.raises(ConfigError, match="clip_l and clip_g are needed"):
         made(tiny["sdxl"], tmp_path, "--prompt", "a", "--textual_inversion_embeddings", str(path))
 
 
@@ -733,3 +731,12 @@ def test_the_minimal_script_and_this_one_make_one_picture(tiny, tmp_path):
         ]
     )  # fmt: skip
     assert distance(ours, other) <= 1
+
+
+def test_pictures_that_two_calls_make_in_one_second_stay_apart(tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(unet_inference.time, "strftime", lambda _: "20260102030405")
+    for _ in range(2):
+        unet_inference.run(arguments(tiny["sd1"], tmp_path, "--prompt=a cat", "--seed=5", "--steps=1"))
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "im_20260102030405_000_5.png", "im_20260102030405_000_5_2.png",
+    ]  # fmt: skip

@@ -92,11 +92,11 @@ def comfy_weight(weight, own, used):
     return decomposed(weight, change, get("dora_scale")) if "dora_scale" in own else weight + change
 
 
-def through_comfy(model, tensors):
-    """(name of a tensor of the model -> its new value, keys of the file that load nowhere). Names are the model's own:
+def through_comfy(weights, tensors):
+    """(name of a tensor of the model, whose `weights` are given -> its new value, keys of the file that load nowhere). Names are the model's own:
     with `diffusion_model.` in front, without an ending `.weight`."""
     places = {
-        f"diffusion_model.{key.removesuffix('.weight')}": key for key in model.state_dict() if not key.endswith(".bias")
+        f"diffusion_model.{key.removesuffix('.weight')}": key for key in weights if not key.endswith(".bias")
     }
     result, used = {}, set()
     for name, key in places.items():
@@ -106,12 +106,12 @@ def through_comfy(model, tensors):
         if not own:
             continue
         seen = set()
-        result[key] = comfy_weight(model.state_dict()[key], own, seen)
+        result[key] = comfy_weight(weights[key], own, seen)
         bias = key.removesuffix(".weight") + ".bias"
         for change in ("diff_b", "b_norm"):
             if change in own:
                 seen.add(change)
-                result[bias] = model.state_dict()[bias] + own[change]
+                result[bias] = weights[bias] + own[change]
         used |= {f"{name}.{end}" for end in seen}
     return result, set(tensors) - used
 
@@ -145,23 +145,22 @@ def file_of(kind, pairs, model, alpha=0.01):
     return {key: tensor.clone() for key, tensor in network.file_state_dict().items()}
 
 
-def merged_here(model, family, tensors):
+def merged_here(weights, family, tensors):
     """The same by this project's formulas."""
     names = {
         key.removesuffix(".weight").removesuffix(".scale").replace(".", "_"): key
-        for key in model.state_dict()
+        for key in weights
         if not key.endswith(".bias")
     }
     result = {}
     for name, own in by_module(to_kohya(family, tensors)).items():
         key = names[name.replace("oft_unet_", "").replace("lora_unet_", "")]
-        weight = model.state_dict()[key].float()
+        weight = weights[key].float()
         result[key] = weight + weight_change(own, weight)
         bias = bias_change(own)
         if bias is not None:
-            result[key.removesuffix(".weight") + ".bias"] = (
-                model.state_dict()[key.removesuffix(".weight") + ".bias"] + bias
-            )
+            name_of_bias = key.removesuffix(".weight") + ".bias"
+            result[name_of_bias] = weights[name_of_bias] + bias
     return result
 
 
@@ -169,18 +168,19 @@ def merged_here(model, family, tensors):
 @pytest.mark.parametrize("name", SAME)
 def test_every_key_loads_with_the_same_result(name, family, caplog):
     model, _ = tiny_denoiser(family)
+    weights = model.state_dict()
     kind, pairs = SAME[name]
     tensors = file_of(kind, pairs, model)
     dotted = to_dotted(family, tensors)
-    found, nowhere = through_comfy(model, dotted)
+    found, nowhere = through_comfy(weights, dotted)
     assert not nowhere
     assert "another result" not in caplog.text
-    expected = merged_here(model, family, tensors)
+    expected = merged_here(weights, family, tensors)
     assert found.keys() == expected.keys()
     for key, weight in expected.items():
         torch.testing.assert_close(found[key], weight, rtol=1e-4, atol=1e-5, msg=key)
-        assert not torch.equal(weight, model.state_dict()[key])
-    again = merged_here(model, family, dotted)  # and the file loads here
+        assert not torch.equal(weight, weights[key])
+    again = merged_here(weights, family, dotted)  # and the file loads here
     for key, weight in expected.items():
         torch.testing.assert_close(again[key], weight, rtol=1e-4, atol=1e-5, msg=key)
 
@@ -189,12 +189,13 @@ def test_every_key_loads_with_the_same_result(name, family, caplog):
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_what_differs_is_told(name, family, caplog):
     model, _ = tiny_denoiser(family)
+    weights = model.state_dict()
     kind, pairs = DIFFERENT[name]
     tensors = file_of(kind, pairs, model)
     dotted = to_dotted(family, tensors)
     assert "ComfyUI gives another result for" in caplog.text
-    found, nowhere = through_comfy(model, dotted)
-    expected = merged_here(model, family, tensors)
+    found, nowhere = through_comfy(weights, dotted)
+    expected = merged_here(weights, family, tensors)
     assert nowhere or any(
         not torch.allclose(found[key], weight, rtol=1e-2, atol=1e-3) for key, weight in expected.items()
     )
@@ -203,14 +204,15 @@ def test_what_differs_is_told(name, family, caplog):
 def test_the_limit_is_worked_in():
     """An alpha that limits strongly: left in the file, ComfyUI would read it as a limit of its own."""
     model, _ = tiny_denoiser("anima")
+    weights = model.state_dict()
     tensors = file_of("oft", {}, model, alpha=0.002)
     dotted = to_dotted("anima", tensors)
     assert not any(key.endswith(".alpha") for key in dotted)
     kept = {**dotted, **{key.replace(".oft_blocks", ".alpha"): torch.tensor(0.002) for key in dotted}}
-    expected = merged_here(model, "anima", tensors)
+    expected = merged_here(weights, "anima", tensors)
     key = next(iter(expected))
-    torch.testing.assert_close(through_comfy(model, dotted)[0][key], expected[key], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(through_comfy(model, kept)[0][key], expected[key], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(through_comfy(weights, dotted)[0][key], expected[key], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(through_comfy(weights, kept)[0][key], expected[key], rtol=1e-3, atol=1e-4)
 
 
 def test_parts_that_cannot_be_one_tensor():

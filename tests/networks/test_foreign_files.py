@@ -21,7 +21,7 @@ from networks.files.network_files import by_module, read_adapter_file
 from networks.kinds.adapter_family import nothing_fits
 from networks.kinds.targets import targets_of_family
 from tests.tiny import build_tiny_flux, build_tiny_sd
-from tools import check_lora, convert_lora, resize_lora
+from tools import check_lora, convert_lora, merge_lora, resize_lora
 
 FLUX = targets_of_family("flux")
 DOUBLE, SINGLE = "transformer.transformer_blocks.0.", "transformer.single_transformer_blocks.1."
@@ -141,17 +141,22 @@ def test_embeddings_beside_the_layers_are_named_and_carried(flux, tmp_path, capl
     tensors = plain(width_of(flux)) | {"bundle_emb.zorbit.clip_l": torch.ones(2, 8)}
     path = tmp_path / "bundle.safetensors"
     save_file_atomic(tensors, path, {"ss_base_model_version": "flux1"})
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         assert not any(key.startswith("bundle_emb") for key in read_adapter_file(path, FLUX))
-    assert "bundle_emb.zorbit" in caplog.text
+    assert "vectors of words (zorbit)" in caplog.text and "merging into a model leaves them out" in caplog.text
+    other = tmp_path / "other.safetensors"
+    words = {f"bundle_emb.{word}.clip_l": torch.zeros(1, 8) for word in ("zorbit", "frob")}
+    save_file_atomic(plain(width_of(flux)) | words, other, {"ss_base_model_version": "flux1"})
     for number, command in enumerate((
         [resize_lora, "--model", str(path), "--new_rank", "1", "--save_to"],
         [convert_lora, str(path), "--to", "diffusers", "--output"],
         [convert_lora, str(path), "--to", "peft", "--output"],
+        [merge_lora, "--models", str(path), str(other), "--ratios", "0.5", "0.5", "--save_to"],
     )):  # fmt: skip
         out = tmp_path / f"{number}.safetensors"
         assert command[0].main([*command[1:], str(out)]) == 0
         assert torch.equal(load_safetensors(out)["bundle_emb.zorbit.clip_l"], torch.ones(2, 8))
+    assert "the word 'zorbit' is in" in caplog.text and "bundle_emb.frob.clip_l" in load_safetensors(out)
     assert check_lora.main([str(path)]) == 0
 
 

@@ -16,7 +16,7 @@ from tests.library import (
     test_sdxl_inference, test_unet_inference,
 )  # fmt: skip
 from tests.networks.adapter_table import ADAPTERS, kind_of_adapter
-from tests.pairwise import denoiser
+from tests.pairwise import Each, denoiser
 from tests.runs.test_start_files import OTHER, SAME, Start, start
 from tests.tools.test_merge_lora import models_of
 
@@ -102,7 +102,7 @@ def pictures(made: Start, folder: Path, file: str) -> Iterator[tuple[str, bytes,
         )  # fmt: skip
 
 
-@pytest.mark.cross_product("name", denoiser("made"))
+@pytest.mark.cross_product("name", denoiser("made"), Each("made"))
 @pytest.mark.parametrize("name", KINDS)
 def test_hooked_and_merged_pictures_are_the_same(name: str, made: Start, tmp_path: Path) -> None:
     file = write(tmp_path / "adapter.safetensors", made.family, model_file(made), name)
@@ -111,7 +111,7 @@ def test_hooked_and_merged_pictures_are_the_same(name: str, made: Start, tmp_pat
         assert test_sdxl_inference.largest_difference(hooked, merged) <= 1, script
 
 
-@pytest.mark.cross_product("name", denoiser("made"))
+@pytest.mark.cross_product("name", denoiser("made"), Each("made"))
 @pytest.mark.parametrize("name", ("dora", "loha", "lokr", "oft", "full"))
 def test_base_weights_are_those_of_a_hooked_file(name: str, made: Start, tmp_path: Path) -> None:
     """Merged while loading, whatever kind is trained: the loss is that of a run that starts from the file."""

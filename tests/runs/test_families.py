@@ -36,7 +36,27 @@ DROPOUTS = ["--network_dropout=0.1", "--network_args", "rank_dropout=0.1"]
 SCHEDULE = ["--lr_scheduler=cosine", "--lr_warmup_steps=2", "--max_train_steps=5"]
 
 
-@pytest.fixture(scope="module", params=CASES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of what data and loop do run for a U-Net, for a transformer and for others in turn; for all with --full."""
+    if "case" in metafunc.fixturenames:
+        test = metafunc.function
+        chosen = {"sd1", "flux", *others_of(test)} if is_of_the_loop(test) else set(CASES)
+        cases = [pytest.param(name, marks=() if name in chosen else pytest.mark.full) for name in CASES]
+        metafunc.parametrize("case", cases, indirect=True, scope="module")
+
+
+def is_of_the_loop(thing: object) -> bool:
+    return any(mark.name == "of_the_loop" for mark in getattr(thing, "pytestmark", ()))
+
+
+def others_of(test: object) -> list[str]:
+    """Two further cases with models of their own, so that together the tests marked `of_the_loop` meet each of them."""
+    own = [name for name, case in CASES.items() if not case.like and name not in ("sd1", "flux")]
+    place = list(filter(is_of_the_loop, globals().values())).index(test)
+    return [own[(2 * place + more) % len(own)] for more in (0, 1)]
+
+
+@pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest) -> FamilyCase:
     return CASES[request.param]
 
@@ -91,6 +111,7 @@ def test_caches_change_no_byte(work: Work) -> None:
     assert len(list(work.images.glob("*.npz"))) == 5 * (1 + work.case.caches_text)
 
 
+@pytest.mark.of_the_loop
 def test_accumulated_batches_train_like_one_larger_batch(work: Work) -> None:
     """Five images of one bucket: 4 + 1 or, in twos, (2 + 2) + 1."""
     work.images = draw_pictures(work.folder / "square", 5)
@@ -157,6 +178,7 @@ def moved_parts(path: Path) -> set[str]:
     return {"_".join(key.split("_")[:2]) + "_" for key in moved}
 
 
+@pytest.mark.of_the_loop
 def test_masks_take_part_of_the_picture_out_of_the_loss(work: Work) -> None:
     """A white mask changes nothing, a black one leaves nothing, half a mask something else."""
     masks = work.folder / "masks"
@@ -174,6 +196,7 @@ def test_masks_take_part_of_the_picture_out_of_the_loss(work: Work) -> None:
     assert 0 < found["half"][0] < found["white"][0]
 
 
+@pytest.mark.of_the_loop
 def test_regularisation_images_count_by_their_weight(work: Work) -> None:
     """Without weight it does not matter what they show."""
     regular = draw_shapes(work.folder / "regular", 5)
@@ -188,6 +211,7 @@ def test_regularisation_images_count_by_their_weight(work: Work) -> None:
     assert read_parts(first)[1] == read_parts(other)[1] != read_parts(weighted)[1]
 
 
+@pytest.mark.of_the_loop
 def test_preserved_samples_learn_what_the_base_predicts(work: Work) -> None:
     """With a network that still does nothing the target equals the prediction: no loss, no gradient."""
     data = work.dataset(subset_keys="custom_attributes = {diff_output_preservation = true}")
@@ -202,6 +226,7 @@ def test_preserved_samples_learn_what_the_base_predicts(work: Work) -> None:
     assert run.trainable.network.multiplier == 1.0
 
 
+@pytest.mark.of_the_loop
 def test_only_preserved_samples_go_through_the_untouched_model(work: Work) -> None:
     """The conditioning is that of the untouched text encoders too, where they learn."""
     other = draw_pictures(work.folder / "other", 4)

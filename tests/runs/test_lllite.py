@@ -14,6 +14,7 @@ from PIL import Image
 from library.core.errors import ConfigError
 from library.core.registry import import_target
 from library.families.registry import FAMILIES, record_of
+from library.generation.picture_files import read_frames
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.training import cli, parser_common
 from library.training.loop import fit
@@ -21,7 +22,16 @@ from library.training.run import Run
 from library.training.trainables.lllite import LLLiteTrainable
 from library.training.trainer_base import Trainer
 from tests.families import CASES
-from tests.runs.conftest import Stopped, Work, draw_pictures, fingerprint, losses_of, read_parts, stop_after
+from tests.runs.conftest import (
+    Stopped,
+    Work,
+    draw_pictures,
+    fingerprint,
+    losses_of,
+    read_parts,
+    sample_pictures,
+    stop_after,
+)
 from tests.runs.families import Tinies
 
 FAMILIES_WITH_IT = [name for name, case in CASES.items() if "lllite" in FAMILIES[case.family].scripts]
@@ -96,14 +106,23 @@ def test_the_modules_learn_and_nothing_else(work: ControlWork) -> None:
 
 
 def test_the_same_command_writes_the_same_bytes_also_when_resumed(work: ControlWork) -> None:
-    """With dropout, validation, averages, accumulation, caches and checkpointed activations."""
+    """With dropout, validation, averages, accumulation, caches, masks, samples and checkpointed activations. Samples
+    follow the picture of their prompt."""
+    prompts = work.folder / "prompts.txt"
+    line = "a cat --w 64 --h 64 --s 2 --d 1 --l 3"
+    prompts.write_text(f"{line} --cn {work.folder / 'control' / '00.png'}\n{line}\n", encoding="utf-8")
     around = [
         "--network_dropout=0.3", "--ema", "--ema_decay=0.5", "--lr_scheduler=cosine", "--gradient_checkpointing",
         "--gradient_accumulation_steps=2", "--cache_latents", "--cache_text_encoder_outputs", "--validate_every_n_steps=2",
+        f"--sample_prompts={prompts}", "--sample_every_n_steps=4", "--sample_at_first",
     ]  # fmt: skip
-    data = work.dataset(dataset_keys="validation_split = 0.25", subset_keys="flip_aug = true")
+    data = work.dataset(dataset_keys="validation_split = 0.25", subset_keys="flip_aug = true\nalpha_mask = true")
     first = work.train("first", *around, dataset=data)
     assert losses_of(first, "validation")
+    pictures = [np.asarray(read_frames(path)[0]).astype(int) for path in sample_pictures(first.parent)]
+    steered, plain, at_first, plain_at_first = pictures
+    assert np.array_equal(at_first, plain_at_first) and np.array_equal(plain, plain_at_first)
+    assert abs(steered - plain).max() > 2
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Stopped):
@@ -113,18 +132,22 @@ def test_the_same_command_writes_the_same_bytes_also_when_resumed(work: ControlW
         assert fingerprint(first.with_name(f"{stem}.safetensors")) == fingerprint(resumed.with_name(f"{stem}.safetensors"))
 
 
-def test_caches_and_live_encoding_learn_the_same(work: ControlWork) -> None:
-    """Control pictures are flipped with their pictures, cached or not."""
+def test_caches_live_encoding_and_accumulated_batches_learn_the_same(work: ControlWork) -> None:
+    """Control pictures are flipped with their pictures, cached or not; dropout is drawn by sample."""
+    drops = "--network_dropout=0.4"
     data = work.dataset(subset_keys="flip_aug = true")
     made = [
-        work.train(f"out{number}", *words, dataset=data)
+        work.train(f"out{number}", drops, *words, dataset=data)
         for number, words in enumerate(((), ("--cache_latents",), ("--cache_latents_to_disk",)))
     ]
     first, *others = (load_safetensors(str(path)) for path in made)
     for other in others:
         assert all(torch.equal(other[key], first[key]) for key in first)
-    plain = load_safetensors(str(work.train("plain", dataset=work.dataset())))
-    assert any(not torch.equal(plain[key], first[key]) for key in first)
+    ones = work.dataset(batch_size=1, subset_keys="flip_aug = true", name="ones.toml")
+    parts = work.train("parts", drops, "--gradient_accumulation_steps=2", dataset=ones)
+    assert losses_of(parts) == pytest.approx(losses_of(made[0]), rel=1e-4)
+    plain = load_safetensors(str(work.train("plain", drops, dataset=work.dataset())))
+    assert max(float((plain[key].float() - first[key].float()).abs().max()) for key in first) > 5e-3
 
 
 def refused(work: ControlWork, words: Sequence[str], monkeypatch: pytest.MonkeyPatch, **more: Path) -> str:
@@ -151,7 +174,7 @@ def test_what_cannot_be_is_refused_at_start(work: ControlWork, tmp_path: Path, m
         ([f"--network_weights={foreign}", "--network_dim=5"], "made for another model"),
         ([f"--network_weights={lora}"], "a LoRA-type adapter.*; needed: a ControlNet-LLLite"),
         (["--learning_rate=0"], "nothing to train"),
-        (["--fused_backward_pass"], "--fused_backward_pass"),
+        (["--fused_backward_pass"], "--fused_backward_pass"), (["--masked_loss"], "what the net sees"),
     ):  # fmt: skip
         assert re.search(message, refused(work, words, monkeypatch), re.DOTALL), words
     (tmp_path / "control" / "02.png").unlink()

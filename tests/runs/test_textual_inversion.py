@@ -4,29 +4,47 @@ with it, what is refused."""
 from __future__ import annotations
 
 import re
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+from library.components.unet_models import text_layers
 from library.core.registry import import_target
 from library.families.registry import FAMILIES, record_of
 from library.safetensors_utils import load_safetensors, save_file_atomic
+from library.sd_utils import inspect_sd_unet
 from library.tiny_models import build_tiny
 from library.training import cli, parser_common
 from library.training.loop import fit
 from library.training.run import Run
-from library.training.trainables.textual_inversion import TextualInversion
+from library.training.trainables.textual_inversion import LayeredTextualInversion, TextualInversion
 from library.training.trainer_base import Trainer
 from tests.families import CASES
 from tests.runs.conftest import Stopped, Work, draw_pictures, fingerprint, read_parts, sample_pictures, stop_after
 
-FAMILIES_WITH_IT = [name for name, case in CASES.items() if FAMILIES[case.family].embedding_keys]
+SETS = {
+    **{name: (name, TextualInversion) for name, case in CASES.items() if FAMILIES[case.family].embedding_keys},
+    "sd1 by layers": ("sd1", LayeredTextualInversion),
+}
+"""name -> (tiny set, what is learned)"""
 WORDS = ["--token_string=zyx", "--num_vectors_per_token=2", "--init_word=cat", "--save_model_as=safetensors"]
 
 
 class WordWork(Work):
     """The short run of a family, with a word in its captions."""
+
+    trainable: type[TextualInversion] = TextualInversion
+
+    @property
+    def file_keys(self) -> list[str]:
+        """Tensors of the file."""
+        if self.trainable is TextualInversion:
+            return list(self.keys)
+        return text_layers(inspect_sd_unet(self.tiny.model).params)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -37,30 +55,33 @@ class WordWork(Work):
         return [*(word for word in words if not word.startswith(("--network_module", "--network_dim"))), *more]
 
     def train(self, out: str, *more: str, dataset: Path | None = None) -> Path:
-        cli.run(self.case.family, "textual_inversion", self.argv(out, *more, dataset=dataset))
+        cli.run(self.case.family, self.trainable.name, self.argv(out, *more, dataset=dataset))
         return self.folder / out / "lora.safetensors"
 
     def prepare(self, out: str, *more: str) -> Run:
-        config = parser_common.parse_command(self.argv(out, *more), self.case.family, "textual_inversion").config
+        config = parser_common.parse_command(self.argv(out, *more), self.case.family, self.trainable.name).config
         family = import_target(record_of(self.case.family).family)
-        trainer = Trainer(config, family(config), TextualInversion(config))
+        trainer = Trainer(config, family(config), self.trainable(config))
         run = trainer.prepare()
         trainer.release()
         return run
 
 
-@pytest.fixture(scope="module", params=FAMILIES_WITH_IT)
+@pytest.fixture(scope="module", params=SETS)
 def tiny_set(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    return request.param, build_tiny(request.param, tmp_path_factory.mktemp(request.param))
+    name, trainable = SETS[request.param]
+    return name, trainable, build_tiny(name, tmp_path_factory.mktemp(name))
 
 
 @pytest.fixture
 def work(tiny_set, tmp_path: Path) -> WordWork:
-    name, tiny = tiny_set
+    name, trainable, tiny = tiny_set
     images = draw_pictures(tmp_path / "images", 4)
     for path in images.glob("*.txt"):
         path.write_text(f"a zyx, {path.stem}", encoding="utf-8")
-    return WordWork(tmp_path, tiny, images, case=CASES[name])
+    work = WordWork(tmp_path, tiny, images, case=CASES[name])
+    work.trainable = trainable
+    return work
 
 
 def frozen_weights(run: Run) -> dict[str, torch.Tensor]:
@@ -83,7 +104,8 @@ def test_the_new_rows_learn_and_nothing_else(work: WordWork) -> None:
                 return run.step(batch).loss_sum.item()
 
     frozen, start = frozen_weights(run), loss(run)
-    assert {key: len(rows) for key, rows in run.trainable.rows.items()} == dict.fromkeys(work.keys, 2)
+    count = 2 * len(work.file_keys) // len(work.keys)
+    assert {key: len(rows) for key, rows in run.trainable.rows.items()} == dict.fromkeys(work.keys, count)
     fit(run)
     end = loss(run)
     assert end < start and loss(run, untouched=True) == start
@@ -91,10 +113,10 @@ def test_the_new_rows_learn_and_nothing_else(work: WordWork) -> None:
     assert now.keys() == frozen.keys() and all(torch.equal(now[name], frozen[name]) for name in now)
     file = work.folder / "out" / "lora.safetensors"
     written = load_safetensors(str(file))
-    assert written.keys() == set(work.keys)
-    for key, embedding in zip(work.keys, run.trainable._embeddings, strict=True):
-        assert written[key].shape == (2, embedding.table.embedding_dim)
-        assert not torch.equal(written[key][0], written[key][1])
+    assert written.keys() == set(work.file_keys)
+    widths = run.family.embedding_widths()
+    for key, rows in written.items():
+        assert rows.shape == (2, widths.get(key, widths[work.keys[0]])) and not torch.equal(rows[0], rows[1])
     metadata = read_parts(file)[0]
     assert metadata["modelspec.architecture"].endswith("/textual-inversion") and metadata["ss_token_string"] == "zyx"
     assert loss(work.prepare("next", f"--weights={file}")) == end
@@ -127,6 +149,7 @@ def test_the_same_command_writes_the_same_bytes_also_when_resumed(work: WordWork
     (["--token_string="], "--token_string is not given"),
     (["--init_word= "], "the initial word gives no token"),
     (["--weights={other}"], "--num_vectors_per_token is 2"),
+    (["--weights={other}", "--num_vectors_per_token=3"], "holds vectors of 4 values in .*; the text encoder has"),
     (["--cache_text_encoder_outputs"], "its outputs are new|their outputs are new"),
     (["--caption_dropout_rate=0.1"], "teaches nothing about it"),
     (["--network_dim=4"], "--network_dim"),
@@ -137,17 +160,58 @@ def test_what_cannot_be(
 ) -> None:
     """One message, before a model is loaded."""
     other = work.folder / "other.safetensors"
-    save_file_atomic({key: torch.zeros(3, 4) for key in work.keys}, other)
+    save_file_atomic({key: torch.zeros(3, 4) for key in work.file_keys}, other)
     family = import_target(record_of(work.case.family).family)
     for name in ("load_vae", "load_text_encoders", "load_denoiser"):
         monkeypatch.setattr(family, name, lambda *_: pytest.fail("a model is loaded"))
     with pytest.raises(SystemExit):
-        cli.main(work.case.family, "textual_inversion", work.argv("out", *(word.format(other=other) for word in words)))
+        cli.main(work.case.family, work.trainable.name, work.argv("out", *(word.format(other=other) for word in words)))
     message = capsys.readouterr().err
     assert re.search(told, message) and message.count("error: ") == 1 and "Traceback" not in message
 
 
 def test_a_family_without_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for family, trainable, told in (
+        ("anima", "textual_inversion", "anima has no textual inversion"),
+        ("sdxl", "textual_inversion_xti", "sdxl has no words with vectors for each layer"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(family, trainable, ["--token_string=zyx", f"--output_dir={tmp_path}"])
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["flux", "sd1"])
+def test_sample_prompts_know_words_of_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A word whose vectors are those of a known one makes the picture of that: beside cached captions, and beside a word
+    that learns. Captions do not know it."""
+    case, tiny = CASES[name], build_tiny(name, tmp_path / "tiny")
+    work = (Work if name == "flux" else WordWork)(tmp_path, tiny, draw_pictures(tmp_path / "images", 2), case=case)
+    family = import_target(record_of(case.family).family)
+    config = parser_common.parse_command(work.argv("out"), case.family, work_kind(work)).config
+    loaded = family(config)
+    runtime = SimpleNamespace(weight_dtype=torch.float32, text_encoder_dtype=torch.float32, device="cpu")
+    vectors = {}
+    for key, tokenizer, encoder in zip(
+        FAMILIES[case.family].embedding_keys, loaded.strategies().tokenize.tokenizers, loaded.load_text_encoders(runtime)
+    ):  # fmt: skip
+        (number,) = tokenizer("cat", add_special_tokens=False).input_ids
+        vectors[key] = encoder.get_input_embeddings().weight[number][None].detach().clone()
+    save_file_atomic(vectors, tmp_path / "qux.safetensors")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a {word} --w 64 --h 64 --s 1 --d 1 --l 1\n" for word in ("cat", "qux", "dog")))
+    words = [f"--textual_inversion_embeddings={tmp_path / 'qux.safetensors'}", f"--sample_prompts={prompts}"]
+    more = ["--network_train_unet_only", "--cache_text_encoder_outputs"] if name == "flux" else []
+    work.train("out", *words, *more, "--max_train_steps=1", "--sample_at_first")
+    pictures = [path.read_bytes() for path in sample_pictures(tmp_path / "out") if "000000" in path.name]
+    cat, qux, dog = (Image.open(BytesIO(data)).tobytes() for data in pictures)
+    assert cat == qux != dog
     with pytest.raises(SystemExit):
-        cli.main("anima", "textual_inversion", ["--token_string=zyx", f"--output_dir={tmp_path}"])
-    assert "anima has no textual inversion" in capsys.readouterr().err
+        cli.main(case.family, work_kind(work), work.argv("out", *words, "--strict"))
+    assert "its words are for sample images, and none are made" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main("anima", "network", ["--textual_inversion_embeddings=a.safetensors", f"--output_dir={tmp_path}"])
+    assert "--textual_inversion_embeddings: anima has no textual inversion" in capsys.readouterr().err
+
+
+def work_kind(work: Work) -> str:
+    return work.trainable.name if isinstance(work, WordWork) else "network"

@@ -194,7 +194,7 @@ def test_layouts_of_files(tinies: Tinies, tmp_path: Path) -> None:
 def test_a_base_in_a_folder_gives_folders(
     name: str, trainable: str, tinies: Tinies, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Which a pipeline of diffusers loads, with the scheduler of the base; one file holds the same where it is asked for."""
+    """Which a pipeline of diffusers loads, with the scheduler of the base; one file, when asked for, holds the same."""
     from diffusers import DiffusionPipeline, HeunDiscreteScheduler
 
     from tools import convert_model
@@ -203,7 +203,8 @@ def test_a_base_in_a_folder_gives_folders(
     base = work.folder / "base"
     words = [str(work.tiny.model), str(base), "--to", "diffusers", "--tokenizer", str(work.tiny.tokenizer)]
     assert convert_model.main(words) == 0
-    HeunDiscreteScheduler(beta_start=0.001, prediction_type="sample", steps_offset=1).save_pretrained(base / "scheduler")
+    scheduler = HeunDiscreteScheduler(beta_start=0.001, prediction_type="sample", steps_offset=1)
+    scheduler.save_pretrained(base / "scheduler")
     index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
     index["scheduler"] = ["diffusers", "HeunDiscreteScheduler"]
     (base / "model_index.json").write_text(json.dumps(index), encoding="utf-8")

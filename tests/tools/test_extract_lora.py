@@ -272,7 +272,7 @@ def test_bad_input(tmp_path, capsys):
     cases = (
         ([sd1, sdxl], "both must be of one kind"), ([sd1, sd1], "are the same"),
         ([sd1, str(tmp_path / "none")], "does not exist"),
-        ([sd1, tuned, "--dim", "0"], "the rank is 0"),
+        ([sd1, tuned, "--dim", "0"], "--dim is 0; needed: a whole number from 1"),
         ([sd1, tuned, "--kind", "full", "--dim", "8"], "belongs to --kind lora"),
         ([sd1, tuned, "--include", "("], "no regular expression"),
         ([sd1, tuned, "--factor", "4"], "belongs to --kind lokr"),

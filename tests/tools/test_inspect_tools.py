@@ -1,15 +1,18 @@
 """What check_lora, inspect_lora and show_metadata tell of a file."""
 
 import json
+import re
 
 import pytest
 import torch
 from PIL import Image
 
+from library.components.lllite_models import LLLite, new_shapes
 from library.safetensors_utils import load_safetensors, save_file_atomic
+from library.sdxl_models import SdxlUNet2DConditionModel
 from networks.files.adapter_report import report
 from networks.files.lora_conversion import to_diffusers, to_dotted
-from tests.tiny_sd import build_tiny_sd
+from tests.tiny_sd import build_tiny_sd, tiny_params
 from tests.tools.test_merge_lora import models_of, write_lora
 from tools import check_lora, inspect_lora, show_metadata
 
@@ -77,6 +80,28 @@ def test_what_is_wrong_with_a_file(lora, tmp_path, capsys):
     assert "have no alpha" in capsys.readouterr().out
     assert check_lora.main([str(path), "--plot", str(path)]) == 2
     assert check_lora.main([]) == 2
+
+
+def test_a_control_net_lllite(tmp_path, capsys):
+    """Its modules by block, its sizes, and what is wrong with it."""
+    unet = SdxlUNet2DConditionModel(tiny_params("sdxl"))
+    tensors = LLLite(unet, new_shapes(unet, 6, 5)).state_dict()
+    path, some = tmp_path / "net.safetensors", next(iter(tensors))
+    save_file_atomic(tensors, path, {"ss_cond_emb_dim": "6", "ss_network_dim": "5"})
+    assert check_lora.main([str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "20 layers for sdxl, LLLite names" in told and "rank 5, cond_emb_dim 6" in told
+    assert re.search(r"denoiser middle_block 1 +8 +LLLite +5", told) and "embedded in 6 channels" in told
+    assert "change nothing" not in told
+    idle = {key: tensor * 0 if ".up." in key else tensor for key, tensor in tensors.items()}
+    save_file_atomic(idle, path)
+    assert check_lora.main([str(path)]) == 0 and "20 modules change nothing" in capsys.readouterr().out
+    for changed, message in (
+        ({**tensors, some: tensors[some] * float("nan")}, "not finite"),
+        ({key: tensor for key, tensor in tensors.items() if key != some}, "is incomplete"),
+    ):
+        save_file_atomic(changed, path)
+        assert check_lora.main([str(path)]) != 0 and message in capsys.readouterr().err
 
 
 def test_metadata_as_json(lora, tmp_path, capsys, caplog):

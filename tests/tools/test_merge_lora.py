@@ -87,8 +87,9 @@ def test_into_a_model(case, tmp_path):
         network.merge_to(encoders, denoiser, tensors)
     merged, merged_encoders = models_of(family, out)
     for wanted, found in zip([denoiser, *encoders], [merged, *merged_encoders], strict=True):
+        weights = found.state_dict()
         for key, tensor in wanted.state_dict().items():
-            torch.testing.assert_close(found.state_dict()[key], tensor, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(weights[key], tensor, rtol=1e-5, atol=1e-5)
     before, after = load_safetensors(model), load_safetensors(out)
     assert before.keys() == after.keys()
     untouched = [key for key in before if torch.equal(before[key], after[key])]

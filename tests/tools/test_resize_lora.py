@@ -230,7 +230,7 @@ def test_rules_refuse_bad_numbers(tmp_path, capsys):
         (["--dynamic_method", "sv_fro"], "needs --dynamic_param"),
         (["--dynamic_param", "0.5"], "without --dynamic_method"),
         (["--dynamic_method", "sv_ratio", "--dynamic_param", "0.5"], "1 or more"),
-        (["--new_rank", "0"], "the rank is 0"),
+        (["--new_rank", "0"], "--new_rank is 0; needed: a whole number from 1"),
         (["--dynamic_method", "sv_cumulative", "--dynamic_param", "2"], "up to 1"),
         (["--split_unit", "0"], "1 or more"),
         (["--split_unit", "2", "--new_rank", "3"], "has no meaning"), (["--save_precision", "int4"], "known: float"),

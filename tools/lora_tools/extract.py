@@ -65,9 +65,12 @@ class ExtractOptions:
         choices=("lora", "lokr", "full", "norm"),
         help="lora: the best LoRA of each layer; lokr: the nearest Kronecker product; full: the differences as they are; norm: those of norms alone",
     )
-    dim: int = option(4, help="rank of the LoRA; with --dynamic_method the largest rank of a layer", most=LARGEST_RANK)
+    dim: int = option(
+        4, least=1, most=LARGEST_RANK, help="rank of the LoRA; with --dynamic_method the largest rank of a layer"
+    )
     conv_dim: int | None = option(
-        None, help="the same for convolutions larger than 1x1, which are left out when not given", most=LARGEST_RANK
+        None, least=1, most=LARGEST_RANK,
+        help="the same for convolutions larger than 1x1, which are left out when not given",
     )
     dynamic_method: str | None = option(
         None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values"
@@ -78,7 +81,7 @@ class ExtractOptions:
     include: str | None = option(None, help="regular expression; take only layers in whose name it is found")
     exclude: str | None = option(None, help="regular expression; leave layers out in whose name it is found")
     min_diff: float = option(
-        0.0, help="leave a part (denoiser, text encoder) out whose weights all differ by no more than this"
+        0.0, least=0, help="leave a part (denoiser, text encoder) out whose weights all differ by no more than this"
     )
     clamp_quantile: float | None = option(
         None, help="bound the numbers of the LoRA to this quantile of their size; distorts, not done when not given"

@@ -82,12 +82,13 @@ def run(argv: Sequence[str] | None = None) -> None:
 def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     from library.checkpoints.adapter_tensors import no_adapter
     from library.safetensors_utils import is_pickled, load_pickled_tensors, load_safetensors, read_header
+    from library.components.lllite_utils import is_lllite
     from networks.files.network_files import is_adapter_key
 
     pickled = is_pickled(path)
     metadata = {} if pickled else dict(read_header(path)[1])
     tensors = load_pickled_tensors(path) if pickled else load_safetensors(path, device="cpu")
-    if not any(is_adapter_key(key) for key in tensors):
+    if not any(is_adapter_key(key) for key in tensors) and not is_lllite(tensors):
         raise CheckpointError(no_adapter(path, tensors, metadata))
     return tensors, metadata
 
@@ -115,6 +116,7 @@ def _print(options: InspectionOptions, found: FileReport, metadata: Mapping[str,
         "network": "ss_network_module",
         "rank": "ss_network_dim",
         "alpha": "ss_network_alpha",
+        "cond_emb_dim": "ss_cond_emb_dim",
     }
     print(
         "metadata: "

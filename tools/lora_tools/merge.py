@@ -447,12 +447,32 @@ def merge_adapters(config: Config, targets: NetworkTargets, adapters: list[Adapt
     else:
         tensors = lora_merge.low_rank_sum(layers, lambda shape: _rule(sums, shape), device)
     logger.info("%d layers, %s", len(layers), sums.mode)
+    words = words_of(config[MergeOptions].models)
     if config[OutputOptions].dry_run:
         return
     path = config[MergeOptions].save_to
     with clamping(config[OverflowOptions].clamp_overflow):
-        write_adapter_file(path, tensors, _adapter_dtype(config), _adapter_metadata(config, tensors))
+        write_adapter_file(path, {**tensors, **words}, _adapter_dtype(config), _adapter_metadata(config, tensors))
     logger.info("wrote %s", path)
+
+
+def words_of(paths: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The vectors of words in adapter files, for one file: strengths are those of layers, so vectors stay as they are.
+    Where several files have one word, the first one's stay."""
+    from library.checkpoints.embeddings import BUNDLED, bundled_tensors
+
+    kept: dict[str, torch.Tensor] = {}
+    owners: dict[str, str] = {}
+    for path in paths:
+        for key, tensor in bundled_tensors(path).items():
+            word = key.removeprefix(BUNDLED).partition(".")[0]
+            if owners.setdefault(word, path) == path:
+                kept[key] = tensor
+            elif key in kept and not kept[key].equal(tensor):
+                logger.warning("the word '%s' is in %s and %s; its vectors are those of the first", word, owners[word], path)
+    if owners:
+        logger.info("words in the result, with their vectors as they are: %s", ", ".join(owners))
+    return kept
 
 
 def _rule(sums: SumOptions, shape: Sequence[int]) -> RankRule:

@@ -44,10 +44,10 @@ class ResizeOptions:
     model: str | None = option(None, help="adapter file of any family and naming; the result keeps its names")
     save_to: str | None = option(None, help="the resized file; with --split_unit the rank is added to its name")
     new_rank: int = option(
-        4, help="rank of the result; with --dynamic_method the largest rank of a layer", most=LARGEST_RANK
+        4, least=1, help="rank of the result; with --dynamic_method the largest rank of a layer", most=LARGEST_RANK
     )
     new_conv_rank: int | None = option(
-        None, help="the same for convolutions larger than 1x1; --new_rank when not given", most=LARGEST_RANK
+        None, least=1, help="the same for convolutions larger than 1x1; --new_rank when not given", most=LARGEST_RANK
     )
     dynamic_method: str | None = option(
         None, choices=(None, *METHODS), help="choose the rank of each layer by its singular values"

@@ -21,7 +21,7 @@ from library.device_utils import get_preferred_device
 from library.generation import pipeline_class
 from library.generation.adapters import LoadedAdapters
 from library.generation.gen_img.guides import Guides, Steer, load_guides
-from library.generation.gen_img.networks import load_networks
+from library.generation.gen_img.networks import layered_words_of, load_networks, words_of
 from library.generation.gen_img.options import (
     GenerationControlOptions,
     GenerationModelOptions,
@@ -330,8 +330,11 @@ def load_batches(config: Config) -> PictureBatches:
     prompts = family.load_prompt_encoder(options, dtype, device)
     given = config[GenerationPromptOptions]
     prompts.max_rows, prompts.normalize_mode = given.max_embeddings_multiples or 1, given.emb_normalize_mode
-    for path in networks.textual_inversion_embeddings or []:
-        prompts.add_inversion(path)
+    for word in words_of(options, networks):
+        prompts.words.add(word)
+    layered = layered_words_of(options, networks)
+    if layered:
+        prompts.add_layered(layered)
     unet = family.load_denoiser(options.ckpt, dtype, device).eval()
     if options.opt_channels_last:
         unet.to(memory_format=torch.channels_last)

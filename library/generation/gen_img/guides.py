@@ -18,11 +18,13 @@ from torch import Tensor
 from library.checkpoints.kinds import check_slot
 from library.components.control_models import Control, GuidedBy
 from library.components.control_nets import control_nets_of
+from library.components.lllite_models import VALUE_RANGE, LLLite
 from library.components.lllite_utils import load_lllite, misfit
 from library.components.unet_utils import UNetInfo
 from library.core.errors import CheckpointError, ConfigError, Problems
 from library.dataset.image_files import edges
 from library.families.registry import record_of
+from library.generation.control_pictures import picture_tensor
 from library.generation.gen_img.options import GenerationControlOptions, GuideFile
 from library.generation.gen_img.plan import ImageRequest
 from library.generation.gen_img.sources import open_picture, source_files
@@ -127,9 +129,9 @@ class ControlNetGuide(GuidedNet):
 class LLLiteGuide(GuidedNet):
     """Modules in the denoiser's layers."""
 
-    value_range = (-1.0, 1.0)
+    value_range = VALUE_RANGE
 
-    def __init__(self, file: GuideFile, net: Any) -> None:
+    def __init__(self, file: GuideFile, net: LLLite) -> None:
         super().__init__(file)
         self.net = net
         net.state.multiplier = file.multiplier
@@ -189,20 +191,18 @@ class Guides:
         net, made = self.nets[place], []
         for turn in turns:
             image = self.pictures[turn * len(self.nets) + place] if len(self.pictures) > 1 else self.pictures[0]
-            made.append(prepared(image, size_wh, net.file.edges))
-        darkest, brightest = net.value_range
-        return (torch.stack(made) * (brightest - darkest) + darkest).to(self.device, self.dtype)
+            made.append(picture_tensor(prepared(image, size_wh, net.file.edges), net.value_range))
+        return torch.cat(made).to(self.device, self.dtype)
 
 
-def prepared(image: Image.Image, size_wh: tuple[int, int], thresholds: tuple[int, int] | None) -> Tensor:
-    """A guide picture [3, H, W] in 0..1 at the size of what is made, or its edges there (white on black)."""
+def prepared(image: Image.Image, size_wh: tuple[int, int], thresholds: tuple[int, int] | None) -> Image.Image:
+    """A guide picture at the size of what is made, or its edges there (white on black)."""
     from PIL import Image
 
     resized = image if image.size == size_wh else image.resize(size_wh, Image.Resampling.LANCZOS)
-    pixels = numpy.array(resized)  # [H, W, 3]
-    if thresholds is not None:
-        pixels = edges(pixels, *thresholds)[..., None].repeat(3, axis=2)
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    if thresholds is None:
+        return resized
+    return Image.fromarray(edges(numpy.asarray(resized), *thresholds)).convert("RGB")
 
 
 def first_resting(timesteps: Sequence[float], ratio: float) -> float:

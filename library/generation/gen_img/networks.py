@@ -7,11 +7,14 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from library.checkpoints.embeddings import WordVectors, bundled_rows
 from library.core.errors import ConfigError, Problems
 from library.families.registry import record_of
+from library.generation import pipeline_class
 from library.generation.adapter_files import AdapterFile, file_problem
 from library.generation.adapters import LoadedAdapters
-from library.generation.gen_img.options import GenerationNetworkOptions
+from library.generation.gen_img.options import GenerationModelOptions, GenerationNetworkOptions
+from library.generation.words import read_layered_words, read_words
 from library.training.adapters import check_owner, importable_name
 from library.training.keyword_args import parse_keyword_args
 
@@ -32,6 +35,30 @@ def network_problems(options: GenerationNetworkOptions, family: str) -> list[str
     for text in options.network_args or []:
         problems.attempt(lambda: _arguments(text))
     return problems.messages
+
+
+def words_of(model: GenerationModelOptions, options: GenerationNetworkOptions) -> list[WordVectors]:
+    """The words of --textual_inversion_embeddings and those in the files of networks. ConfigError."""
+    files, networks = options.textual_inversion_embeddings or [], options.network_weights or []
+    if not files and not any(map(bundled_rows, networks)):
+        return []
+    widths = pipeline_class(model.family).embedding_widths(model)
+    return read_words(files, [("network_weights", path) for path in networks], widths, "textual_inversion_embeddings")
+
+
+def layered_words_of(model: GenerationModelOptions, options: GenerationNetworkOptions) -> list[WordVectors]:
+    """The words of --XTI_embeddings. ConfigError."""
+    if not options.XTI_embeddings:
+        return []
+    family = pipeline_class(model.family)
+    layers = family.text_layers(model)
+    if not layers:
+        raise ConfigError(
+            "--XTI_embeddings: words have vectors for each layer in Stable Diffusion 1 and 2 alone; leave it out, or "
+            "give --textual_inversion_embeddings"
+        )
+    (width,) = family.embedding_widths(model).values()
+    return read_layered_words(options.XTI_embeddings, layers, width, "XTI_embeddings")
 
 
 def _module(name: str) -> Any:

@@ -146,6 +146,11 @@ class GenerationNetworkOptions:
         None, nargs="*",
         help="files of textual inversions; the name of a file without its ending is the word for prompts"
     )
+    XTI_embeddings: list[str] | None = option(
+        None, nargs="*",
+        help="files of textual inversions with vectors for each layer of the U-Net of Stable Diffusion 1 and 2 "
+        "(train_textual_inversion_XTI.py); named as --textual_inversion_embeddings"
+    )
     clip_vision_strength: float | None = refused_option(
         None, help="guidance by a picture through CLIP vision", reason=_NO_GUIDANCE
     )
@@ -235,9 +240,10 @@ class GenerationControlOptions:
                 )
             elif name != "guide_image_path" and len(given) != count:
                 problems.add(f"--{name} has {len(given)} values for {count} nets; give one for each net")
-        for ratio in self.control_net_ratios or []:
-            if not 0 <= ratio <= 1:
-                problems.add(f"--control_net_ratios has {ratio:g}; needed: a part of the steps, from 0 to 1")
+        ratios = self.control_net_ratios or []
+        if not all(0 <= ratio <= 1 for ratio in ratios):
+            shown = " ".join(f"{ratio:g}" for ratio in ratios)
+            problems.add(f"--control_net_ratios is {shown}; needed: parts of the steps, each from 0 to 1")
         for prep in self.control_net_preps or []:
             problems.attempt(lambda: _edges_of(prep))
         if count and not self.guide_image_path:
@@ -360,13 +366,16 @@ class GenerationPictureOptions:
     original_width_negative: int | None = option(None, help="SDXL: original width for the negative prompt")
     crop_top: int | None = option(None, help="SDXL: rows cropped above; 0 when not given")
     crop_left: int | None = option(None, help="SDXL: columns cropped on the left; 0 when not given")
-    pyramid_noise_prob: float | None = option(None, help="part of the pictures that start from pyramid noise")
+    pyramid_noise_prob: float | None = option(None, least=0, most=1, help="part of the pictures that start from pyramid noise")
     pyramid_noise_discount_range: list[float] | None = option(
-        None, nargs=2, help="least and largest weight of its next coarser level; 0.5 0.9 when not given"
+        None, nargs=2, least=0, most=1,
+        help="least and largest weight of its next coarser level; 0.5 0.9 when not given",
     )
-    noise_offset_prob: float | None = option(None, help="part of the pictures whose start noise gets an offset")
+    noise_offset_prob: float | None = option(
+        None, least=0, most=1, help="part of the pictures whose start noise gets an offset"
+    )
     noise_offset_range: list[float] | None = option(
-        None, nargs=2, help="least and largest offset; 0.01 0.2 when not given"
+        None, nargs=2, least=0, help="least and largest offset; 0.01 0.2 when not given"
     )
 
     def __post_init__(self) -> None:
@@ -378,13 +387,9 @@ class GenerationPictureOptions:
         problems += problems_of(lambda: check_sampler(self.sampler, "--sampler"))
         if self.steps > 1000:
             problems.append(f"--steps is {self.steps}; the noise schedule has 1000, needed: as many or fewer")
-        for name in ("pyramid_noise_prob", "noise_offset_prob"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                problems.append(f"--{name} is {value}; needed: from 0 to 1")
         for name in ("pyramid_noise_discount_range", "noise_offset_range"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value[0] <= value[1]:
+            if value is not None and value[0] > value[1]:
                 problems.append(f"--{name} is {value[0]} {value[1]}; needed: the least value, then the largest")
         _raise(problems)
 
@@ -449,12 +454,12 @@ class GenerationShrinkOptions:
     ds_depth_1: int | None = option(
         None, help="Deep Shrink: block of the way down before which the features are made smaller; off when not given"
     )
-    ds_timesteps_1: int = option(650, help="from the first timestep down to this one")
+    ds_timesteps_1: int = option(650, least=0, most=1000, help="from the first timestep down to this one")
     ds_depth_2: int | None = option(None, help="second block, for the timesteps after that")
-    ds_timesteps_2: int = option(650, help="down to this one")
+    ds_timesteps_2: int = option(650, least=0, most=1000, help="down to this one")
     ds_ratio: float = option(0.5, help="factor of the sides")
     gradual_latent_timesteps: int | None = option(
-        None,
+        None, least=0, most=1000,
         help="gradual latent (with --sampler euler_a): latents begin smaller and grow below this timestep; off when not given",
     )
     gradual_latent_ratio: float = option(0.5, help="factor of the sides at the beginning")

@@ -14,11 +14,14 @@ from typing import Any
 from library.core.errors import ConfigError, Problems
 from library.training.sampling_prompts import (
     LineOption,
+    Number,
     Seed,
     Whole,
     parse_pieces,
+    read_not_negative,
     read_number,
     read_picture_side,
+    read_share,
     read_text,
     read_whole,
 )
@@ -92,21 +95,9 @@ def _listed(convert: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 _AT_LEAST_ONE = Whole(1)
+_TIMESTEP = Whole(0, 1000, 650)
+_RATIO = Number(above=0, most=1)
 _SEED = Seed(0, LARGEST_SEED, 42)
-
-
-def _strength(text: str) -> float:
-    strength = read_number(text)
-    if not 0 <= strength <= 1:
-        raise ValueError("a number from 0 to 1 is needed")
-    return strength
-
-
-def _ratio(text: str) -> float:
-    ratio = read_number(text)
-    if not 0 < ratio <= 1:
-        raise ValueError("a number above 0 and up to 1 is needed")
-    return ratio
 
 
 def _scale_or_none(text: str) -> float | str:
@@ -126,7 +117,7 @@ def _unsharp(text: str) -> tuple[float, ...]:
 GENERATION_LINE_OPTIONS: Mapping[str, LineOption] = {
     "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side),
     "s": LineOption("sample_steps", read_whole),
-    "d": LineOption("seeds", _listed(_SEED)), "t": LineOption("strength", _strength),
+    "d": LineOption("seeds", _listed(_SEED)), "t": LineOption("strength", read_share),
     "n": LineOption("negative_prompt", read_text), "c": LineOption("clip_prompt", read_text),
     "l": LineOption("scale", read_number), "nl": LineOption("negative_scale", _scale_or_none),
     "am": LineOption("network_multipliers", _listed(read_number)), "f": LineOption("file_name", read_text),
@@ -134,13 +125,13 @@ GENERATION_LINE_OPTIONS: Mapping[str, LineOption] = {
     "nw": LineOption("original_width_negative", _AT_LEAST_ONE),
     "nh": LineOption("original_height_negative", _AT_LEAST_ONE),
     "ct": LineOption("crop_top", read_whole), "cl": LineOption("crop_left", read_whole),
-    "dsd1": LineOption("deep_shrink_depth_1", read_whole), "dst1": LineOption("deep_shrink_timesteps_1", read_whole),
-    "dsd2": LineOption("deep_shrink_depth_2", read_whole), "dst2": LineOption("deep_shrink_timesteps_2", read_whole),
-    "dsr": LineOption("deep_shrink_ratio", _ratio),
-    "glt": LineOption("gradual_latent_timesteps", read_whole), "glr": LineOption("gradual_latent_ratio", _ratio),
+    "dsd1": LineOption("deep_shrink_depth_1", read_whole), "dst1": LineOption("deep_shrink_timesteps_1", _TIMESTEP),
+    "dsd2": LineOption("deep_shrink_depth_2", read_whole), "dst2": LineOption("deep_shrink_timesteps_2", _TIMESTEP),
+    "dsr": LineOption("deep_shrink_ratio", _RATIO),
+    "glt": LineOption("gradual_latent_timesteps", _TIMESTEP), "glr": LineOption("gradual_latent_ratio", _RATIO),
     "gle": LineOption("gradual_latent_every_n_steps", _AT_LEAST_ONE),
-    "gls": LineOption("gradual_latent_ratio_step", _ratio),
-    "glsn": LineOption("gradual_latent_s_noise", read_number), "glus": LineOption("gradual_latent_unsharp", _unsharp),
+    "gls": LineOption("gradual_latent_ratio_step", _RATIO),
+    "glsn": LineOption("gradual_latent_s_noise", read_not_negative), "glus": LineOption("gradual_latent_unsharp", _unsharp),
 }
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems
+from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems, problems_of
 from library.core.options import Config
 from library.dataset.architectures import ARCHITECTURES
 from library.families.registry import record_of
@@ -36,7 +36,7 @@ from library.generation.gen_img.sources import (
     written_lines,
 )
 from library.generation.picture_files import write_picture
-from library.generation.script import Failures, format_problems
+from library.generation.script import Failures, format_problems, free_path
 from library.scripts.command_line import read_command, refused_problems, run_to_exit, script_parser, tell_equivalent
 from library.training.inference_samplers import sampler_notices
 from library.training.option_groups import ConsoleOptions
@@ -130,22 +130,18 @@ def make_batch(maker: PictureBatches, files: PictureFiles, batch: Sequence[Image
 
 def all_problems(config: Config) -> list[str]:
     """Everything that can be told without loading a model."""
-    from library.generation.prompt_encoder import checked_inversions
     from library.generation.gen_img.guides import guide_problems
     from library.generation.gen_img.networks import network_problems
 
     networks, sources = config[GenerationNetworkOptions], config[GenerationSourceOptions]
-    found = [
-        *refused_problems(config),
-        *model_problems(config[GenerationModelOptions]),
-        *network_problems(networks, config[GenerationModelOptions].family),
-    ]
     model = config[GenerationModelOptions]
+    model_found = model_problems(model)
+    found = [*refused_problems(config), *model_found, *network_problems(networks, model.family)]
     found += guide_problems(
         config[GenerationControlOptions], model.family, lambda: pipeline_class(model.family).inspect(model)[0]
     )
     found += format_problems({"--fp16" if model.fp16 else "--bf16": model.dtype})
-    found += checked_inversions(networks.textual_inversion_embeddings or [])
+    found += word_problems(model, networks, has_model=not model_found)
     if config[GenerationPictureOptions].use_original_file_name and not sources.image_path:
         found.append("--use_original_file_name is given without --image_path; there are no names to use")
     is_regional = bool(sources.mask_path) and not sources.image_path
@@ -158,6 +154,18 @@ def all_problems(config: Config) -> list[str]:
             "--network_pre_calc adds networks to the weights, and regions of --mask_path need them apart; leave it out"
         )
     return found
+
+
+def word_problems(model: GenerationModelOptions, networks: GenerationNetworkOptions, has_model: bool) -> list[str]:
+    """What is wrong with files of textual inversions, and with words in files of networks; for the text encoders where
+    there are such."""
+    from library.generation.gen_img.networks import layered_words_of, words_of
+    from library.generation.words import missing_files
+
+    if not has_model:
+        names = ("textual_inversion_embeddings", "XTI_embeddings")
+        return [problem for name in names for problem in missing_files(getattr(networks, name) or (), name)]
+    return [*problems_of(lambda: words_of(model, networks)), *problems_of(lambda: layered_words_of(model, networks))]
 
 
 def model_problems(options: GenerationModelOptions) -> list[str]:
@@ -385,15 +393,23 @@ class PictureFiles:
         self._taken: set[Path] = set()
 
     def write(self, made: Made) -> Path:
-        path = self._free(Path(self.options.outdir) / self.name_of(made))
+        path = self.path_of(made)
         write_picture(made.image, path, picture_texts(made.request, self.sampler, self.is_sdxl))
         logger.info("%s: %dx%d, %d steps, seed %d", path, *made.image.size, made.request.steps, made.request.seed)
         self.written.append(path)
         return path
 
-    def name_of(self, made: Made) -> str:
-        """`im_{YYYYmmddHHMMSS}_{stage}{number}_{seed}.png`, or as --f, --use_original_file_name, --sequential_file_name
-        say."""
+    def path_of(self, made: Made) -> Path:
+        """`im_{YYYYmmddHHMMSS}_{stage}{number}_{seed}.png`, with a number where another call of the same second has made
+        it; or as --f, --use_original_file_name, --sequential_file_name say, over what an earlier call made."""
+        folder, name = Path(self.options.outdir), self._asked_name(made)
+        if name is not None:
+            return self._free(folder / name)
+        stage = "" if made.stage is None else str(made.stage)
+        number, seed = made.request.number, made.request.seed
+        return free_path(folder, f"im_{time.strftime('%Y%m%d%H%M%S')}_{stage}{number:03d}_{seed}")
+
+    def _asked_name(self, made: Made) -> str | None:
         request, stage = made.request, "" if made.stage is None else str(made.stage)
         if request.file_name is not None:
             stem, dot, ending = request.file_name.rpartition(".")
@@ -403,7 +419,7 @@ class PictureFiles:
             return f"{self.sources[request.source].stem}{'_1st' if made.stage == 0 else ''}.png"
         if self.options.sequential_file_name:
             return f"im_{stage}{request.number + 1:06d}.png"
-        return f"im_{time.strftime('%Y%m%d%H%M%S')}_{stage}{request.number:03d}_{request.seed}.png"
+        return None
 
     def _free(self, path: Path) -> Path:
         """The path, or one with a number where this run has written it already."""

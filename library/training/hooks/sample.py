@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ from library.core.keyed_random import isolated_rng, key_seed
 from library.core.options import shortened
 from library.dataset.strategies import NegativeText
 from library.device_utils import clean_memory_on_device
+from library.generation.control_pictures import open_picture
 from library.generation.image_grid import GridCell, image_grid
 from library.generation.picture_files import read_frames, settings_texts, write_picture
 from library.training.hooks.base import Hook
@@ -33,6 +35,8 @@ from library.training.sampling_prompts import (
 )
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from library.dataset.strategies import Conditioning, StrategySet, Texts
     from library.generation.picture_files import Picture
     from library.training.progress import Progress
@@ -76,9 +80,9 @@ def encode_sample_prompts(
         if key in encoded:
             continue
         if isinstance(key, NegativeText):
-            tokens, weights = strategies.tokenize.tokenize_negative(text), None
+            tokens, weights = strategies.tokenize.tokenize_negative(strategies.prompt_text(text)), None
         else:
-            tokens, weights = strategies.tokenize.tokenize_prompt(text)
+            tokens, weights = strategies.tokenize.tokenize_prompt(strategies.prompt_text(text))
         outputs = strategies.encode(text_encoders, tokens, weights)
         encoded[key] = {name: tensor.detach().cpu() for name, tensor in outputs.items()}
     return encoded
@@ -116,7 +120,7 @@ class SampleHook(Hook):
         self._folder: Path | None = None
 
     def on_train_start(self, run: Run) -> None:
-        unused = unused_settings(self.prompts, run.family.sampling) if self.prompts else []
+        unused = unused_settings(self.prompts, run.family.sampling, run.trainable.sample_reads)
         if unused and run.runtime.is_main_process:
             logger.warning("sample prompts set %s, which %s does not have; ignored", ", ".join(unused), run.family.name)
         if run.progress.global_step == 0:
@@ -251,7 +255,10 @@ class SampleHook(Hook):
         keys = [run.strategies.negative_key(prompt.negative_prompt or "") for prompt in prompts]
         positive = joined([texts[prompt.prompt] for prompt in prompts])
         negative = joined([texts[key] for key in keys]) if run.family.needs_negative(prompts[0]) else None
-        made = run.family.pipeline(run.models).samples(prompts, positive, negative)
+        with run.trainable.at_sample(prompts[0]) as fields:
+            pipeline = run.family.pipeline(run.models)
+            pipeline = dataclasses.replace(pipeline, **fields) if fields else pipeline
+            made = pipeline.samples(prompts, positive, negative)
         return [self._write(run, at, *each) for each in zip(numbers, prompts, made, strict=True)]
 
     def _complete(self, run: Run, number: int) -> SamplePrompt:
@@ -284,17 +291,35 @@ class SampleHook(Hook):
             number=number,
         )  # fmt: skip
 
+    def _guides(self, run: Run) -> dict[int, Image.Image]:
+        """The control pictures that prompts name, by number of the prompt, at the size of their samples; none where
+        nothing follows them."""
+        if "controlnet_image" not in run.trainable.sample_reads:
+            return {}
+        complete = {number: run.family.sample_defaults(prompt) for number, prompt in enumerate(self.prompts)}
+        return {
+            number: open_picture(prompt.controlnet_image, (prompt.width, prompt.height))
+            for number, prompt in complete.items()
+            if prompt.controlnet_image
+        }
+
     def _present(self, run: Run, at: str, made: list[SampleFile]) -> None:
         """The grid of this occasion's pictures, the sheet of all, and the trackers' images."""
         if not made:
             return
         pictures = [(file, read_frames(file.path)) for file in made]
-        cells = [GridCell(frames[0], f"{file.enum}: {file.caption}") for file, frames in pictures]
+        guides, cells = self._guides(run), []
+        for file, frames in pictures:
+            cells += [GridCell(guides[file.enum], "control picture")] if file.enum in guides else []
+            cells.append(GridCell(frames[0], f"{file.enum}: {file.caption}"))
         saving = run.config[SavingOptions]
         name = sample_suffix(at, run.progress.epoch if at == "epoch" else run.progress.global_step)
         stem = f"{saving.output_name}_{name}" if saving.output_name else name
         title = f"{saving.output_name or 'samples'}, step {run.progress.global_step}"
-        grid = write_picture(image_grid(cells, title=title), Path(saving.output_dir) / "sample" / f"{stem}_grid.png")
+        columns = 2 * math.ceil(math.sqrt(len(made) / 2)) if len(cells) == 2 * len(made) else None  # pairs stay together
+        sheet = image_grid(cells, title=title, columns=columns)
+        grid = write_picture(sheet, Path(saving.output_dir) / "sample" / f"{stem}_grid.png")
+        self.sheet.guides = guides
         self.sheet.add(
             run.progress.global_step,
             occasion_label(run.progress, at),

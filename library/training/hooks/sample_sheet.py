@@ -22,6 +22,8 @@ class SampleSheet:
     """Small copies of all samples by occasion (optimizer steps done, label) and number of the prompt."""
 
     occasions: dict[tuple[int, str], dict[int, Image.Image]] = field(default_factory=dict)
+    guides: Mapping[int, Image.Image] = field(default_factory=dict)
+    """control pictures that the samples follow, by number of the prompt: the first column"""
 
     def add(self, step: int, label: str, pictures: Mapping[int, Image.Image]) -> None:
         """The pictures of one occasion, by number of their prompt."""
@@ -46,13 +48,14 @@ class SampleSheet:
             return
         columns = spread(sorted(self.occasions), MAX_COLUMNS)
         numbers = sorted({number for column in columns for number in self.occasions[column]})
+        shown = [(label, self.occasions[step, label]) for step, label in columns]
+        if self.guides:
+            shown = [("control picture", {number: _small(guide) for number, guide in self.guides.items()}), *shown]
         cells = [
-            GridCell(self.occasions[column].get(number) or _blank(), column[1])
-            for number in numbers
-            for column in columns
+            GridCell(pictures.get(number) or _blank(), label) for number in numbers for label, pictures in shown
         ]
         rows = [f"{number}: {captions.get(number, '')}" for number in numbers]
-        write_picture(image_grid(cells, columns=len(columns), title=title, row_titles=rows), path)
+        write_picture(image_grid(cells, columns=len(shown), title=title, row_titles=rows), path)
 
 
 def spread(items: list, most: int) -> list:

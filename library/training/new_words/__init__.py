@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from library.core.errors import Problems
@@ -44,10 +45,65 @@ class TextualInversionOptions:
         return words_of(self.token_string or "", self.num_vectors_per_token)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AddedWordOptions(TextualInversionOptions):
+    """New word beside the adapter (textual inversion)"""
+
+    token_string: str | None = option(
+        None,
+        help="new word that is learned together with the adapter, as it stands in captions and prompts; one that no "
+        "tokenizer has as a single token",
+    )
+    weights: str | None = option(
+        None,
+        help="embedding file that the word starts from: .safetensors, .pt or .bin; that of --network_weights when not "
+        "given and there",
+    )
+    embedding_lr: float | None = option(
+        None, help="rate of the word's vectors; --learning_rate when not given, 0 = they stay as they are"
+    )
+    embedding_files: str = option(
+        "both",
+        help="where the vectors are written: bundle = into the adapter's file, separate = into a file of their own beside "
+        "it, or both",
+        choices=("both", "bundle", "separate"),
+    )
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        problems.attempt(super().__post_init__)
+        if self.embedding_lr is not None and not 0 <= self.embedding_lr < float("inf"):
+            problems.add(f"--embedding_lr is {self.embedding_lr}; needed: 0 or more")
+        if self.token_string and "." in self.token_string and self.is_bundled:
+            problems.add(
+                f"--token_string is '{self.token_string}'; a word in an adapter's file cannot have a dot: choose another, "
+                "or give --embedding_files separate"
+            )
+        problems.raise_if_any()
+
+    @property
+    def is_bundled(self) -> bool:
+        return self.embedding_files != "separate"
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Ending of the word's own file: `-zyx` for `<name>-zyx.safetensors`."""
+        if not self.token_string or self.embedding_files == "bundle":
+            return ()
+        return ("-" + re.sub(r"[^\w-]", "_", self.token_string),)
+
+
+def groups_beside_adapter(record: FamilyRecord) -> tuple[type, ...]:
+    """Groups of options that a script for adapters has beside those of adapters."""
+    return (AddedWordOptions,) if record.embedding_keys else ()
+
+
 def foreign_options(record: FamilyRecord, trainable: str) -> dict[str, str]:
     """Shared options that the known scripts do not have: name -> reason."""
     names = ("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
+    vae = "the VAE stays in the format of --mixed_precision, as in the known script"
     return {
+        **({"no_half_vae": vae} if trainable == "textual_inversion_xti" else {}),
         **dict.fromkeys(names, "a caption without the new word teaches nothing about it"),
         "skip_until_initial_step": "a run begins at --initial_step without loading what lies before it",
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
@@ -41,8 +41,12 @@ class Trainable(ABC):
     """name of its scripts without .py and without what a family puts before it"""
     keeps_text_still: ClassVar[str] = ""
     """what to do to keep text encoders from learning, for messages: "add --network_train_unet_only", say"""
+    begins_with: ClassVar[str] = "--network_weights"
+    """the option that names a file of it with which a new run begins"""
     writes_folders: ClassVar[bool] = False
     """whether it can be saved as a folder in the layout of diffusers, where the family has one"""
+    has_own_folder: ClassVar[bool] = False
+    """whether that folder is one of its own, which hangs on no other part of the family"""
     spec_kind: ClassVar[str] = ""
     """what modelspec.architecture ends in: lora, textual-inversion, controlnet; "" for a full model"""
 
@@ -75,6 +79,10 @@ class Trainable(ABC):
     def prepare_tokenizers(self, family: ModelFamily, strategies: StrategySet) -> None:
         """Before captions are encoded and text encoders loaded: new tokens join the tokenizers here."""
 
+    def text_strategies(self, strategies: StrategySet) -> StrategySet:
+        """How texts of the run are encoded, once the tokenizers know their tokens."""
+        return strategies
+
     def updater(self) -> Updater:
         """How gradients become changed weights."""
         from library.training.updaters.ordinary import OrdinaryUpdater
@@ -88,9 +96,17 @@ class Trainable(ABC):
     def prepare_data(self, data: DataGroups) -> None:
         """Images are in their buckets, and nothing is encoded yet: what captions say besides is set here."""
 
+    sample_reads: ClassVar[frozenset[str]] = frozenset()
+    """settings of sample prompts that it reads, beside those of the family"""
+
     def sample_prompt(self, prompt: SamplePrompt) -> SamplePrompt:
-        """A sample prompt as it is encoded."""
+        """A sample prompt as it is encoded; ConfigError leaves it out."""
         return prompt
+
+    @contextmanager
+    def at_sample(self, prompt: SamplePrompt) -> Iterator[Mapping[str, object]]:
+        """Around the making of samples of a complete prompt. Gives fields of the pipeline that makes them."""
+        yield {}
 
     def prepare_text_encoders(self, family: ModelFamily, encoders: TextEncoders, runtime: Runtime) -> None:
         """Text encoders are loaded and frozen, and have encoded nothing yet: new tokens join them here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,11 +17,9 @@ from library.dataset import CachingOptions
 from library.families.registry import record_of
 from library.training.checkpoint import FOLDER_FORMATS, side_name
 from library.training.hooks.base import Hook
-from library.training.optimizers import OptimizerOptions, check_rates, choose
-from library.training.option_groups import LoopOptions, PrecisionOptions, SavingOptions
-from library.training.trainables.base import Trainable
-from library.training.updaters.base import Updater
-from library.training.whole_models import BF16_NOTICES, TEXT_RATES, WholeModelOptions
+from library.training.option_groups import SavingOptions
+from library.training.trainables.weights import WeightsTrainable
+from library.training.whole_models import TEXT_RATES, WholeModelOptions
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +31,12 @@ if TYPE_CHECKING:
     from library.training.wiring.base import ModelFamily
 
 
-class FullTrainable(Trainable):
+class FullTrainable(WeightsTrainable):
     """All weights of the denoiser, and with --train_text_encoder those of the text encoders."""
 
     name, options, script = "full", WholeModelOptions, "train"
     keeps_text_still = "leave out --train_text_encoder"
+    begins_with = "--pretrained_model_name_or_path"
     writes_folders = True
     opts: WholeModelOptions
     rate_options = "--learning_rate, --layer_lrs and the rates of text encoders and blocks"
@@ -49,30 +48,17 @@ class FullTrainable(Trainable):
 
     # -- before models are loaded ------------------------------------------------------------------------------------
 
-    @classmethod
-    def dataset_rules(cls, family: ModelFamily | type[ModelFamily]) -> str:
-        script = record_of(family.name).scripts.get(cls.name)
-        return super().dataset_rules(family) if script is None else script.name
-
     def check(self, family: ModelFamily) -> None:
         """Rates, precision and ways to update."""
         problems = Problems()
         if self.name not in record_of(family.name).scripts:
             raise ConfigError(f"whole models of {record_of(family.name).title} are not trained here; adapters of them are")
         rates = problems.attempt(lambda: self._denoiser_rates(family))
-        for check in (self._text_problems(family), self._memory_problems(family), self._fused_problems(), self._format_problems()):
-            for message in check:
-                problems.add(message)
+        for message in (*self._text_problems(family), *self._memory_problems(family), *self.update_problems()):
+            problems.add(message)
         if rates is not None:
-            used = [rate for _, rate in rates] + self._text_rates(family) + [self._rate]
-            if not any(used):
-                problems.add(f"every learning rate is 0: there is nothing to train; look at {self.rate_options}")
-            problems.attempt(lambda: check_rates(self.config[OptimizerOptions], used, self.rate_options))
+            problems.attempt(lambda: self.check_used_rates([*(rate for _, rate in rates), *self._text_rates(family)]))
         problems.raise_if_any()
-
-    @property
-    def _rate(self) -> float:
-        return self.config[OptimizerOptions].learning_rate
 
     def _denoiser_rates(self, family: ModelFamily) -> Rates:
         """Those that the user wrote, before those of the family's own options."""
@@ -80,7 +66,7 @@ class FullTrainable(Trainable):
         return [*parse_rates(self.opts.layer_lrs, "layer_lrs"), *of_family]
 
     def _denoiser_learns(self, family: ModelFamily) -> bool:
-        return bool(self._rate) or any(rate for _, rate in self._denoiser_rates(family))
+        return bool(self.rate) or any(rate for _, rate in self._denoiser_rates(family))
 
     @property
     def _is_text_trained(self) -> bool:
@@ -95,8 +81,12 @@ class FullTrainable(Trainable):
         for number, name in enumerate(name for name in TEXT_RATES if name in script.options):
             switch, given = script.text_switches.get(number), getattr(self.opts, name)
             learns = self._is_text_trained and (switch is None or getattr(self.opts, switch))
-            rates.append((self._rate if given is None else given) if learns else 0.0)
+            rates.append((self.rate if given is None else given) if learns else 0.0)
         return rates
+
+    def fixed_settings(self, family: ModelFamily) -> dict[str, Plain]:
+        learn = self.trains_text_encoders(family)
+        return {"train_text_encoder": {_text_name(i, learn): learns for i, learns in enumerate(learn)}} if learn else {}
 
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
         return [rate > 0 for rate in self._text_rates(family)]
@@ -128,82 +118,18 @@ class FullTrainable(Trainable):
                 )
 
     def idle(self, family: ModelFamily) -> list[Ignored]:
-        found: list[Ignored] = []
+        found = super().idle(family)
         stop = self.opts.stop_text_encoder_training
         if stop is not None and stop != -1 and not any(self.trains_text_encoders(family)):
             found += without_effect(["stop_text_encoder_training"], "no text encoder learns")
-        if "bf16_update" in self.config.explicit and not self.config[PrecisionOptions].full_bf16:
-            found += without_effect(["bf16_update"], "weights that learn are in bfloat16 with --full_bf16 alone")
         return found
 
     def _memory_problems(self, family: ModelFamily) -> Iterator[str]:
-        if family.swaps_blocks:
+        if family.swaps_blocks and not self._is_fused:
             yield (
-                "--blocks_to_swap moves weights that are not trained; leave it out"
-                " (--fused_backward_pass and --gradient_checkpointing save memory)"
+                "--blocks_to_swap sends weights away before an update at the end of the step could reach them; add"
+                " --fused_backward_pass, which updates them while they are there, or leave it out"
             )
-
-    @property
-    def _is_fused(self) -> bool:
-        return bool(self._fused_options)
-
-    @property
-    def _fused_options(self) -> list[str]:
-        """Those that are given of the options which ask for it."""
-        found = ["--fused_backward_pass"] if self.config[OptimizerOptions].fused_backward_pass else []
-        groups = self.opts.fused_optimizer_groups
-        found += [f"--fused_optimizer_groups {groups}"] if groups else []
-        return found + (["--blockwise_fused_optimizers"] if self.opts.blockwise_fused_optimizers else [])
-
-    def _fused_problems(self) -> Iterator[str]:
-        """What an update inside the backward pass cannot be combined with."""
-        if not self._is_fused:
-            return
-        option, *others = self._fused_options
-        if others:
-            yield f"{option} and {' and '.join(others)} say the same; use one of them"
-        steps = self.config[LoopOptions].gradient_accumulation_steps
-        if steps > 1:
-            yield (
-                f"{option} is set with --gradient_accumulation_steps {steps}; gradients are gone after each backward"
-                " pass: use a larger --train_batch_size, or leave one of them out"
-            )
-        if self.config[PrecisionOptions].mixed_precision == "fp16":
-            yield (
-                f"{option} is set with --mixed_precision fp16, whose scaled gradients are judged all together; use"
-                " --mixed_precision bf16"
-            )
-        if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
-            yield f"{option} is for one process: gradients of several are summed before the step; leave it out"
-        choice = self._steps_singly()
-        if choice:
-            yield f"{option}: {choice} needs the gradients of all weights at once; use AdamW or AdaFactor, or leave it out"
-
-    def _steps_singly(self) -> str | None:
-        """None, or the name of an optimizer that has to see all weights together."""
-        from library.training.optimizers.single_steps import steps_singly
-
-        options = self.config[OptimizerOptions]
-        try:
-            return None if steps_singly(options) else f"--optimizer_type {choose(options).name}"
-        except ConfigError:
-            return None  # told by the check of the optimizer
-
-    def _format_problems(self) -> Iterator[str]:
-        from library.training import optimizers
-
-        if self.config[PrecisionOptions].full_bf16:
-            try:
-                built = optimizers.check(self.config[OptimizerOptions])
-            except ConfigError:
-                return  # told by the check of the optimizer
-            if built.schedule_free:
-                yield (
-                    f"--full_bf16 with --optimizer_type {built.choice.name}, which moves between two sets of weights that"
-                    " bfloat16 cannot tell apart; leave one of them out"
-                )
-        if self.config[SavingOptions].save_model_as == "pt":
-            yield "--save_model_as is pt, in which no program looks for a model; use safetensors or ckpt"
 
     # -- the models --------------------------------------------------------------------------------------------------
 
@@ -214,8 +140,7 @@ class FullTrainable(Trainable):
         return runtime.trained_dtype if any(self.trains_text_encoders(family)) else None
 
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
-        self.family, self.models = family, models
-        self._rounds = str(runtime.trained_dtype) == "torch.bfloat16"
+        super().attach(family, models, runtime)
         learns = self.trains_text_encoders(family)
         for number, encoder in enumerate(models.text_encoders):
             if encoder is None:
@@ -231,7 +156,7 @@ class FullTrainable(Trainable):
         """Parameters of rate 0 are frozen: they would collect gradients that nobody uses."""
         denoiser, text_rates = self.models.denoiser, self._text_rates(self.family)
         groups: list[ParamGroup] = rate_groups(
-            denoiser.named_parameters(), self._rate, self._denoiser_rates(self.family), name="denoiser"
+            denoiser.named_parameters(), self.rate, self._denoiser_rates(self.family), name="denoiser"
         )
         for number, encoder in self._text.items():
             unused = tuple(self.family.unused_text_layers(number, encoder))
@@ -240,20 +165,11 @@ class FullTrainable(Trainable):
         return groups
 
     def _text_name(self, number: int) -> str:
-        return "text_encoder" if len(self.trains_text_encoders(self.family)) == 1 else f"text_encoder_{number + 1}"
+        return _text_name(number, self.trains_text_encoders(self.family))
 
     def modules(self) -> dict[str, torch.nn.Module]:
         found = {"denoiser": self.models.denoiser} if self._denoiser_learns(self.family) else {}
         return {**found, **{self._text_name(number): encoder for number, encoder in self._text.items()}}
-
-    def updater(self) -> Updater:
-        from library.training.updaters.ordinary import OrdinaryUpdater
-        from library.training.updaters.single import FusedUpdater, RoundingUpdater
-
-        way = self.opts.bf16_update
-        if self._is_fused:
-            return FusedUpdater(way)
-        return RoundingUpdater(self._steps_singly() is None, way) if self._rounds else OrdinaryUpdater()
 
     @contextmanager
     def disabled(self):
@@ -279,20 +195,7 @@ class FullTrainable(Trainable):
         return f"the weights of the model: {', '.join(parts)}"
 
     def notices(self) -> list[str]:
-        lines = []
-        if self._rounds:
-            lines.append(BF16_NOTICES[self.opts.bf16_update])
-            choice = choose(self.config[OptimizerOptions])
-            if choice.one_rate_for_all_groups and self.opts.bf16_update == "stochastic":
-                lines.append(
-                    f"{choice.name} finds its rate by how far weights went, which chance blurs at first; --bf16_update kahan"
-                    " keeps it exact"
-                )
-        if self._is_fused and self.config[OptimizerOptions].max_grad_norm:
-            lines.append(
-                f"--max_grad_norm {self.config[OptimizerOptions].max_grad_norm:g}: each tensor is clipped by its own norm,"
-                " because updates inside the backward pass never see all gradients; 0 clips nothing"
-            )
+        lines = super().notices()
         lines += self._layout_notices()
         stop = self.opts.stop_text_encoder_training
         if self._text and stop is not None:
@@ -352,6 +255,11 @@ class FullTrainable(Trainable):
         names = ("layer_lrs", "block_lr", *TEXT_RATES, "stop_text_encoder_training")
         given = {f"ss_{name}": getattr(self.opts, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
+
+
+def _text_name(number: int, learn: Sequence[bool]) -> str:
+    """Of one among as many text encoders as `learn` tells of."""
+    return "text_encoder" if len(learn) == 1 else f"text_encoder_{number + 1}"
 
 
 class DreamBooth(FullTrainable):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from library.checkpoints.kinds import check_slot
-from library.components.lllite_models import LLLite, LLLiteShape, new_shapes
+from library.components.lllite_models import VALUE_RANGE, LLLite, LLLiteShape, new_shapes
 from library.components.lllite_utils import load_tensors, misfit, read_shapes, read_tensors
 from library.core.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
 from library.core.keyed_random import StepDraws, isolated_rng
 from library.core.options import Config
+from library.generation.control_pictures import open_picture, picture_tensor
 from library.training.lllite import DEFAULT_COND_DIM, DEFAULT_DIM, LLLiteOptions
 from library.training.optimizers import OptimizerOptions
 from library.training.trainables.base import Trainable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from library.training.objective import NoisyLatents
     from library.training.protocols import ParamGroup, Plain
     from library.training.run import Models
+    from library.training.sampling_prompts import SamplePrompt
     from library.training.wiring.base import ModelFamily
 
 
@@ -36,6 +38,7 @@ class LLLiteTrainable(Trainable):
     options = LLLiteOptions
     script = "train_control_net_lllite"
     spec_kind = "control-net-lllite"
+    sample_reads = frozenset({"controlnet_image"})
     opts: LLLiteOptions
 
     def __init__(self, config: Config) -> None:
@@ -91,6 +94,11 @@ class LLLiteTrainable(Trainable):
         cond_dim, dim = self._sizes
         return {"cond_emb_dim": cond_dim, "network_dim": dim}
 
+    def sample_prompt(self, prompt: SamplePrompt) -> SamplePrompt:
+        if prompt.controlnet_image:
+            open_picture(prompt.controlnet_image)
+        return prompt
+
     # -- the network -------------------------------------------------------------------------------------------------
 
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
@@ -118,6 +126,20 @@ class LLLiteTrainable(Trainable):
         """The layers follow the pictures of the batch from here on; the denoiser itself is given nothing more."""
         self.net.set_picture(batch.conditioning_images.to(sample.noisy_latents.device))
         return {}
+
+    @contextmanager
+    def at_sample(self, prompt: SamplePrompt) -> Iterator[Mapping[str, object]]:
+        """The layers follow the prompt's picture; without one the sample is that of the base model."""
+        if prompt.controlnet_image:
+            image = open_picture(prompt.controlnet_image, (prompt.width, prompt.height))
+            picture = picture_tensor(image, VALUE_RANGE).to(self.net.device)
+        else:
+            picture = None
+        self.net.set_picture(picture)
+        try:
+            yield {}
+        finally:
+            self.net.set_picture(None)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

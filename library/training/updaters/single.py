@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.training.optimizers.single_steps import only
+from library.training.optimizers.single_steps import GroupCounts, only
 from library.training.updaters.base import Updater, trained_parameters
 from library.training.updaters.bf16_weights import BF16_UPDATES, COMPENSATION, exact_value
 from library.training.updaters.ordinary import OrdinaryUpdater
@@ -22,6 +22,7 @@ class SingleSteps:
     def __init__(self, run: Run, bf16_update: str) -> None:
         self._run = run
         self._write = BF16_UPDATES[bf16_update]
+        self._counts = GroupCounts()
         places = [(group, p) for group in run.optimizer.param_groups for p in group["params"]]
         self._places = {p: (number, group) for number, (group, p) in enumerate(places)}
 
@@ -57,6 +58,8 @@ class SingleSteps:
         for parameter, place in zip(stepped, parameters, strict=True):
             group = self._places[place][1]
             groups.setdefault(id(group), (group, []))[1].append(parameter)
+        for group, _ in groups.values():
+            self._counts.begin(group, self._run.progress.global_step)
         with only(self._run.optimizer, groups.values()):
             self._run.optimizer.step()
 
@@ -79,6 +82,16 @@ class RoundingUpdater(OrdinaryUpdater):
             self._steps.step(chosen)
 
 
+def bring_states(run: Run) -> None:
+    """What was resumed for weights that wait in main memory (block swap) goes to the device, where they are when they are
+    updated. Paged states of bitsandbytes travel by themselves."""
+    for parameter in trained_parameters(run.optimizer):
+        entry = run.optimizer.state.get(parameter, {}) if parameter.device.type == "cpu" else {}
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor) and value.ndim and not getattr(value, "is_paged", False):
+                entry[key] = value.to(run.runtime.device)
+
+
 class FusedUpdater(Updater):
     """Each parameter is clipped by its own norm, stepped and freed of its gradient as soon as that is complete, inside
     the backward pass: never are all gradients in memory. For one micro-batch per step, one process and no scaling."""
@@ -91,6 +104,7 @@ class FusedUpdater(Updater):
 
     def begin(self, run: Run) -> None:
         steps = SingleSteps(run, self._bf16_update)
+        bring_states(run)
 
         def update(parameter: torch.nn.Parameter) -> None:
             if run.max_grad_norm:
@@ -104,6 +118,9 @@ class FusedUpdater(Updater):
         run.runtime.backward(loss)
 
     def update(self, run: Run) -> None:
+        for part in run.models.of_step:
+            if hasattr(part, "prepare_block_swap_before_forward"):
+                part.prepare_block_swap_before_forward()  # hooks find every weight in its place, and none on its way
         run.lr_scheduler.step()
 
     def end(self, run: Run) -> None:

@@ -13,29 +13,21 @@ from library.core.options import Config, equivalent_option, option, option_field
 from library.core.registry import import_target
 from library.families.record import FamilyRecord
 from library.families.registry import FAMILIES
+from library.training.trained_weights import OF_EVERY_SCRIPT, OLD, TrainedWeightsOptions
 
 if TYPE_CHECKING:
     from library.training.wiring.base import ModelFamily
 
 TEXT_RATES = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3")
 """learning rates of text encoders: of the only one, or of each"""
-_SWAP = "an old option that no script reads any more; blocks that learn are not swapped"
+_SWAP = "an old option that no script reads any more; see --blocks_to_swap"
 _EIGHT_BITS = "trained weights are not held in 8 bits, in which nothing can be learned; --full_bf16 halves them"
-OLD = ("double_blocks_to_swap", "single_blocks_to_swap")
 OF_ADAPTERS = {"skip_until_initial_step": "a run that resumes goes on at its step and reads no image before it"}
 """shared options that only scripts of adapters have"""
-OF_EVERY_SCRIPT = ("layer_lrs", "bf16_update", "use_safetensors")
-BF16_NOTICES = {
-    "stochastic": "weights in bfloat16 are rounded stochastically after each step, so that small updates count"
-    " (--bf16_update stochastic)",
-    "kahan": "weights in bfloat16 are summed with what rounding cuts off, 2 bytes per weight in the optimizer's state, so"
-    " that small updates count (--bf16_update kahan)",
-}
-"""values of --bf16_update, and what the page at start says of them"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class WholeModelOptions:
+class WholeModelOptions(TrainedWeightsOptions):
     """Training of whole models"""
 
     train_text_encoder: bool = option(False, help="the text encoders learn too")
@@ -67,33 +59,6 @@ class WholeModelOptions:
         help="learning rates of the blocks of the U-Net, 23 numbers with commas: 0 embeddings of time and size, 1-9 input"
         " blocks, 10-12 middle, 13-21 output blocks, 22 output; 0 = not trained",
     )
-    layer_lrs: str | None = option(
-        None, help="learning rates of layers of the denoiser by their path, as regex=rate,regex=rate; 0 = not trained"
-    )
-    bf16_update: str = option(
-        "stochastic", choices=tuple(BF16_NOTICES),
-        help="how weights of --full_bf16 take updates smaller than their last digit: stochastic = rounded to one of two"
-        " neighbours by chance, right on average; kahan = what is cut off is kept for the next update, 2 more bytes per"
-        " weight",
-    )
-    fused_optimizer_groups: int | None = option(
-        None, help="1 or more: the same as --fused_backward_pass, which updates each tensor as soon as its gradient is there"
-    )
-    blockwise_fused_optimizers: bool = option(False, help="the same as --fused_backward_pass")
-    use_safetensors: bool = equivalent_option(
-        False, help="write safetensors files",
-        reason="--use_safetensors: files are safetensors unless --save_model_as says otherwise",
-    )
-    mem_eff_save: bool = equivalent_option(
-        False, help="write files with little memory",
-        reason="--mem_eff_save: files are always written without a second copy in memory",
-    )
-    skip_latents_validity_check: bool = equivalent_option(
-        False, help="old name of --skip_cache_check",
-        reason="--skip_latents_validity_check: an old name; --skip_cache_check takes cached latents as they are",
-    )
-    double_blocks_to_swap: int | None = option(None, help="number of double blocks that wait in main memory")
-    single_blocks_to_swap: int | None = option(None, help="number of single blocks that wait in main memory")
     diffusers_xformers: bool = equivalent_option(
         False, help="attention of xformers in the text encoder",
         reason="--diffusers_xformers: attention is computed by torch (scaled_dot_product_attention)",
@@ -101,6 +66,7 @@ class WholeModelOptions:
 
     def __post_init__(self) -> None:
         problems = Problems()
+        problems.attempt(super().__post_init__)
         for name in TEXT_RATES:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
@@ -109,8 +75,6 @@ class WholeModelOptions:
             problems.add(
                 f"--stop_text_encoder_training is {self.stop_text_encoder_training}; needed: a number of steps, or -1"
             )
-        if self.fused_optimizer_groups is not None and self.fused_optimizer_groups < 0:
-            problems.add(f"--fused_optimizer_groups is {self.fused_optimizer_groups}; needed: 1 or more, or 0 for none")
         if self.num_last_block_to_freeze is not None and self.num_last_block_to_freeze < 0:
             problems.add(f"--num_last_block_to_freeze is {self.num_last_block_to_freeze}; needed: 0 or more blocks")
         problems.raise_if_any()
@@ -154,6 +118,6 @@ def foreign_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:
     script = record.scripts.get(trainable)
     own = {*(script.options if script else ()), *OF_EVERY_SCRIPT}
     others = [name for name in option_fields(WholeModelOptions) if name not in own]
-    named = " and ".join(f"--{name}" for name in option_fields(WholeModelOptions) if name in own)
+    named = ", ".join(f"--{name}" for name in option_fields(WholeModelOptions) if name in own)
     where = script.name if script else f"training of whole {record.title} models"
-    return {**dict.fromkeys(others, f"{where} has {named} in its place"), **OF_ADAPTERS}
+    return {**dict.fromkeys(others, f"an option of other scripts for whole models; {where} has {named}"), **OF_ADAPTERS}

@@ -271,7 +271,9 @@ class AnimaFamily(FlowFamily):
         pairs = self.config[NetworkOptions].pairs
         return {name: RATE_SWITCHES[name] for name in given if RATE_SWITCHES[name].split("=")[0] not in pairs}
 
-    def side_limit(self) -> SideLimit:
+    def side_limit(self) -> SideLimit | None:
+        if self._denoiser_path is None:
+            return None  # told by the check
         return self.architecture.latents.side_limit(self._denoiser_info.params.most_patches)
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:

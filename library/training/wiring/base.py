@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from library.checkpoints.embeddings import Widths
     from library.checkpoints.loading import Transform
     from library.core.keyed_random import StepDraws
     from library.dataset.batch import Batch
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from library.generation.pipeline import PicturePipeline
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents, Objective
-    from library.training.protocols import Plain
+    from library.training.protocols import BaseInfo, Plain
     from library.training.run import DiTOutput, Models
 
 logger = logging.getLogger(__name__)
@@ -213,6 +214,11 @@ class ModelFamily(ABC):
         checkpointed and compiled like it."""
         return {}
 
+    def base_info(self) -> BaseInfo:
+        """What the header of the denoiser's file tells, for nets that are made of it. CheckpointError when it is
+        something else."""
+        raise UnsupportedCombination(f"{self.name} has no nets that are made of its denoiser")
+
     @abstractmethod
     def objective(self) -> Objective: ...
 
@@ -262,6 +268,9 @@ class ModelFamily(ABC):
     def idle(self) -> list[Ignored]:
         """Options of the family, or read by it, that have no effect in this run."""
         return []
+
+    further_options: ClassVar[tuple[type, ...]] = ()
+    """groups of options that its scripts take beside `options`, unless what is trained declares one of them"""
 
     def layer_rates(self) -> Mapping[str, float]:
         """Pattern of layer paths of the denoiser -> learning rate, where the family has options for parts of its
@@ -343,8 +352,14 @@ class ModelFamily(ABC):
     def new_control_net(self, models: Models) -> torch.nn.Module:
         raise UnsupportedCombination(f"{self.name} has no ControlNet training")
 
-    def embedding_tables(self, models: Models) -> list[torch.nn.Embedding]:
-        raise UnsupportedCombination(f"{self.name} has no textual inversion")
+    def embedding_widths(self) -> Widths:
+        """Widths of the vectors that its text encoders take, from headers, for the `embedding_keys` of its record."""
+        raise UnsupportedCombination(f"{self.name} has no textual inversion: no words can be added to its text")
+
+    def text_layers(self) -> Sequence[str]:
+        """The layers for each of which a word can have vectors of its own, in the order in which they run, from headers;
+        none where it cannot."""
+        return ()
 
 
 class FlowFamily(ModelFamily):

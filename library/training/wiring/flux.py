@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from library.checkpoints.embeddings import Widths
     from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import Conditioning, StrategySet
@@ -81,9 +82,6 @@ class FluxOptions:
     )
     model_type: str = option("flux", help="flux, or chroma, a variant with options of its own", choices=MODEL_TYPES)
     split_mode: bool = option(False, help=f"deprecated: the same as --blocks_to_swap {SPLIT_MODE_BLOCKS}")
-    controlnet_model_name_or_path: str | None = ignored_option(
-        None, help="ControlNet to train with", reason="a ControlNet takes no part in the training of a network"
-    )
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -102,8 +100,19 @@ class FluxOptions:
         problems.raise_if_any()
 
 
+@dataclass(frozen=True, kw_only=True)
+class FluxControlOptions:
+    """ControlNet of FLUX.1"""
+
+    controlnet_model_name_or_path: str | None = ignored_option(
+        None, help="ControlNet to train with", reason="a ControlNet takes no part in the training of a network"
+    )
+
+
 class FluxFamily(FlowFamily):
     """The wiring of FLUX.1."""
+
+    further_options = (FluxControlOptions,)
 
     record = FAMILY
     timestep_modes = TIMESTEP_MODES
@@ -301,6 +310,11 @@ class FluxFamily(FlowFamily):
 
         return load_ae(self.opts.ae, runtime.vae_dtype, runtime.device, self._disable_mmap)
 
+    def embedding_widths(self) -> Widths:
+        from library.flux_utils import embedding_widths
+
+        return embedding_widths(self.opts.clip_l, self.opts.t5xxl)
+
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         """Those of `text_slots`. With 8-bit storage they are read in the compute type first, because only their linear
         layers shrink."""
@@ -321,6 +335,9 @@ class FluxFamily(FlowFamily):
                 # transformers casts the input of T5's `wo` to the type of its weight, which must not be 8 bits
                 shrink_linears_to_fp8(encoder, keep=("wo",))
         return encoders
+
+    def base_info(self) -> FlowModelInfo:
+        return self._denoiser_info
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""

@@ -192,7 +192,9 @@ class LuminaFamily(FlowFamily):
     def sample_batch_size(self) -> int:
         return self.opts.sample_batch_size or self.config[DatasetOptions].train_batch_size
 
-    def side_limit(self) -> SideLimit:
+    def side_limit(self) -> SideLimit | None:
+        if self._denoiser_path is None:
+            return None  # told by the check
         return self.architecture.latents.side_limit(self._denoiser_info.params.most_patches)
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:

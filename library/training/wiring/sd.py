@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from library.checkpoints.embeddings import Widths
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
     from library.dataset.batch import Batch
@@ -123,6 +124,18 @@ class SdFamily(UNetFamily):
         return StrategySet(
             tokenize, SdTextEncodingStrategy(model.clip_skip), self.latents_caching(), None, TEXT_LAYOUTS["sd"]
         )
+
+    def embedding_widths(self) -> Widths:
+        from library.components.text_encoder_utils import inspect_clip
+        from library.sd_utils import text_slot
+
+        width = inspect_clip(self.base_path, text_slot(self.info.is_v2)).values["width"]
+        return dict.fromkeys(FAMILY.embedding_keys, width)
+
+    def text_layers(self) -> Sequence[str]:
+        from library.components.unet_models import text_layers
+
+        return text_layers(self.info.params)
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         from library.sd_utils import load_text_encoder_sd

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from library.checkpoints.embeddings import Widths
     from library.core.keyed_random import StepDraws
     from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
@@ -247,8 +248,9 @@ class Sd3Family(FlowFamily):
         return lines
 
     def side_limit(self) -> SideLimit | None:
-        patches, lifted_by = self.info.params.pos_embed_max_size, "enable_scaled_pos_embed"
-        return None if self.opts.enable_scaled_pos_embed else self.architecture.latents.side_limit(patches, lifted_by)
+        if self._denoiser_path is None or self.opts.enable_scaled_pos_embed:
+            return None  # a model that is not given is told by the check
+        return self.architecture.latents.side_limit(self.info.params.pos_embed_max_size, "enable_scaled_pos_embed")
 
     def idle(self) -> list[Ignored]:
         opts, found = self.opts, []
@@ -315,6 +317,11 @@ class Sd3Family(FlowFamily):
         from library.sd3_utils import load_vae_sd3
 
         return load_vae_sd3(self._paths["vae"], runtime.vae_dtype, runtime.device, self._disable_mmap)
+
+    def embedding_widths(self) -> Widths:
+        from library.sd3_utils import ENCODER_SLOTS, embedding_widths
+
+        return embedding_widths(self._denoiser_path, self._given(*ENCODER_SLOTS))
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         """[CLIP-L, CLIP-G, T5 or None]. With 8-bit storage they are read in the compute type first, because only their
@@ -447,9 +454,12 @@ class Sd3Family(FlowFamily):
     def layer_rates(self) -> Mapping[str, float]:
         """The last blocks stay as they are, with --num_last_block_to_freeze."""
         count = self.config[WholeModelOptions].num_last_block_to_freeze if WholeModelOptions in self.config else None
-        if not count:
+        if not count or self._denoiser_path is None:
             return {}
-        depth = self.info.params.depth
+        try:
+            depth = self.info.params.depth
+        except CheckpointError:
+            return {}  # told by the check of the files
         if count > depth:
             raise ConfigError(f"--num_last_block_to_freeze is {count}; the model has {depth} blocks")
         return {rf"joint_blocks\.({'|'.join(map(str, range(depth - count, depth)))})\.": 0.0}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from library.checkpoints.embeddings import Widths
     from library.components.ldm_utils import AutoEncoderInfo
     from library.components.unet_utils import UNetInfo
     from library.dataset.batch import Batch
@@ -130,6 +131,11 @@ class SdxlFamily(UNetFamily):
         return StrategySet(
             tokenize, strategy_sdxl.SdxlTextEncodingStrategy(), self.latents_caching(), text, TEXT_LAYOUTS["sdxl"]
         )
+
+    def embedding_widths(self) -> Widths:
+        from library.sdxl_utils import embedding_widths
+
+        return embedding_widths(self.base_path)
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         """[CLIP-L, CLIP bigG]."""

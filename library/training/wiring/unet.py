@@ -59,6 +59,9 @@ class UNetFamily(ModelFamily):
     def info(self) -> UNetInfo:
         """What the header of the base tells; CheckpointError when it is something else."""
 
+    def base_info(self) -> UNetInfo:
+        return self.info
+
     @cached_property
     @abstractmethod
     def vae_info(self) -> AutoEncoderInfo:

@@ -39,22 +39,28 @@ OWN_OPTIONS = {
     "lumina_network": {"gemma2_tokenizer"},
     "sd3_network": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer"},
     "sd_textual_inversion": {"clip_tokenizer"},
+    "sd_textual_inversion_xti": {"clip_tokenizer"},
     "sdxl_textual_inversion": {"clip_tokenizer"},
     "sdxl_lllite": {"clip_tokenizer"},
     "flux_textual_inversion": {"clip_l_tokenizer", "t5xxl_tokenizer"},
     "sd3_textual_inversion": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer"},
+    "sd_control_net": {"clip_tokenizer", "layer_lrs", "bf16_update", "conditioning_range"},
+    "sdxl_control_net": {"clip_tokenizer", "layer_lrs", "bf16_update", "conditioning_range"},
+    "flux_control_net": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update", "conditioning_range"},
 }
 OWN_OF_ALL = {
     "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images",
     "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
-    "plugins", "loss_weight", "hook",
+    "plugins", "loss_weight", "hook", "textual_inversion_embeddings",
 }
 OWN_OF_NETWORKS = {"drop_untrained"}
+OWN_OF_WORDS_BESIDE = {"embedding_lr", "embedding_files"}
 """options that only this project has; extend the sets together with the documentation"""
 OTHER_DEFAULTS = {
     "flux_network": {"model_prediction_type": "raw"},
     "flux_full": {"model_prediction_type": "raw"},
     "flux_textual_inversion": {"model_prediction_type": "raw"},
+    "flux_control_net": {"model_prediction_type": "raw"},
     "chroma_network": {"model_prediction_type": "raw", "model_type": "chroma", "guidance_scale": 0.0},
     "chroma_full": {"model_prediction_type": "raw", "model_type": "chroma", "guidance_scale": 0.0},
 }
@@ -99,8 +105,10 @@ def test_the_set_of_options_is_the_known_one_and_our_own(which: str) -> None:
     names, of_script = {entry[0] for entry in known(which)}, set(WHAT[which].owners)
     assert names - of_script == set()
     elsewhere = {entry[0] for other in WHAT for entry in known(other)}
-    of_networks = OWN_OF_NETWORKS if NAMES[which][1] == "network" else set()
-    assert of_script - names - elsewhere == OWN_OPTIONS[which] | OWN_OF_ALL | of_networks
+    family, trainable = NAMES[which]
+    of_networks = OWN_OF_NETWORKS if trainable == "network" else set()
+    of_words = OWN_OF_WORDS_BESIDE if of_networks and FAMILIES[family].embedding_keys else set()
+    assert of_script - names - elsewhere == OWN_OPTIONS[which] | OWN_OF_ALL | of_networks | of_words
     assert {name for name in of_script - names & elsewhere if status(WHAT[which], name) == "equivalent"} <= names
 
 
