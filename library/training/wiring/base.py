@@ -99,6 +99,12 @@ def tokenizer_problems(
     return [f"{problem}; name the right one with {option}"] if problem else []
 
 
+def part_of(path: str | Path, subfolder: str) -> Path:
+    """`path`, or the sub-folder of a pipeline folder that holds a part."""
+    folder = Path(path) / subfolder
+    return folder if folder.is_dir() else Path(path)
+
+
 class ModelFamily(ABC):
     """Options and wiring of one architecture; holds no weights. Heavy imports happen inside methods."""
 
@@ -160,14 +166,14 @@ class ModelFamily(ABC):
         """The one of `strategies()`, made without the text side: `latent_cache` of the family's encoder."""
 
     def latent_cache(self, encoder: LatentEncoder, vae_file: str | Path) -> LatentCache:
-        """The latent cache of this run."""
+        """The latent cache of this run; of a pipeline folder its `vae` alone counts."""
         from library.checkpoints.identity import model_identity
         from library.dataset.latent_cache import LatentCache
 
         caching = self.config[CachingOptions]
         return LatentCache(
             self.architecture, encoder, to_disk=caching.cache_latents_to_disk, batch_size=caching.vae_batch_size,
-            skip_check=caching.skip_cache_check, model_identity=model_identity(vae_file),
+            skip_check=caching.skip_cache_check, model_identity=model_identity(vae_file and part_of(vae_file, "vae")),
         )
 
     def text_cache(
