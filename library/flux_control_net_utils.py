@@ -11,17 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.flux_convert import (
+    control_net_rules,
     control_net_to_diffusers,
     control_net_to_original,
     convert_diffusers_sd_to_bfl,
     is_diffusers_control_net,
+    rows_of,
 )
-from library.checkpoints.loading import CheckpointFiles, build_on_meta, check_state, count_blocks, open_checkpoint
-from library.components.control_nets import FOLDER, ControlNets
+from library.checkpoints.layout_rules import DenoiserLayouts
+from library.checkpoints.loading import (
+    CheckpointFiles,
+    build_on_meta,
+    build_params,
+    check_state,
+    count_blocks,
+    open_checkpoint,
+)
+from library.components.control_nets import FOLDER, ControlNetInfo, ControlNets
 from library.core.errors import CheckpointError
 from library.flux_control_net_models import DEPTH, FluxControlNet
 from library.flux_models import FluxParams
-from library.flux_utils import FlowModelInfo
+from library.flux_utils import FlowModelInfo, diffusers_config, infer_flux, model_config_metadata
 
 _HINT = "input_hint_block."
 
@@ -84,10 +94,14 @@ class FluxControlNets(ControlNets):
     def file_state(self, net: nn.Module) -> dict[str, Tensor]:
         return dict(net.state_dict())
 
+    def file_metadata(self, net: FluxControlNet) -> dict[str, str]:
+        return model_config_metadata(net, infer_flux)
+
     def diffusers_state(self, net: nn.Module) -> dict[str, Tensor]:
         return control_net_to_diffusers(net.state_dict())
 
-    def diffusers_config(self, net: FluxControlNet) -> dict[str, Any]:
+    @staticmethod
+    def diffusers_config(net: FluxControlNet) -> dict[str, Any]:
         params = net.params
         return {
             "_class_name": "FluxControlNetModel",
@@ -103,6 +117,21 @@ class FluxControlNets(ControlNets):
             "axes_dims_rope": list(params.axes_dim),
             "conditioning_embedding_channels": params.in_channels // 4,
         }
+
+
+def inspect_control_net(path: str | os.PathLike) -> ControlNetInfo:
+    """A net for a denoiser that is not at hand."""
+    source = open_checkpoint(path, FOLDER)
+    shapes, given = _net_state(source.shapes), {**diffusers_config(source.config), **source.model_config}
+    params = build_params(FluxParams, infer_flux(shapes, given, source.path), given, source.path)
+    net = FluxControlNets._empty(source, params)
+    return ControlNetInfo(source, "", is_diffusers_control_net(source.shapes), net)
+
+
+LAYOUTS = DenoiserLayouts(
+    inspect_control_net, control_net_rules, lambda net: FluxControlNets.diffusers_config(net), part=FOLDER,
+    rows_of=lambda net: rows_of(net.params.hidden_size),
+)  # fmt: skip
 
 
 def _own_params(params: FluxParams, depth: int, has_guidance: bool) -> FluxParams:

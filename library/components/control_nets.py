@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.loading import assign_state, build_on_meta, check_state
+from library.checkpoints.loading import CheckpointFiles, assign_state, build_on_meta, check_state
 from library.components.control_models import start_values
 from library.core.errors import UnsupportedCombination
 from library.core.registry import import_target
@@ -18,6 +19,20 @@ from library.families.registry import record_of
 
 FOLDER = "controlnet"
 """of a ControlNet inside a pipeline folder of diffusers"""
+
+
+@dataclass(frozen=True)
+class ControlNetInfo:
+    """What the headers of a ControlNet's file tell, without its denoiser. `params`: the net without weights."""
+
+    source: CheckpointFiles
+    prefix: str
+    is_diffusers: bool
+    params: nn.Module
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for key in self.source.shapes if key.startswith(self.prefix)]
 
 
 class ControlNets(ABC):
@@ -77,6 +92,10 @@ class ControlNets(ABC):
     @abstractmethod
     def file_state(self, net: nn.Module) -> dict[str, Tensor]:
         """The weights under the names that files of this family have."""
+
+    @abstractmethod
+    def file_metadata(self, net: nn.Module) -> dict[str, str]:
+        """{"model_config": JSON} of a net whose hyper-parameters do not follow from its shapes, else nothing."""
 
     @abstractmethod
     def diffusers_state(self, net: nn.Module) -> dict[str, Tensor]: ...

@@ -9,13 +9,28 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.control_net_convert import PREFIX, control_net_to_diffusers, control_net_to_original
-from library.checkpoints.loading import CheckpointFiles, build_on_meta, check_state, count_blocks, open_checkpoint
+from library.checkpoints.control_net_convert import (
+    PREFIX,
+    control_net_rules,
+    control_net_to_diffusers,
+    control_net_to_original,
+    is_diffusers_control_net,
+)
+from library.checkpoints.layout_rules import DenoiserLayouts
+from library.checkpoints.loading import (
+    CheckpointFiles,
+    build_on_meta,
+    check_state,
+    config_metadata,
+    count_blocks,
+    open_checkpoint,
+    strip_prefix,
+)
 from library.checkpoints.unet_convert import original_to_diffusers
-from library.components.control_nets import FOLDER, ControlNets
+from library.components.control_nets import FOLDER, ControlNetInfo, ControlNets
 from library.components.unet_control_net_models import UNetControlNet
 from library.components.unet_models import UNetParams
-from library.components.unet_utils import UNetInfo, fitting_projection
+from library.components.unet_utils import UNetInfo, fitting_projection, folder_config, unet_params
 from library.core.errors import CheckpointError
 
 T = TypeVar("T")
@@ -71,10 +86,15 @@ class UNetControlNets(ControlNets):
     def file_state(self, net: nn.Module) -> dict[str, Tensor]:
         return control_net_to_original(net.state_dict()) if self.is_original else self.diffusers_state(net)
 
+    def file_metadata(self, net: UNetControlNet) -> dict[str, str]:
+        source = open_checkpoint(net.state_dict())
+        return config_metadata(net.params, lambda: unet_params(source, source.shapes, {})[0])
+
     def diffusers_state(self, net: nn.Module) -> dict[str, Tensor]:
         return dict(net.state_dict())
 
-    def diffusers_config(self, net: UNetControlNet) -> dict[str, Any]:
+    @staticmethod
+    def diffusers_config(net: UNetControlNet) -> dict[str, Any]:
         params, names = net.params, {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}
         vector = params.adm_in_channels
         return {
@@ -102,6 +122,21 @@ class UNetControlNets(ControlNets):
                 }
             ),
         }
+
+
+def inspect_control_net(path: str | os.PathLike) -> ControlNetInfo:
+    """A net for a model that is not at hand: what shapes do not tell is as usual, or in the file's metadata."""
+    source = open_checkpoint(path, FOLDER)
+    prefix = PREFIX if any(key.startswith(PREFIX) for key in source.shapes) else ""
+    names = strip_prefix(source.shapes, prefix)
+    given = {**folder_config(source.config), **source.model_config}
+    params, _ = unet_params(source, control_net_to_diffusers(names), given)
+    return ControlNetInfo(source, prefix, is_diffusers_control_net(names), UNetControlNets._empty(source, params))
+
+
+LAYOUTS = DenoiserLayouts(
+    inspect_control_net, control_net_rules, lambda net: UNetControlNets.diffusers_config(net), part=FOLDER
+)
 
 
 def _diffusers(state: Mapping[str, T], is_diffusers: bool) -> dict[str, T]:
