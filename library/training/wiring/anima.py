@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from library.core.errors import CheckpointError, Problems
+from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, option, without_effect
 from library.dataset import CachingOptions
 from library.families.anima import FAMILY
@@ -155,11 +155,14 @@ class AnimaFamily(FlowFamily):
         """Files of a part that are missing or something else."""
         from library.checkpoints.kinds import check_slot
 
+        from library.anima_utils import adapter_file_problem
+
         if part == "vae":
-            found = check_slot(self._vae_path, "vae", {"vae_wan"})
+            found = [check_slot(self._vae_path, "vae", {"vae_wan"})]
         else:
-            found = check_slot(self.opts.qwen3, "qwen3", {"qwen3"})
-        return [found] if found else []
+            slot = check_slot(self.opts.qwen3, "qwen3", {"qwen3"})
+            found = [slot, adapter_file_problem(self.opts.llm_adapter_path)]
+        return [problem for problem in found if problem]
 
     def _tokenizer_problems(self) -> list[str]:
         """Tokenizers that cannot be found or read, or whose ids the models do not have."""
@@ -213,10 +216,7 @@ class AnimaFamily(FlowFamily):
 
         if not self.opts.llm_adapter_path:
             return self._denoiser_info.params.adapter
-        try:
-            return inspect_llm_adapter(self.opts.llm_adapter_path)[2]
-        except CheckpointError as error:
-            raise CheckpointError(f"--llm_adapter_path: {error}") from error
+        return inspect_llm_adapter(self.opts.llm_adapter_path)[2]
 
     def _notices(self) -> list[str]:
         """Lines for the log where a setting has no effect or numbers differ from what people know."""
