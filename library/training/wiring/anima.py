@@ -153,9 +153,8 @@ class AnimaFamily(FlowFamily):
 
     def _slot_problems(self, part: str) -> list[str]:
         """Files of a part that are missing or something else."""
-        from library.checkpoints.kinds import check_slot
-
         from library.anima_utils import adapter_file_problem
+        from library.checkpoints.kinds import check_slot
 
         if part == "vae":
             found = [check_slot(self._vae_path, "vae", {"vae_wan"})]
