@@ -116,8 +116,15 @@ def test_gen_img_makes_pictures_with_them(tiny, layers, vectors, tmp_path):
         ])  # fmt: skip
         return Image.open(path).tobytes()
 
+    bundle, width = tmp_path / "bundle.safetensors", vectors["MID"].shape[1]
+    layer = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    save_file_atomic({
+        "bundle_emb.zyx.string_to_param.*": vectors["MID"], f"{layer}.lora_down.weight": torch.zeros(1, width),
+        f"{layer}.lora_up.weight": torch.zeros(width, 1),
+    }, bundle)  # fmt: skip
     same = picture("--textual_inversion_embeddings", str(plain))
     assert picture("--XTI_embeddings", str(layered)) == same != picture("--XTI_embeddings", str(other))
+    assert picture("--network_module", "lora", "--network_weights", str(bundle)) == same
 
 
 def test_files_that_do_not_fit(tiny, layers, vectors, tmp_path):

@@ -174,6 +174,16 @@ def test_masks_and_weighted_captions_count(work: WordWork) -> None:
     assert rows["1.0"] == rows["none"] != rows["1.9"]
 
 
+def test_captions_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    work = WordWork(tmp_path, build_tiny("sd1", tmp_path / "tiny"), draw_pictures(tmp_path / "images", 3), case=CASES["sd1"])
+    for path, caption in zip(sorted(work.images.glob("*.txt")), ("a zyx", "a zyxland", "zyx in zyxland"), strict=True):
+        path.write_text(caption, encoding="utf-8")
+    work.prepare("out")
+    told = [record.getMessage() for record in caplog.records]
+    assert any("1 of 3 captions do not hold the word 'zyx'" in line for line in told)
+    assert any("stands inside longer words" in line and "in 2 captions" in line for line in told)
+
+
 @pytest.mark.parametrize("words, told", [
     (["--token_string=cat"], "has 'cat' as a token"),
     (["--token_string="], "--token_string is not given"),
