@@ -120,6 +120,24 @@ def test_the_same_bytes_also_when_resumed_with_averages_and_caches_of_latents(wo
     assert prefixes == {part.rstrip("_") for part in work.case.text_parts}
 
 
+def test_where_the_vectors_are_written(tmp_path: Path) -> None:
+    """Into the adapter's file, or into one of their own; a pickle goes on as safetensors do."""
+    images = draw_pictures(tmp_path / "images", 2)
+    for path in images.glob("*.txt"):
+        path.write_text("a zyx", encoding="utf-8")
+    work = BothWork(tmp_path, build_tiny("sd1", tmp_path / "tiny"), images, case=CASES["sd1"])
+    brief = ["--max_train_steps=1", "--network_train_unet_only"]
+    separate = work.train("separate", *brief, "--embedding_files=separate")
+    assert not any(key.startswith("bundle_emb") for key in load_safetensors(str(separate)))
+    own = load_safetensors(str(separate.with_name("lora-zyx.safetensors")))["emb_params"]
+    work.train("bundle", *brief, "--embedding_files=bundle", "--save_model_as=pt")
+    pickle = tmp_path / "bundle" / "lora.pt"
+    held = torch.load(pickle, weights_only=True)["bundle_emb.zyx.emb_params"]
+    assert torch.equal(held, own) and not list(pickle.parent.glob("lora-zyx*"))
+    still = work.prepare("next", f"--network_weights={pickle}", "--network_train_unet_only", "--embedding_lr=0")
+    assert torch.equal(still.trainable.word.rows["emb_params"].cpu(), held)
+
+
 @pytest.mark.parametrize("words, told", [
     (["--token_string=cat"], "has 'cat' as a token"),
     (["--init_word= "], "the initial word gives no token"),
