@@ -151,15 +151,20 @@ def test_names_and_rows_are_those_of_the_reference():
     """Layers of the real U-Net, tokens and the row that each starts from."""
     layers = text_layers(UNetParams())
     assert layers == XTI["layers"] == [place["layer"] for place in XTI["cross_attention"]]
-    word = LayeredWord(TextualInversionOptions(token_string="zyx", num_vectors_per_token=XTI["num_vectors_per_token"]))
+    names = {"input_blocks": "IN", "output_blocks": "OUT"}
+    without = [block.split(".") for block in XTI["blocks_without_row"]]
+    assert not {f"{names[part]}{int(number):02}" for part, number in without} & set(layers)
+    token = XTI["rows"][0]["token"].removesuffix(f"_{layers[0]}")
+    options = TextualInversionOptions(token_string=token, num_vectors_per_token=XTI["num_vectors_per_token"])
+    word = LayeredWord(options)
     word.layers, word.init_ids = layers, {"emb_params": XTI["init_ids"]}
     assert word.tokens == [row["token"] for row in XTI["rows"]]
-    assert word.of_layer("MID")[:2] == ["zyx_MID", "zyx1_MID"] and "zyx_MID zyx1_MID" in XTI["caption_of_layer"]
 
     class Runtime:
         seed = 1
 
-    table = torch.nn.Embedding(200, 1, _weight=torch.arange(200.0)[:, None])
+    size = max(XTI["init_ids"]) + 1
+    table = torch.nn.Embedding(size, 1, _weight=torch.arange(float(size))[:, None])
     rows = word.fresh_rows("emb_params", table, Runtime())
     assert rows[:, 0].tolist() == [row["init_id"] for row in XTI["rows"]]
 

@@ -145,6 +145,9 @@ def test_the_same_command_writes_the_same_bytes_also_when_resumed(work: WordWork
     assert read_parts(work.train("captions", "--max_train_steps=1", dataset=data))[1] != read_parts(first)[1]
 
 
+@pytest.mark.parametrize("tiny_set", [
+    "sdxl", "sd1 by layers", *(pytest.param(name, marks=pytest.mark.full) for name in ("sd1", "sd2", "sd3", "flux")),
+], indirect=True)  # fmt: skip
 def test_masks_and_weighted_captions_count(work: WordWork) -> None:
     """A black mask leaves nothing to learn, half a mask something else than none. Weights of captions count where the
     family reads them; a weight of 1 is none."""

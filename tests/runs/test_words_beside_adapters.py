@@ -21,7 +21,11 @@ from library.training.trainer_base import Trainer
 from tests.families import CASES
 from tests.runs.conftest import Stopped, Work, draw_pictures, fingerprint, read_parts, stop_after
 
-FAMILIES_WITH_WORDS = [name for name, case in CASES.items() if FAMILIES[case.family].embedding_keys]
+FAMILIES_WITH_WORDS = [
+    pytest.param(name, marks=pytest.mark.full) if name == "sd2" else name  # as Stable Diffusion 1
+    for name, case in CASES.items()
+    if FAMILIES[case.family].embedding_keys
+]
 WORDS = ["--token_string=zyx", "--num_vectors_per_token=2", "--init_word=cat"]
 
 
