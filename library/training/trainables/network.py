@@ -100,7 +100,7 @@ class NetworkTrainable(Trainable):
             )
         if not self._has_a_rate(family):
             problems.add(NO_RATE)
-        if self.opts.network_train_text_encoder_only and not any(self.adapts_text_encoders(family)):
+        if self.opts.network_train_text_encoder_only and not any(self.trains_text_encoders(family)):
             problems.add(
                 f"--network_train_text_encoder_only leaves nothing to train: no text encoder of {family.name} is "
                 "trained"
@@ -222,10 +222,6 @@ class NetworkTrainable(Trainable):
         }
 
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
-        return self.adapts_text_encoders(family)
-
-    def adapts_text_encoders(self, family: ModelFamily) -> list[bool]:
-        """Per text encoder, whether the adapter has layers in it that learn."""
         if self.opts.network_train_unet_only or self.opts.module_path in DENOISER_ONLY:
             return [False] * len(targets_of_family(family.name).text_encoders)
         return [
@@ -241,7 +237,7 @@ class NetworkTrainable(Trainable):
             if self.opts.network_train_text_encoder_only
             else [default if self.opts.unet_lr is None else self.opts.unet_lr]
         )
-        for position, learns in enumerate(self.adapts_text_encoders(family)):
+        for position, learns in enumerate(self.trains_text_encoders(family)):
             if learns:
                 rates.append(given[min(position, len(given) - 1)] if given else default)
         return rates
@@ -254,13 +250,13 @@ class NetworkTrainable(Trainable):
         default = self.config[OptimizerOptions].learning_rate
         unet = default if self.opts.unet_lr is None else self.opts.unet_lr
         rates = [] if self.opts.network_train_text_encoder_only else [unet]
-        if any(self.adapts_text_encoders(family)):
+        if any(self.trains_text_encoders(family)):
             rates += self.opts.text_encoder_lr or [default]
         return any(rate is None or rate for rate in rates) or not rates
 
     def idle(self, family: ModelFamily) -> list[Ignored]:
         """Learning rates that were given for parts that are not trained."""
-        trained, encoders = self.adapts_text_encoders(family), targets_of_family(family.name).text_encoders
+        trained, encoders = self.trains_text_encoders(family), targets_of_family(family.name).text_encoders
         found: list[Ignored] = []
         if self.opts.unet_lr and self.opts.network_train_text_encoder_only:
             found += without_effect(["unet_lr"], "--network_train_text_encoder_only is set")
@@ -301,7 +297,7 @@ class NetworkTrainable(Trainable):
 
     def _read_kept(self, family: ModelFamily) -> KeptLayers:
         if not self.kept.path:
-            self.kept = kept_layers(self.opts, targets_of_family(family.name), self.adapts_text_encoders(family))
+            self.kept = kept_layers(self.opts, targets_of_family(family.name), self.trains_text_encoders(family))
         return self.kept
 
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
@@ -329,7 +325,7 @@ class NetworkTrainable(Trainable):
                 network.initialize(runtime.seed)
             if hasattr(network, "prepare_network"):
                 network.prepare_network(SimpleNamespace(**self.config.values()))
-            trains_text = any(self.adapts_text_encoders(family))
+            trains_text = any(self.trains_text_encoders(family))
             network.apply_to(text_encoders, models.denoiser, trains_text, not self.opts.network_train_text_encoder_only)
             self._refuse_empty(models)
             if self.opts.network_weights:
