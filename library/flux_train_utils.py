@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.core.errors import UnsupportedCombination
+from library.components.control_models import Control, GuidedBy
 from library.core.lazy_names import homes, lazy_names
 from library.flux_utils import pack_latents, prepare_img_ids, unpack_latents
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
@@ -114,10 +114,9 @@ def denoise(
 ) -> Tensor:
     """Euler steps on packed latents [B, L, 4C] along `timesteps` (1 = noise, 0 = data), for callers that pack
     themselves. With `neg_txt` and a `cfg_scale` other than 1 the velocity is neg + cfg_scale * (pos - neg), `neg_vec`
-    None standing for `vec`. UnsupportedCombination with a `controlnet`, which the denoiser has no inputs for.
+    None standing for `vec`. `controlnet_img` [B or 1, 3, H, W] in -1..1 guides through `controlnet`.
     """
-    if controlnet is not None:
-        raise UnsupportedCombination("denoise: ControlNets of FLUX.1 are not there; leave controlnet out")
+    control = None if controlnet is None else Control((GuidedBy(controlnet, controlnet_img),))
     guidance_vec = torch.full((img.shape[0],), float(guidance), device=img.device, dtype=torch.float32)
 
     def velocity_of(img: Tensor, time: float, txt: Tensor, vec: Tensor, mask: Tensor | None) -> Tensor:
@@ -125,7 +124,7 @@ def denoise(
         ids = txt_ids if txt_ids.shape[1] == txt.shape[1] else torch.zeros(1, txt.shape[1], 3)
         return model(
             img=img, img_ids=img_ids, txt=txt, txt_ids=ids, timesteps=times, y=vec, guidance=guidance_vec,
-            txt_attention_mask=mask,
+            txt_attention_mask=mask, control=control,
         )
 
     is_guided = neg_txt is not None and cfg_scale not in (None, 1.0)

@@ -115,7 +115,7 @@ def inspect_stream_model(
     is_diffusers = is_diffusers_denoiser(stripped)
     shapes = convert_diffusers_sd_to_bfl(stripped) if is_diffusers else stripped
     kind.refuse(shapes, source.path)
-    given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
+    given = {**diffusers_config(source.config), **source.model_config, **(config or {})}
     params = build_params(kind.params, kind.infer(shapes, given, source.path), given, source.path)
     dtypes = frozenset(tensor.dtype for key, tensor in stripped.items() if key.endswith(".weight"))
     return StreamModelInfo(source, prefix, is_diffusers, params, dtypes)
@@ -129,12 +129,17 @@ def inspect_flow_model(path: str | os.PathLike, config: Mapping[str, Any] | None
     return FlowModelInfo(**vars(inspect_stream_model(path, config, FLUX)))
 
 
-def _refuse_other_models(shapes: Mapping[str, Tensor], path: str) -> None:
+def refuse_other_kinds(shapes: Mapping[str, Tensor], path: str) -> None:
+    """CheckpointError for a file that is no FLUX.1 denoiser, and no variant of one with the same blocks."""
     if any(key.startswith(APPROXIMATOR) for key in shapes):
         raise CheckpointError(
             f"{path} is a Chroma model; add --model_type chroma, or give a FLUX.1 dev or schnell file"
         )
     refuse_unknown_streams(shapes, path, "FLUX.1")
+
+
+def _refuse_other_models(shapes: Mapping[str, Tensor], path: str) -> None:
+    refuse_other_kinds(shapes, path)
     if "final_layer.linear.weight" in shapes:
         width, out_width = shapes["img_in.weight"].shape[1], shapes["final_layer.linear.weight"].shape[0]
         if width != out_width:
@@ -154,7 +159,7 @@ def refuse_unknown_streams(shapes: Mapping[str, Tensor], path: str, title: str) 
     )
 
 
-def _diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Names of a diffusers config.json that the hyper-parameters have under other ones."""
     names = {"axes_dims_rope": "axes_dim", "num_attention_heads": "num_heads"}
     return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
@@ -188,7 +193,8 @@ def infer_streams(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: 
     return inferred
 
 
-def _infer_flux(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
+def infer_flux(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """FluxParams from shapes in original names."""
     return {
         **infer_streams(shapes, given, path, "Flux"),
         "vec_in_dim": size_of(shapes, "vector_in.in_layer.weight", 1, path, "Flux"),
@@ -197,7 +203,7 @@ def _infer_flux(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: st
     }
 
 
-FLUX = StreamKind("FLUX.1", Flux, FluxParams, _refuse_other_models, _infer_flux)
+FLUX = StreamKind("FLUX.1", Flux, FluxParams, _refuse_other_models, infer_flux)
 
 
 class CheckpointState(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from library.checkpoints.loading import (
     config_metadata,
     count_blocks,
     find_prefix,
+    is_blob,
     open_checkpoint,
     part_of,
     size_of,
@@ -39,8 +40,9 @@ from library.components.ldm_utils import (
 )
 from library.components.llm_encoder_utils import inspect_qwen25_vl, load_qwen25_vl
 from library.components.text_encoder_utils import inspect_t5xxl, load_t5xxl
-from library.core.errors import CheckpointError
+from library.core.errors import CheckpointError, Problems
 from library.core.lazy_names import homes, lazy_names
+from library.custom_offloading_utils import stream_swap_problem
 from library.fp8_optimization_utils import (
     FP8_STORAGE,
     scaled_fp8,
@@ -63,6 +65,7 @@ VAE_WANTED = Wanted(
     names=DiffusersNames(
         hunyuan_image_convert.is_diffusers_autoencoder, hunyuan_image_convert.autoencoder_to_original
     ),
+    marks=("decoder.up.0.upsample.conv.weight",), model_class=HunyuanVAE2D,
 )  # fmt: skip
 DENOISER_PREFIXES = (
     "model.diffusion_model.",
@@ -107,12 +110,14 @@ def inspect_hunyuan_image(path: str | os.PathLike, config: Mapping[str, Any] | N
     source = open_checkpoint(path, "transformer")
     prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
     stripped = strip_prefix(source.shapes, prefix)
-    rules = hunyuan_image_convert.rules_of_names(stripped)
-    shapes = to_original(stripped, rules)
+    own = {key: tensor for key, tensor in stripped.items() if key.split(".")[0] in DENOISER_ROOTS and not is_blob(key)}
+    rules = hunyuan_image_convert.rules_of_names(own)
+    shapes = to_original(own, rules)
     marks = ("byt5_in.fc1.weight", "double_blocks.0.img_attn_qkv.weight")
-    check_marks(shapes, marks, source.path, "HunyuanImage 2.1 denoiser")
+    check_marks(shapes or stripped, marks, source.path, "HunyuanImage 2.1 denoiser")
     given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
     params = build_params(HYImageParams, _infer(shapes, given, source.path), given, source.path)
+    check_state(build_on_meta(lambda: HYImageDiffusionTransformer(params)), shapes, source.path)
     dtypes = frozenset(tensor.dtype for key, tensor in shapes.items() if key.endswith(".weight"))
     is_diffusers = hunyuan_image_convert.is_diffusers_denoiser(stripped)
     return HYImageInfo(source, prefix, is_diffusers, tuple(rules), params, dtypes)
@@ -226,27 +231,36 @@ def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fitting_problems(
-    params: HYImageParams,
+    denoiser: Callable[[], HYImageParams],
     *,
     text_encoder: tuple[str, str],
     byt5: tuple[str, str],
     vae: tuple[str, str] | None,
     model: str,
+    blocks_to_swap: int,
 ) -> list[str]:
-    """Sizes of text encoders and autoencoder against the denoiser's, from headers. Each is (option, path), no vae = not
-    checked. CheckpointError when a file is no such part."""
+    """What is wrong with each file, sizes of text encoders and autoencoder against the denoiser's, and a block swap that
+    its depth does not allow, from headers. Each part is (option, path), no vae = not checked; `denoiser` reads the
+    header of `model`."""
+    problems = Problems()
+    params = problems.attempt(denoiser)
     sizes = [
-        (*text_encoder, "its width", inspect_qwen25_vl(text_encoder[1])["hidden_size"], params.text_dim),
-        (*byt5, "its width", inspect_t5xxl(byt5[1])["d_model"], params.byt5_dim),
+        (*text_encoder, "its width", lambda: inspect_qwen25_vl(text_encoder[1])["hidden_size"], "text_dim"),
+        (*byt5, "its width", lambda: inspect_t5xxl(byt5[1])["d_model"], "byt5_dim"),
     ]
     if vae is not None:
-        sizes.append((*vae, "its number of latent channels", inspect_vae(vae[1]).params.z_channels, params.in_channels))
-    return [
-        f"--{option} is {path}: {what} is {size}, the denoiser {model} takes {needed};"
-        " use the files that belong together"
-        for option, path, what, size, needed in sizes
-        if size != needed
-    ]
+        sizes.append(
+            (*vae, "its number of latent channels", lambda: inspect_vae(vae[1]).params.z_channels, "in_channels")
+        )
+    for option, path, what, read, needed in sizes:
+        size = problems.attempt(read)
+        if params is not None and size not in (None, getattr(params, needed)):
+            problems.add(
+                f"--{option} is {path}: {what} is {size}, the denoiser {model} takes {getattr(params, needed)};"
+                " use the files that belong together"
+            )
+    swap = params and stream_swap_problem(blocks_to_swap, params.depth, params.depth_single)
+    return [*problems.messages, swap] if swap else problems.messages
 
 
 def save_hunyuan_image(
@@ -291,14 +305,7 @@ LAYOUTS = DenoiserLayouts(
 def inspect_vae(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> AutoEncoderInfo:
     """Recognise the 32x autoencoder, in either layout, from headers alone; `config` overrides by the names of
     AutoEncoderParams. CheckpointError when it is another one."""
-    info = inspect_autoencoder(path, config, wanted=VAE_WANTED)
-    if not info.is_diffusers and f"{info.prefix}decoder.up.0.upsample.conv.weight" not in info.source.shapes:
-        raise CheckpointError(
-            f"{info.source.path} is an autoencoder of latent diffusion"
-            f" ({info.params.z_channels} latent channels at 1/{info.params.spatial_stride});"
-            f" {VAE_WANTED.owner} needs its own, {VAE_WANTED.usual_name}"
-        )
-    return info
+    return inspect_autoencoder(path, config, wanted=VAE_WANTED)
 
 
 def load_vae(
@@ -313,7 +320,7 @@ def load_vae(
 ) -> HunyuanVAE2D:
     """Load the autoencoder; `chunk_size`: rows that its convolutions compute at once; `tiling`: larger pictures are
     computed in tiles. CheckpointError when the file does not fit."""
-    vae = load_autoencoder(inspect_vae(vae_path, config), dtype, device, disable_mmap, model_class=HunyuanVAE2D)
+    vae = load_autoencoder(inspect_vae(vae_path, config), dtype, device, disable_mmap)
     vae.set_chunk_rows(chunk_size)
     vae.tiles = TILES if tiling else None
     return vae

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Iterable, Mapping
 
 from library.core.errors import ConfigError
@@ -46,6 +47,9 @@ ADAPTER_ENDINGS = (
     "_lora1.down.weight",
     "_lora2.down.weight",
 )
+
+LAYERED_WORD = re.compile(r"IN\d\d|MID|OUT\d\d")
+"""names of the vectors of a word that has its own for each layer of a U-Net"""
 
 OUTSIDE: dict[str, str] = {}
 """name of a layer's tensor -> module of the kind from outside that has it"""
@@ -93,3 +97,9 @@ def _is_foreign(module: str) -> bool:
         and module.replace(".", "_").isidentifier()
         and module.split(".")[0] not in ("networks", "lycoris")
     )
+
+
+def holds_layered_word(names: Iterable[str]) -> bool:
+    """Whether the tensors of a file are vectors of a word for each layer of a U-Net."""
+    names = list(names)
+    return bool(names) and all(LAYERED_WORD.fullmatch(name) for name in names)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
+from library.checkpoints.layout_rules import Rule
 from library.checkpoints.unet_convert import diffusers_to_original, original_to_diffusers
 
 T = TypeVar("T")
@@ -27,6 +28,19 @@ def control_net_to_original(state: Mapping[str, T]) -> dict[str, T]:
     numbers = [int(match[1]) for key in state if (match := re.match(rf"{_HINT}\.blocks\.(\d+)\.", key))]
     last = 2 * (max(numbers, default=-1) + 2)
     return {_original_name(key, last): value for key, value in diffusers_to_original(state).items()}
+
+
+def is_diffusers_control_net(names: Iterable[str]) -> bool:
+    return any(name.startswith(f"{_HINT}.") for name in names)
+
+
+def control_net_rules(names: Iterable[str]) -> Iterator[Rule]:
+    """Every rule between the layouts, of names without a prefix in either of them."""
+    own = {name: name for name in names}
+    if is_diffusers_control_net(own):
+        yield from (Rule(original, (name,)) for original, name in control_net_to_original(own).items())
+    else:
+        yield from (Rule(original, (name,)) for name, original in control_net_to_diffusers(own).items())
 
 
 def _diffusers_name(key: str, last: int) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from library.checkpoints.adapter_tensors import holds_layered_word
 from library.core.errors import CheckpointError
 from library.families.registry import FAMILIES
 from library.safetensors_utils import load_pickled_tensors, load_safetensors, read_header
@@ -79,11 +80,6 @@ def read_layered(path: str, word: str, layers: Sequence[str], option: str, width
         )
     rows = {name: _as_rows(tensors[name], path) for name in layers}
     return WordVectors(word, rows, f"--{option}: {path}").checked({} if width is None else dict.fromkeys(layers, width))
-
-
-def is_layered(tensors: Iterable[str]) -> bool:
-    """Whether names are those of a file with vectors for each layer."""
-    return any(name == "MID" or name[:2] == "IN" and name[2:].isdigit() for name in tensors)
 
 
 def bundle_of(word: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -159,7 +155,7 @@ def _by_encoder(
 ) -> list[Tensor | None]:
     """The vectors of `keys` in turn; those of `absent` may be there and are left out."""
     held, several = _held(tensors), {key for keys in _known_keys() for key in keys}
-    if is_layered(tensors):
+    if holds_layered_word(tensors):
         raise CheckpointError(
             f"{path} holds vectors for each layer of a U-Net ({held}), which gen_img.py reads with --XTI_embeddings; "
             f"vectors for text encoders are needed ({' and '.join(keys)})"

@@ -123,6 +123,8 @@ def control_net_rules(names: Mapping[str, object]) -> Iterator[Rule]:
     original stands an activation, so that convolution n is at 2n."""
     yield from rules_of(names)
     rules = [Rule("pos_embed_input", ("controlnet_x_embedder",))]
+    ends = (f"controlnet_blocks.{number}" for number in range(count_blocks(names, "controlnet_blocks.")))
+    rules += [Rule(end, (end,)) for end in ends]
     last = max(count_blocks(names, "input_hint_block.") - 1, 2 * (count_blocks(names, "input_hint_block.blocks.") + 1))
     for number in range(0, last + 2, 2):
         place = "conv_in" if number == 0 else "conv_out" if number == last else f"blocks.{number // 2 - 1}"

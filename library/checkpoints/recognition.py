@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from library.checkpoints.adapter_tensors import holds_adapter
+from library.checkpoints.adapter_tensors import holds_adapter, holds_layered_word
 from library.checkpoints.part_kinds import PART_KINDS
 from library.core.registry import import_target
 from library.families.record import FamilyRecord, ModelKind, Signature
@@ -227,8 +227,10 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Recognised | None:
         return Recognised(
             "adapter", f"a LoRA-type adapter for {family}" if family else "a LoRA-type adapter", "adapter"
         )
-    if "emb_params" in shapes or ({"clip_l", "clip_g"} & set(shapes) and len(shapes) <= 4):
+    if "emb_params" in shapes or ({"clip_l", "clip_g", "t5xxl"} & set(shapes) and len(shapes) <= 4):
         return Recognised("embedding", "a textual inversion embedding", "embedding")
+    if holds_layered_word(shapes):
+        return Recognised("embedding", "a textual inversion with vectors for each layer (XTI)", "embedding")
     for kind, signature in _signatures():
         if holds(signature, table):
             whole = table.is_whole_file and kind.role in ("denoiser", "relative")

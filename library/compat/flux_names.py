@@ -12,7 +12,10 @@ from torch import nn
 
 from library.compat.arguments import add_groups
 from library.compat.networks import KnownNetwork, numbers, row, shared_pairs
-from library.core.errors import UnsupportedCombination
+from library.components.control_nets import control_nets_of
+from library.core.errors import CheckpointError, UnsupportedCombination
+from library.flux_control_net_models import FluxControlNet
+from library.flux_control_net_utils import inspect_control_net
 from library.flux_models import StreamTransformer
 from library.flux_utils import load_flux
 from library.training.timestep_samplers import TimestepOptions
@@ -39,11 +42,13 @@ def load_flow_model(
 def load_controlnet(
     ckpt_path: str | os.PathLike, is_schnell: bool, dtype: torch.dtype | None, device: str | torch.device,
     disable_mmap: bool = False
-) -> Any:
-    """There are no ControlNets of FLUX.1 here."""
-    raise UnsupportedCombination(
-        f"{ckpt_path}: ControlNets of FLUX.1 are not there; load_flow_model loads the denoiser, which runs without one"
-    )
+) -> FluxControlNet:
+    """The ControlNet of a file, for `denoise`. `is_schnell` is told by the file too."""
+    params = inspect_control_net(ckpt_path).params.params
+    if params.guidance_embed == is_schnell:
+        kind = "schnell" if is_schnell else "dev"
+        raise CheckpointError(f"{ckpt_path} is no ControlNet of FLUX.1 {kind}")
+    return control_nets_of("flux").load(ckpt_path, params, dtype, device, disable_mmap)
 
 
 class LoRANetwork(KnownNetwork):

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from library.compat.namespace import config_of
+from library.components.control_nets import control_nets_of
 from library.core.errors import UnsupportedCombination
 from library.core.keyed_random import isolated_rng, key_seed
 from library.core.registry import import_target
 from library.dataset.strategies import StrategySet
 from library.families.registry import record_of
+from library.generation.control_pictures import control_of_picture
 from library.generation.picture_files import write_picture
 from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
 from library.training.hooks.sample import encode_sample_prompts
@@ -26,6 +28,7 @@ from library.training.run import Models
 from library.training.sampling_prompts import SamplePrompt, is_sample_due, sample_file_name
 from library.training.sampling_prompts import load_prompts as read_prompts
 from library.training.sampling_prompts import parse_line
+from library.training.trainables.control_net import PART
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +51,12 @@ def sample_images_sd(
     prompt_replacement: Replacement | None = None, controlnet: Any = None,
 ) -> None:
     """The samples of Stable Diffusion 1 and 2 where they are due: step 0 with --sample_at_first, else by step, or by
-    epoch where one is given. `tokenizer` may be a TokenizeStrategy; else that of set_strategy or of the options
+    epoch where one is given. `controlnet` follows the --cn of a prompt. `tokenizer` may be a TokenizeStrategy; else that of set_strategy or of the options
     counts."""
-    refuse_control_net(controlnet)
-    sample_family("sd", accelerator, args, epoch, steps, vae, unet_wrapped, text_encoder, tokenizer, None, prompt_replacement)
+    sample_family(
+        "sd", accelerator, args, epoch, steps, vae, unet_wrapped, text_encoder, tokenizer, None, prompt_replacement,
+        controlnet,
+    )
 
 
 def sample_images_sdxl(
@@ -60,9 +65,9 @@ def sample_images_sdxl(
     prompt_replacement: Replacement | None = None, controlnet: Any = None,
 ) -> None:
     """The samples of SDXL, as those of Stable Diffusion; `text_encoder` is the list of both."""
-    refuse_control_net(controlnet)
     sample_family(
-        "sdxl", accelerator, args, epoch, steps, vae, unet_wrapped, text_encoder, tokenizer, None, prompt_replacement
+        "sdxl", accelerator, args, epoch, steps, vae, unet_wrapped, text_encoder, tokenizer, None, prompt_replacement,
+        controlnet,
     )
 
 
@@ -72,7 +77,6 @@ def sample_images_flux(
     controlnet: Any = None,
 ) -> None:
     """The samples of FLUX.1; `sample_prompts_te_outputs` (text -> list of outputs) spares the text encoders."""
-    refuse_control_net(controlnet)
     sample_family(
         "flux",
         accelerator,
@@ -85,6 +89,7 @@ def sample_images_flux(
         None,
         sample_prompts_te_outputs,
         prompt_replacement,
+        controlnet,
     )
 
 
@@ -97,7 +102,7 @@ def refuse_control_net(controlnet: Any) -> None:
 def sample_family(
     family_name: str, accelerator: Any, args: Any, epoch: int | None, steps: int, vae: Any, denoiser: Any,
     text_encoders: Any, tokenize: Any,
-    outputs: Mapping[str, Sequence[Any]] | None, replacement: Replacement | None,
+    outputs: Mapping[str, Sequence[Any]] | None, replacement: Replacement | None, controlnet: Any = None,
 ) -> None:
     """The samples of a family where they are due; see `sample_images_sd`."""
     at = "first" if steps == 0 else "step" if epoch is None else "epoch"
@@ -117,6 +122,7 @@ def sample_family(
         vae,
         [accelerator.unwrap_model(e) if e is not None else None for e in encoders],
         accelerator.unwrap_model(denoiser),
+        {} if controlnet is None else {PART: accelerator.unwrap_model(controlnet)},
     )
     seed, mode = getattr(args, "seed", None) or 0, models.denoiser.training
     models.denoiser.eval()
@@ -142,7 +148,12 @@ def _write(
     if family.needs_negative(prompt):
         text = prompt.negative_prompt or ""
         negative = texts.get(strategies.negative_key(text)) or texts[text]  # outputs that callers give have texts alone
-    image = family.pipeline(models).sample(prompt, texts[prompt.prompt], negative)
+    pipeline = family.pipeline(models)
+    if PART in models.extra and prompt.controlnet_image:
+        size, values = (prompt.width, prompt.height), control_nets_of(family.name).picture_range
+        control = control_of_picture(models.extra[PART], prompt.controlnet_image, size, values)
+        pipeline = dataclasses.replace(pipeline, control=control)
+    image = pipeline.sample(prompt, texts[prompt.prompt], negative)
     name = sample_file_name(
         saving.output_name, at, when, enum=number if given.enum is None else given.enum, seed=given.seed,
         timestamp=time.strftime("%Y%m%d%H%M%S")

@@ -248,7 +248,7 @@ class CalledTrainer(Trainer):
         calls, phase = self.family.calls, super().text_phase(data, strategies, runtime, prompts)
         name = "is_text_encoder_not_needed_for_training"
         if calls.overrides(name) and getattr(calls.owner, name)(calls.args):
-            if any(self.trainable.trains_text_encoders(self.family)):
+            if any(self.trainable.follows_text_encoders(self.family)):
                 raise ConfigError(
                     f"{type(calls.owner).__name__}.{name} says yes, and a text encoder learns; add"
                     " --network_train_unet_only"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.loading import assign_state, build_on_meta, check_state
+from library.checkpoints.loading import CheckpointFiles, assign_state, build_on_meta, check_state, open_checkpoint
 from library.components.control_models import start_values
 from library.core.errors import UnsupportedCombination
 from library.core.registry import import_target
@@ -18,6 +19,20 @@ from library.families.registry import record_of
 
 FOLDER = "controlnet"
 """of a ControlNet inside a pipeline folder of diffusers"""
+
+
+@dataclass(frozen=True)
+class ControlNetInfo:
+    """What the headers of a ControlNet's file tell, without its denoiser. `params`: the net without weights."""
+
+    source: CheckpointFiles
+    prefix: str
+    is_diffusers: bool
+    params: nn.Module
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for key in self.source.shapes if key.startswith(self.prefix)]
 
 
 class ControlNets(ABC):
@@ -35,16 +50,29 @@ class ControlNets(ABC):
     new_notice: ClassVar[str] = ""
     """how a new net differs from that of known trainers, for the log"""
 
+    @staticmethod
     @abstractmethod
+    def empty_net(source: CheckpointFiles, params: Any) -> nn.Module:
+        """The net of a file, without weights. CheckpointError when it is none for such a denoiser."""
+
+    @staticmethod
+    @abstractmethod
+    def net_state(state: Mapping[str, Tensor], params: Any) -> dict[str, Tensor]:
+        """Tensors of a file in original or diffusers names, under the names of the net's tree."""
+
     def check(self, path: str | os.PathLike, params: Any) -> None:
         """CheckpointError when a file or folder holds no net for such a denoiser (headers only)."""
+        self.empty_net(open_checkpoint(path, FOLDER), params)
 
-    @abstractmethod
     def load(
         self, path: str | os.PathLike, params: Any, dtype: torch.dtype | None, device: torch.device | str,
         disable_mmap: bool = False,
     ) -> nn.Module:
-        """The net of a file in original or diffusers names, or of a folder. CheckpointError when it does not fit."""
+        """The net of a file or folder. CheckpointError when it does not fit."""
+        source = open_checkpoint(path, FOLDER)
+        net = self.empty_net(source, params)
+        tensors = source.tensors(device, disable_mmap, source.shapes, cast=source.casting(dtype))
+        return self.filled(net, self.net_state(tensors, params), source.path)
 
     @abstractmethod
     def new_net(self, base: Any) -> nn.Module:
@@ -77,6 +105,10 @@ class ControlNets(ABC):
     @abstractmethod
     def file_state(self, net: nn.Module) -> dict[str, Tensor]:
         """The weights under the names that files of this family have."""
+
+    @abstractmethod
+    def file_metadata(self, net: nn.Module) -> dict[str, str]:
+        """{"model_config": JSON} of a net whose hyper-parameters do not follow from its shapes, else nothing."""
 
     @abstractmethod
     def diffusers_state(self, net: nn.Module) -> dict[str, Tensor]: ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +28,13 @@ from library.checkpoints.loading import (
     check_state,
     count_blocks,
     find_prefix,
+    is_blob,
     open_checkpoint,
     strip_prefix,
 )
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams
 from library.core.errors import CheckpointError
 from library.safetensors_utils import cast_floats
-
-Model = TypeVar("Model", bound=AutoEncoder)
 
 AE_PREFIXES = ("first_stage_model.", "vae.")
 AE_ROOTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
@@ -55,6 +54,21 @@ LDM_NAMES = DiffusersNames(is_diffusers_autoencoder, convert_diffusers_vae_to_ld
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """The autoencoder that a family needs: by `quant_conv` known from others, with its scale and shift; `owner` and
+    `usual_name` are for messages, `names` those of diffusers, `marks` tensors that no other kind has, `model_class` is
+    what it becomes."""
+
+    owner: str
+    usual_name: str
+    quant_conv: bool
+    scaling: Mapping[str, float]
+    names: DiffusersNames = LDM_NAMES
+    marks: tuple[str, ...] = ()
+    model_class: type[AutoEncoder] = AutoEncoder
+
+
+@dataclass(frozen=True)
 class AutoEncoderInfo:
     """What the headers of an autoencoder checkpoint tell."""
 
@@ -62,25 +76,13 @@ class AutoEncoderInfo:
     prefix: str
     is_diffusers: bool
     params: AutoEncoderParams
-    names: DiffusersNames
+    wanted: Wanted
 
     @property
     def keys(self) -> list[str]:
         """Those of the autoencoder, as the file has them."""
         named = [key for key in self.source.shapes if key.startswith(self.prefix)]
         return [key for key in named if key[len(self.prefix) :].split(".")[0] in AE_ROOTS]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The autoencoder that a family needs: by `quant_conv` known from others, with its scale and shift; `owner` and
-    `usual_name` are for messages, `names` those of diffusers."""
-
-    owner: str
-    usual_name: str
-    quant_conv: bool
-    scaling: Mapping[str, float]
-    names: DiffusersNames = LDM_NAMES
 
 
 def inspect_autoencoder(
@@ -93,7 +95,7 @@ def inspect_autoencoder(
     stripped = strip_prefix(source.shapes, prefix)
     is_diffusers = wanted.names.holds(stripped)
     shapes = wanted.names.to_original(stripped) if is_diffusers else stripped
-    check_marks(shapes, MARKS, source.path, f"{wanted.owner} autoencoder")
+    check_marks(shapes, (*MARKS, *wanted.marks), source.path, f"{wanted.owner} autoencoder")
     if ("quant_conv.weight" in shapes) != wanted.quant_conv:
         channels = shapes["decoder.conv_in.weight"].shape[1]
         kind = "FLUX.1 or SD3 (no quant_conv" if wanted.quant_conv else "SD1, SD2 or SDXL (quant_conv"
@@ -107,7 +109,22 @@ def inspect_autoencoder(
     }
     given = {**wanted.scaling, **from_folder, **source.config_of("vae"), **(config or {})}
     params = build_params(AutoEncoderParams, infer_autoencoder(shapes, given, source.path), given, source.path)
-    return AutoEncoderInfo(source, prefix, is_diffusers, params, wanted.names)
+    info = AutoEncoderInfo(source, prefix, is_diffusers, params, wanted)
+    _checked_model(info, _original(info, {key: source.shapes[key] for key in info.keys}))
+    return info
+
+
+def _original(info: AutoEncoderInfo, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of its file under the names and in the shapes of the module tree."""
+    own = {key: tensor for key, tensor in strip_prefix(state, info.prefix).items() if not is_blob(key)}
+    return attention_as_convolution(info.wanted.names.to_original(own) if info.is_diffusers else own)
+
+
+def _checked_model(info: AutoEncoderInfo, state: Mapping[str, Tensor]) -> AutoEncoder:
+    """The module without weights; CheckpointError unless `state` fits."""
+    model = build_on_meta(lambda: info.wanted.model_class(info.params))
+    check_state(model, state, info.source.path)
+    return model
 
 
 def infer_autoencoder(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -135,14 +152,10 @@ def infer_autoencoder(shapes: Mapping[str, Tensor], given: Mapping[str, Any], pa
 
 
 def load_autoencoder(
-    info: AutoEncoderInfo, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False,
-    model_class: type[Model] = AutoEncoder,
-) -> Model:
-    """The weights of an inspected autoencoder, as a module of `model_class`. CheckpointError when the file does not
-    fit."""
-    state = strip_prefix(info.source.tensors(device, disable_mmap, info.keys), info.prefix)
-    state = attention_as_convolution(info.names.to_original(state) if info.is_diffusers else state)
-    model = build_on_meta(lambda: model_class(info.params))
-    check_state(model, state, info.source.path)
+    info: AutoEncoderInfo, dtype: torch.dtype | None, device: torch.device | str, disable_mmap: bool = False
+) -> AutoEncoder:
+    """The weights of an inspected autoencoder, as a module of the wanted class."""
+    state = _original(info, info.source.tensors(device, disable_mmap, info.keys))
+    model = _checked_model(info, state)
     assign_state(model, {key: cast_floats(tensor, dtype, key).contiguous() for key, tensor in state.items()})
     return model

@@ -9,13 +9,28 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.control_net_convert import PREFIX, control_net_to_diffusers, control_net_to_original
-from library.checkpoints.loading import CheckpointFiles, build_on_meta, check_state, count_blocks, open_checkpoint
+from library.checkpoints.control_net_convert import (
+    PREFIX,
+    control_net_rules,
+    control_net_to_diffusers,
+    control_net_to_original,
+    is_diffusers_control_net,
+)
+from library.checkpoints.layout_rules import DenoiserLayouts
+from library.checkpoints.loading import (
+    CheckpointFiles,
+    build_on_meta,
+    check_state,
+    config_metadata,
+    count_blocks,
+    open_checkpoint,
+    strip_prefix,
+)
 from library.checkpoints.unet_convert import original_to_diffusers
-from library.components.control_nets import FOLDER, ControlNets
+from library.components.control_nets import FOLDER, ControlNetInfo, ControlNets
 from library.components.unet_control_net_models import UNetControlNet
 from library.components.unet_models import UNetParams
-from library.components.unet_utils import UNetInfo, fitting_projection
+from library.components.unet_utils import UNetInfo, fitting_projection, folder_config, unet_params
 from library.core.errors import CheckpointError
 
 T = TypeVar("T")
@@ -31,22 +46,9 @@ class UNetControlNets(ControlNets):
     def __init__(self, kinds: frozenset[str], *, is_original: bool) -> None:
         self.kinds, self.is_original = kinds, is_original
 
-    def check(self, path: str | os.PathLike, params: UNetParams) -> None:
-        self._empty(open_checkpoint(path, FOLDER), params)
-
-    def load(
-        self, path: str | os.PathLike, params: UNetParams, dtype: torch.dtype | None, device: torch.device | str,
-        disable_mmap: bool = False,
-    ) -> UNetControlNet:
-        source = open_checkpoint(path, FOLDER)
-        net = self._empty(source, params)
-        tensors = source.tensors(device, disable_mmap, source.shapes, cast=source.casting(dtype))
-        return self.filled(net, _net_state(tensors, params), source.path)
-
     @staticmethod
-    def _empty(source: CheckpointFiles, params: UNetParams) -> UNetControlNet:
-        """The net of a file, without weights. CheckpointError when it guides another model."""
-        state = _net_state(source.shapes, params)
+    def empty_net(source: CheckpointFiles, params: UNetParams) -> UNetControlNet:
+        state = UNetControlNets.net_state(source.shapes, params)
         for name, what in ((f"{_HINT}conv_in", "convolutions over a picture"), ("conv_in", "way down of a U-Net")):
             if f"{name}.weight" not in state:
                 raise CheckpointError(f"{source.path} holds no ControlNet of a U-Net: it has no {what}")
@@ -55,6 +57,13 @@ class UNetControlNets(ControlNets):
         net = build_on_meta(lambda: UNetControlNet(params, [state[name].shape[0] for name in names if name in state]))
         check_state(net, state, source.path)
         return net
+
+    @staticmethod
+    def net_state(state: Mapping[str, Tensor], params: UNetParams) -> dict[str, Tensor]:
+        """Of a file that holds the U-Net too, those of the net."""
+        own = {key: tensor for key, tensor in state.items() if key.startswith(PREFIX)} or state
+        named = control_net_to_diffusers(own)
+        return {name: fitting_projection(name, tensor, params.use_linear_projection) for name, tensor in named.items()}
 
     def new_net(self, base: UNetInfo) -> UNetControlNet:
         return UNetControlNet(base.params)
@@ -71,10 +80,15 @@ class UNetControlNets(ControlNets):
     def file_state(self, net: nn.Module) -> dict[str, Tensor]:
         return control_net_to_original(net.state_dict()) if self.is_original else self.diffusers_state(net)
 
+    def file_metadata(self, net: UNetControlNet) -> dict[str, str]:
+        source = open_checkpoint(net.state_dict())
+        return config_metadata(net.params, lambda: unet_params(source, source.shapes, {})[0])
+
     def diffusers_state(self, net: nn.Module) -> dict[str, Tensor]:
         return dict(net.state_dict())
 
-    def diffusers_config(self, net: UNetControlNet) -> dict[str, Any]:
+    @staticmethod
+    def diffusers_config(net: UNetControlNet) -> dict[str, Any]:
         params, names = net.params, {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}
         vector = params.adm_in_channels
         return {
@@ -104,12 +118,20 @@ class UNetControlNets(ControlNets):
         }
 
 
+def inspect_control_net(path: str | os.PathLike) -> ControlNetInfo:
+    """A net for a model that is not at hand: what shapes do not tell is as usual, or in the file's metadata."""
+    source = open_checkpoint(path, FOLDER)
+    prefix = PREFIX if any(key.startswith(PREFIX) for key in source.shapes) else ""
+    names = strip_prefix(source.shapes, prefix)
+    given = {**folder_config(source.config), **source.model_config}
+    params, _ = unet_params(source, control_net_to_diffusers(names), given)
+    return ControlNetInfo(source, prefix, is_diffusers_control_net(names), UNetControlNets.empty_net(source, params))
+
+
+LAYOUTS = DenoiserLayouts(
+    inspect_control_net, control_net_rules, lambda net: UNetControlNets.diffusers_config(net), part=FOLDER
+)
+
+
 def _diffusers(state: Mapping[str, T], is_diffusers: bool) -> dict[str, T]:
     return dict(state) if is_diffusers else original_to_diffusers(state)
-
-
-def _net_state(state: Mapping[str, Tensor], params: UNetParams) -> dict[str, Tensor]:
-    """Tensors of a file under the names of the net's tree; of a file that holds the U-Net too, those of the net."""
-    own = {key: tensor for key, tensor in state.items() if key.startswith(PREFIX)} or state
-    named = control_net_to_diffusers(own)
-    return {name: fitting_projection(name, tensor, params.use_linear_projection) for name, tensor in named.items()}

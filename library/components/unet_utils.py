@@ -84,12 +84,20 @@ def inspect_unet(path: Source, config: Mapping[str, Any] | None = None) -> UNetI
     marks = DIFFUSERS_MARKS if is_diffusers else MARKS
     check_marks(stripped, marks, source.path, "Stable Diffusion or SDXL U-Net")
     _refuse_variants(shapes, source.path)
-    given = {**_folder_config(source.config), **source.model_config, **(config or {})}
+    given = {**folder_config(source.config), **source.model_config, **(config or {})}
+    params, is_v2 = unet_params(source, shapes, given)
+    return UNetInfo(source, prefix, is_diffusers, params, is_v2, *_declared_schedule(Path(source.path), source))
+
+
+def unet_params(
+    source: CheckpointFiles, shapes: Mapping[str, Tensor], given: Mapping[str, Any]
+) -> tuple[UNetParams, bool]:
+    """(sizes, whether it is Stable Diffusion 2) of the U-Net with these shapes (diffusers names), or of that which a net
+    of its way down belongs to. `given` overrides what the shapes tell."""
     inferred = _infer(shapes, source.path)
     is_v2 = _is_v2(source, given, inferred)
     inferred |= _not_in_shapes(inferred, is_v2, given, source.path)
-    params = build_params(UNetParams, inferred, given, source.path)
-    return UNetInfo(source, prefix, is_diffusers, params, is_v2, *_declared_schedule(Path(source.path), source))
+    return build_params(UNetParams, inferred, given, source.path), is_v2
 
 
 def _refuse_variants(shapes: Mapping[str, Tensor], path: str) -> None:
@@ -106,7 +114,7 @@ def _refuse_variants(shapes: Mapping[str, Tensor], path: str) -> None:
         raise CheckpointError(f"{path} is the SDXL refiner, which is not trained here; the SDXL base model is needed")
 
 
-def _folder_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def folder_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Names of a diffusers config.json that UNetParams knows under other ones. Its attention_head_dim counts heads."""
     names = {
         "attention_head_dim": "heads", "num_attention_heads": "heads", "norm_num_groups": "norm_groups",
@@ -128,7 +136,7 @@ def _infer(shapes: Mapping[str, Tensor], path: str) -> dict[str, Any]:
     label = shapes.get("add_embedding.linear_1.weight")
     return {
         "in_channels": size("conv_in.weight", 1),
-        "out_channels": size("conv_out.weight", 0),
+        "out_channels": size("conv_out.weight", 0) if "conv_out.weight" in shapes else size("conv_in.weight", 1),
         "channels": tuple(size(f"down_blocks.{level}.resnets.0.conv1.weight", 0) for level in range(levels)),
         "num_res_blocks": count_blocks(shapes, "down_blocks.0.resnets."),
         "attention_levels": tuple(depth > 0 for depth in depths),

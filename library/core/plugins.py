@@ -7,13 +7,20 @@ from dataclasses import dataclass
 
 from library.core.errors import Problems
 from library.core.options import option
-from library.core.registry import import_outside, search_current_folder
+from library.core.registry import import_outside, is_path, search_current_folder
 
 
 def import_plugins(modules: Iterable[str]) -> None:
     """Import modules, each of which registers what it has. One ConfigError for all that cannot be imported."""
     problems = Problems()
     for module in modules:
+        if is_path(module):
+            name = module.partition(":")[0]
+            problems.add(
+                f"--plugins is {module}, a path of one thing; needed: the module, --plugins {name}, which registers what"
+                f" it has; the path itself belongs to the option that chooses the thing, e.g. --loss_type {module}"
+            )
+            continue
         problems.attempt(lambda module=module: import_outside(module, "--plugins"))
     problems.raise_if_any()
 

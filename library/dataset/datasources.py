@@ -177,11 +177,12 @@ def _read_files(blueprint: Blueprint, found: list[list[list[FoundImage]]], scann
         if path is not None
     )
     _check_images(list(wanted), scanner)
-    for subset, images in pairs:
+    owners = [dataset for dataset in blueprint.datasets for _ in dataset.subsets]
+    for dataset, (subset, images) in zip(owners, pairs, strict=True):
         images[:] = [image for image in images if _take_check(image, subset, scanner)]
         if subset.metadata_file is None:
             _read_captions(images, subset, scanner)
-        _warn_of_pixels(images, subset, scanner)
+        _warn_of_pixels(images, subset, dataset, scanner)
         _settle_captions(images, subset, scanner)
         if subset.cache_info and images and not all(image.is_known for image in images):
             _write_info(subset, images, scanner)
@@ -309,7 +310,9 @@ def _caption_hint(paths: Sequence[str], subset: SubsetParams) -> str:
     )
 
 
-def _warn_of_pixels(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> None:
+def _warn_of_pixels(
+    images: Sequence[FoundImage], subset: SubsetParams, dataset: DatasetParams, scanner: Scanner
+) -> None:
     pictures = [(image.path, scanner.checks.get(image.path)) for image in images]
     masks = [(image.cond_path, scanner.checks.get(image.cond_path)) for image in images if image.cond_path is not None]
 
@@ -328,9 +331,10 @@ def _warn_of_pixels(images: Sequence[FoundImage], subset: SubsetParams, scanner:
         )
     else:
         scanner.summary_warning(those("transparent"), f"images in {subset.label} have transparency, which is dropped")
-    scanner.summary_warning(
-        those("black", masks), f"masks of {subset.label} are black everywhere, so nothing is learned there"
-    )
+    if not dataset.holds_control:
+        scanner.summary_warning(
+            those("black", masks), f"masks of {subset.label} are black everywhere, so nothing is learned there"
+        )
 
 
 # ---------------------------------------------------------------- items and split

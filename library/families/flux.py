@@ -101,6 +101,7 @@ FAMILY = FamilyRecord(
             role="relative",
             wanted="a FLUX.1 ControlNet",
             subfolder="controlnet",
+            layouts="library.flux_control_net_utils:LAYOUTS",
             signatures=(
                 Signature(
                     title="a FLUX.1 ControlNet", contains=("controlnet_blocks.0.", "double_blocks.0."), priority=90
@@ -130,6 +131,7 @@ FAMILY = FamilyRecord(
             ),
         ),
     ),
+    layouts="library.flux_folder_utils:LAYOUTS",
     encoder_files=(EncoderFile(option="clip_l", title="CLIP-L"), EncoderFile(option="t5xxl", title="T5-XXL")),
     adapters=AdapterFacts(
         title="FLUX.1 or Chroma",

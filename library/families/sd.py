@@ -124,6 +124,7 @@ FAMILY = FamilyRecord(
             role="relative",
             wanted="a ControlNet of Stable Diffusion 1",
             subfolder="controlnet",
+            layouts="library.components.unet_control_net_utils:LAYOUTS",
             signatures=_control_net("a ControlNet of Stable Diffusion 1"),
         ),
         ModelKind(
@@ -131,6 +132,7 @@ FAMILY = FamilyRecord(
             role="relative",
             wanted="a ControlNet of Stable Diffusion 2",
             subfolder="controlnet",
+            layouts="library.components.unet_control_net_utils:LAYOUTS",
             signatures=_control_net("a ControlNet of Stable Diffusion 2", text_width=1024),
         ),
         ModelKind(

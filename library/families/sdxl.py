@@ -76,6 +76,7 @@ FAMILY = FamilyRecord(
             role="relative",
             wanted="a ControlNet of SDXL",
             subfolder="controlnet",
+            layouts="library.components.unet_control_net_utils:LAYOUTS",
             signatures=(
                 Signature(
                     title="a ControlNet of SDXL", has=("input_hint_block.0.weight", "label_emb.0.0.weight"), priority=88

@@ -8,6 +8,7 @@ import numpy
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from library.components.control_models import Control, GuidedBy
 from library.core.errors import ConfigError
 
 
@@ -21,6 +22,13 @@ def open_picture(path: str | os.PathLike, size_wh: tuple[int, int] | None = None
     except (OSError, UnidentifiedImageError) as error:
         raise ConfigError(f"the control picture {path} cannot be read: {error}") from error
     return image if size_wh in (None, image.size) else image.resize(size_wh, Image.Resampling.LANCZOS)
+
+
+def control_of_picture(
+    net: torch.nn.Module, path: str | os.PathLike, size_wh: tuple[int, int], value_range: tuple[float, float]
+) -> Control:
+    """What one net makes of a picture file, for pictures of a size. ConfigError when the file cannot be read."""
+    return Control((GuidedBy(net, picture_tensor(open_picture(path, size_wh), value_range)),))
 
 
 def picture_tensor(image: Image.Image, value_range: tuple[float, float]) -> torch.Tensor:

@@ -83,7 +83,7 @@ def check(config: Config) -> None:
     for problem in [*(_merge_problems(config) if merging else _prompt_problems(config)), *_file_problems(config)]:
         problems.add(problem)
     if not problems.messages and not merging and not config[HunyuanImagePromptOptions].latent_path:
-        for problem in _fitting_problems(config[HunyuanImageModelOptions], problems):
+        for problem in _fitting_problems(config[HunyuanImageModelOptions]):
             problems.add(problem)
     problems.raise_if_any()
 
@@ -132,32 +132,25 @@ def _file_problems(config: Config) -> list[str]:
     return [problem for problem in (*found, device_problem("device", model.device)) if problem]
 
 
-def _fitting_problems(options: HunyuanImageModelOptions, problems: Problems) -> list[str]:
-    """Sizes of the files against each other, a block swap that the depth does not allow, and a tokenizer that cannot be
-    found or read, or that is of another model."""
+def _fitting_problems(options: HunyuanImageModelOptions) -> list[str]:
+    """Damaged files, sizes of the files against each other, a block swap that the depth does not allow, and a tokenizer
+    that cannot be found or read, or that is of another model."""
     from library.components.llm_encoder_utils import inspect_qwen25_vl
     from library.components.tokenizers import load_qwen25_vl_tokenizer
-    from library.custom_offloading_utils import stream_swap_problem
     from library.hunyuan_image_utils import fitting_problems, inspect_hunyuan_image
 
-    params = problems.attempt(lambda: inspect_hunyuan_image(options.dit).params)
-    encoder = problems.attempt(lambda: inspect_qwen25_vl(options.text_encoder))
-    if problems.messages:
-        return []
-    vae = ("vae", options.vae) if options.vae else None
-    found = problems.attempt(lambda: fitting_problems(
-        params, text_encoder=("text_encoder", options.text_encoder), byt5=("byt5", options.byt5), vae=vae,
-        model=options.dit,
-    )) or []  # fmt: skip
-    swap = stream_swap_problem(options.blocks_to_swap, params.depth, params.depth_single)
-    found += tokenizer_problems(
+    found = fitting_problems(
+        lambda: inspect_hunyuan_image(options.dit).params, text_encoder=("text_encoder", options.text_encoder),
+        byt5=("byt5", options.byt5), vae=("vae", options.vae) if options.vae else None, model=options.dit,
+        blocks_to_swap=options.blocks_to_swap,
+    )  # fmt: skip
+    return found + tokenizer_problems(
         lambda: load_qwen25_vl_tokenizer(
             options.text_encoder_tokenizer, options.tokenizer_cache_dir, options.text_encoder
         ),
-        lambda: encoder["vocab_size"], "Qwen2.5-VL", "--text_encoder_tokenizer",
+        lambda: inspect_qwen25_vl(options.text_encoder)["vocab_size"], "Qwen2.5-VL", "--text_encoder_tokenizer",
         f"--text_encoder {options.text_encoder}",
     )  # fmt: skip
-    return [*found, swap] if swap else found
 
 
 SCRIPT = HunyuanImageScript()

@@ -171,7 +171,11 @@ def output_name(seed: int | None, index: int, ending: str = ".png") -> str:
 def unused_path(folder: str | os.PathLike[str], seed: int | None, index: int, ending: str = ".png") -> Path:
     """A file of `output_name` in `folder`. Where another call of the same second has made such a file, or latents of
     that name, it has a number behind it: `{YYYYmmdd_HHMMSS}_{seed}_{index}_2.png`."""
-    name = output_name(seed, index, "")
+    return free_path(folder, output_name(seed, index, ""), ending)
+
+
+def free_path(folder: str | os.PathLike[str], name: str, ending: str = ".png") -> Path:
+    """A file of this name in `folder`, or with a number behind the name where there is such a file."""
     there = {path.name for path in Path(folder).iterdir()} if Path(folder).is_dir() else set()
     stem, number = name, 1
     while any(other.startswith(stem) for other in there):

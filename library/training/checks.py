@@ -165,7 +165,7 @@ def name_problems(config: Config) -> list[str]:
 def cached_text_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
     """Outputs of a text encoder that learns cannot be cached: where all learn, a cache is asked for in vain, unless the
     family lets them learn beside one. Captions that change are a matter of the dataset settings."""
-    training = trainable.trains_text_encoders(family)
+    training = trainable.follows_text_encoders(family)
     beside = {number for number, learns in enumerate(training) if learns} <= set(family.record.learning_encoders)
     if not config[CachingOptions].caches_text or not training or not all(training) or beside:
         return []

@@ -77,7 +77,7 @@ class Training:
     @cached_property
     def strategies(self) -> StrategySet:
         """How captions become tokens, tokens conditioning, and pictures latents."""
-        return self.family.strategies(self.trainable.trains_text_encoders(self.family))
+        return self.family.strategies(self.trainable.follows_text_encoders(self.family))
 
     @cached_property
     def dataset(self) -> DatasetGroup:

@@ -12,15 +12,16 @@ import dataclasses
 import functools
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from library.core.errors import ConfigError
 from library.core.options import Config, option_fields
+from library.core.plugins import PluginOptions, import_plugins
 from library.core.registry import Registry, import_target
 from library.families.registry import record_of, variants_of
-from library.training.config_file import read_config_file
+from library.training.config_file import convert_value, read_config_file
 from library.training.option_groups import SHARED_GROUPS, ConfigFileOptions, HookOptions
 from library.training.option_reader import Note, OptionReader, Script, parser_of
 
@@ -87,6 +88,8 @@ TRAINABLES.add(
     },
 )
 
+OFFLOADS = {"cpu_offload_checkpointing": {"gradient_checkpointing": True}}
+"""as the known scripts that train something else than an adapter read it"""
 for _name, _class in (("full", "FullTrainable"), ("dreambooth", "DreamBooth")):
     TRAINABLES.add(
         _name,
@@ -97,7 +100,10 @@ for _name, _class in (("full", "FullTrainable"), ("dreambooth", "DreamBooth")):
         defaults={"save_model_as": None},
         following="library.training.whole_models:following_defaults",
         refused="library.training.whole_models:refused_options",
-        stands_for={"use_t5xxl_cache_only": {"cache_text_encoder_outputs": True}},
+        stands_for={
+            "use_t5xxl_cache_only": {"cache_text_encoder_outputs": True},
+            **OFFLOADS,
+        },
     )
 
 for _name, _class in (("textual_inversion", "TextualInversion"), ("textual_inversion_xti", "LayeredTextualInversion")):
@@ -121,6 +127,7 @@ TRAINABLES.add(
     foreign="library.training.control_nets:foreign_options",
     ignored="library.training.control_nets:ignored_options",
     refused={"masked_loss": CONTROL_IS_NO_MASK},
+    stands_for=OFFLOADS,
 )
 
 TRAINABLES.add(
@@ -150,25 +157,44 @@ class Parsed:
     notes: tuple[Note, ...]
 
 
-def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
-    """The family itself, or the variant that an option on the command line or in its configuration file chooses instead
-    (`FamilyRecord.variant_of`). Whatever is wrong with the options is told when they are read with those of the
-    family."""
-    variants = variants_of(family)
-    if not variants:
-        return family
+def import_named_plugins(argv: Sequence[str] | None) -> None:
+    """The modules of --plugins, on the command line or in its configuration file, before names are looked up: they may
+    register variants, and values of options that only names from outside can have. What is wrong with them is told when
+    the options are read."""
+    value = _early_values(argv, ()).get("plugins")
+    try:
+        import_plugins(convert_value(PluginOptions, "plugins", value) or () if value else ())
+    except (ConfigError, ValueError):
+        return
+
+
+def _early_values(argv: Sequence[str] | None, names: Iterable[str]) -> dict[str, Any]:
+    """What the command line, or else its configuration file, says of --plugins and of these options; nothing where one
+    of them cannot be read."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("config_file", *dict.fromkeys(record.variant_of[1] for record in variants if record.variant_of)):
-        reader.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), dest=name)
+    for name in ("config_file", "plugins", *names):
+        flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        reader.add_argument(*flags, dest=name, nargs="*" if name == "plugins" else None)
     try:
         given = vars(reader.parse_known_args(sys.argv[1:] if argv is None else list(argv))[0])
         in_file = read_config_file(given["config_file"]) if given["config_file"] else {}
     except (argparse.ArgumentError, ConfigError):
-        return family
-    values = {
+        return {}
+    return {
         **{key.replace("-", "_"): value for key, value in in_file.items()},
         **{key: value for key, value in given.items() if value is not None},
     }
+
+
+def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
+    """The family itself, or the variant that an option on the command line or in its configuration file chooses instead
+    (`FamilyRecord.variant_of`). Whatever is wrong with the options is told when they are read with those of the
+    family."""
+    import_named_plugins(argv)
+    variants = variants_of(family)
+    if not variants:
+        return family
+    values = _early_values(argv, dict.fromkeys(record.variant_of[1] for record in variants if record.variant_of))
     for record in variants:
         _, name, value = record.variant_of
         if values.get(name) == value:
@@ -222,6 +248,7 @@ def parse(argv: Sequence[str] | None, family: str, trainable: str) -> Config:
 def parse_command(argv: Sequence[str] | None, family: str, trainable: str) -> Parsed:
     """Like `parse`, with the log lines handed back: the log is set up from the options themselves."""
     argv = sys.argv[1:] if argv is None else argv
+    import_named_plugins(argv)
     return parse_script(argv, with_own_hooks(script(family, trainable), argv))
 
 

@@ -45,7 +45,7 @@ from library.training.loss import LossFunction
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
 from library.training.option_groups import LoopOptions, MemoryOptions, ResumeOptions, SamplingOptions, SavingOptions
-from library.training.own_hooks import make_hooks
+from library.training.own_hooks import make_hooks, names_never_called
 from library.training.progress import Progress
 from library.training.run import Models, Run
 from library.training.run_lock import claimed_output
@@ -89,6 +89,7 @@ class Trainer:
         self.trainable_hooks = trainable.hooks()
         self.started_at = time.time()
         self._claims = ExitStack()
+        self._prompt_words: PromptWords | None = None
 
     def run(self) -> None:
         """Prepare and train, alone under the name of the output; returns early for --debug_dataset."""
@@ -120,7 +121,7 @@ class Trainer:
         """Every phase up to the complete Run; None when there is nothing to train (--debug_dataset)."""
         found, prompts = self.check()
         runtime = prepare_runtime(self.config)
-        trained = self.trainable.trains_text_encoders(self.family)
+        trained = self.trainable.follows_text_encoders(self.family)
         strategies = self.family.strategies(trained)
         self.trainable.prepare_tokenizers(self.family, strategies)
         strategies = self.trainable.text_strategies(strategies)
@@ -140,10 +141,9 @@ class Trainer:
         self.on_main(runtime, self.take_output)
         self.family.transform = self.trainable.transform(self.family)
         vae, beside_vae = self.vae_phase(data, strategies, runtime, keep=bool(prompts))
-        words = self.prompt_words(strategies) if prompts else None
-        if words is not None:
-            strategies = dataclasses.replace(strategies, prompt_text=words.text)
-        text = self.text_phase(data, strategies, runtime, prompts, words)
+        if prompts:
+            strategies = self.know_prompt_words(strategies)
+        text = self.text_phase(data, strategies, runtime, prompts)
         models = Models(
             vae, text.text_encoders, self.denoiser_phase(runtime), {**beside_vae, **self._parts(runtime, "denoiser")}
         )
@@ -186,6 +186,8 @@ class Trainer:
         problems.attempt(lambda: check_replacements(self.added_hooks))
         for hook in self.added_hooks:
             problems.attempt(lambda hook=hook: hook.check(self.config, self.family, self.trainable))
+            for line in names_never_called(type(hook)) if is_main_process() else ():
+                logger.warning(line)
         rules = self.trainable.dataset_rules(self.family)
         found = problems.attempt(lambda: find_data(self.config, self.family.architecture, rules))
         try:
@@ -254,8 +256,7 @@ class Trainer:
         return {name: self._frozen(part) for name, part in self.family.load_parts(runtime, beside).items()}
 
     def text_phase(
-        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[SamplePrompt],
-        words: PromptWords | None = None,
+        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[SamplePrompt]
     ) -> TextPhase:
         """Encode captions and sample prompts; afterwards only encoders that the step needs are in memory."""
 
@@ -266,8 +267,8 @@ class Trainer:
                 held = dataclasses.replace(runtime, weight_dtype=dtype, text_encoder_dtype=dtype)
             encoders = [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(held)]
             self.trainable.prepare_text_encoders(self.family, encoders, runtime)
-            if words is not None:
-                words.join(encoders, checks.prompt_words(self.config, self.family))
+            if self._prompt_words is not None:
+                self._prompt_words.join(encoders, checks.prompt_words(self.config, self.family))
             return encoders
 
         def encode(encoders: list[torch.nn.Module | None]) -> Texts:
@@ -279,13 +280,15 @@ class Trainer:
         clean_memory_on_device()
         return phase
 
-    def prompt_words(self, strategies: StrategySet) -> PromptWords | None:
-        """What reads words of embedding files in sample prompts, once the text encoders are there."""
+    def know_prompt_words(self, strategies: StrategySet) -> StrategySet:
+        """Strategies that read words of embedding files in sample prompts, once the text encoders are there."""
         if not self.config[SamplingOptions].textual_inversion_embeddings:
-            return None
+            return strategies
         from library.generation.words import PromptWords
 
-        return PromptWords(strategies.tokenize.tokenizers, (), self.family.record.embedding_keys)
+        keys = self.family.record.embedding_keys
+        self._prompt_words = PromptWords(strategies.tokenize.tokenizers, (), keys)
+        return dataclasses.replace(strategies, prompt_text=self._prompt_words.text)
 
     def denoiser_phase(self, runtime: Runtime) -> torch.nn.Module:
         denoiser = self.family.load_denoiser(

@@ -1,6 +1,7 @@
 """FLUX.1 and Anima by their known calls, against our own objects."""
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
@@ -8,10 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from library import anima_utils, flux_train_utils, flux_utils
 from library.chroma_utils import load_chroma
+from library.components.control_nets import control_nets_of
 from library.core.errors import CheckpointError, ConfigError
+from library.flux_control_net_models import FluxControlNet
 from library.safetensors_utils import load_safetensors, read_header
 from library.tiny_models.chroma_tiny import build_tiny_chroma
 from library.training.objective import clean_estimate
@@ -48,7 +52,7 @@ def test_loading_flux(flux):
     assert flux_utils.get_t5xxl_actual_dtype(t5xxl) == torch.bfloat16 and vae is not None and clip_l is not None
     with pytest.raises(ConfigError, match="model_type is sd3"):
         flux_utils.load_flow_model(str(flux.flux), None, "cpu", model_type="sd3")
-    with pytest.raises(ConfigError, match="load_flow_model"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         flux_utils.load_controlnet("c.safetensors", False, None, "cpu")
 
 
@@ -193,8 +197,27 @@ def test_guided_steps_on_packed_latents():
     torch.testing.assert_close(made, img - 0.5 * (negative + 3 * (velocity(txt, vec) - negative)))
     plain = flux_train_utils.denoise(*about, [1.0, 0.5], 2.0, neg_txt=other, cfg_scale=1.0)
     assert torch.equal(plain, flux_train_utils.denoise(*about, [1.0, 0.5], 2.0))
-    with pytest.raises(ConfigError, match="ControlNets of FLUX.1 are not there"):
-        flux_train_utils.denoise(*about, [1.0, 0.5], controlnet=object())
+
+
+def test_steps_that_a_control_net_guides(tmp_path):
+    """The residuals of its file are added; a net of zeros changes nothing."""
+    model, generator = tiny_denoiser(), torch.Generator().manual_seed(4)
+    img, txt, vec = (torch.randn(1, *shape, generator=generator) for shape in ((6, 64), (5, 12), (8,)))
+    about = (model, img, flux_utils.prepare_img_ids(1, 2, 3), txt, torch.zeros(1, 5, 3), vec, [1.0, 0.5], 2.0)
+    picture = torch.rand(1, 3, 32, 48, generator=generator)
+    plain = flux_train_utils.denoise(*about)
+    net = FluxControlNet(dataclasses.replace(model.params, depth=1, depth_single_blocks=0))
+    for scale in (0.0, 0.2):
+        for layer in net.controlnet_blocks:
+            torch.nn.init.constant_(layer.weight, scale)
+            torch.nn.init.zeros_(layer.bias)
+        metadata = control_nets_of("flux").file_metadata(net)
+        save_file(net.state_dict(), tmp_path / "net.safetensors", metadata)
+        loaded = flux_utils.load_controlnet(str(tmp_path / "net.safetensors"), False, torch.float32, "cpu")
+        made = flux_train_utils.denoise(*about, controlnet=loaded, controlnet_img=picture)
+        assert torch.equal(made, plain) == (scale == 0)
+    with pytest.raises(CheckpointError, match="no ControlNet of FLUX.1 schnell"):
+        flux_utils.load_controlnet(str(tmp_path / "net.safetensors"), True, None, "cpu")
 
 
 @pytest.fixture(scope="module")

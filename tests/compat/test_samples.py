@@ -22,6 +22,7 @@ from library import (
     sdxl_train_util,
     train_util,
 )
+from library.components.control_nets import control_nets_of
 from library.core.errors import ConfigError
 from library.training.hooks.sample import encode_sample_prompts
 from tests.runs.families import Tinies
@@ -132,9 +133,26 @@ def test_prompts_are_dictionaries():
     assert train_util.line_to_prompt_dict("a ball --w 64 --d 3") == {"prompt": "a ball", "width": 64, "seed": 3}
 
 
-def test_a_control_net_is_refused():
-    for known in (train_util, sdxl_train_util):
-        with pytest.raises(ConfigError, match="leave controlnet out"):
-            known.sample_images(None, None, None, 1, "cpu", None, None, None, None, controlnet=object())
+def test_a_control_net_follows_the_picture_of_its_prompt(tmp_path, tmp_path_factory):
+    """As in the run that trained it, from whose files it is read."""
+    from tests.runs.test_control_nets import work_of
+
+    work = work_of(Tinies(tmp_path_factory), "sd1", tmp_path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"a cat --w 64 --h 64 --s 2 --d 1 --cn {work.control / '01.png'}\na cat --w 64 --h 64 --s 2 --d 1\n")
+    sampling = [f"--sample_prompts={prompts}", "--sample_every_n_steps=2", "--max_train_steps=2", "--save_precision=float"]
+    file = work.train("run", *sampling)
+    args = importlib.import_module("train_control_net").setup_parser().parse_args(work.argv("mine", *sampling))
+    args.network_module = None
+    accelerator = train_util.prepare_accelerator(args)
+    encoder, vae, unet = model_util.load_models_from_stable_diffusion_checkpoint(False, args.pretrained_model_name_or_path)
+    net = control_nets_of("sd").load(file, unet.params, None, "cpu")
+    train_util.sample_images(accelerator, args, None, 2, "cpu", vae, None, encoder, unet, controlnet=net)
+    made, own = pictures(tmp_path / "mine" / "sample"), pictures(tmp_path / "run" / "sample")
+    assert len(made) == len(own) == 2 and not np.array_equal(*made)
+    assert all(np.array_equal(picture, other) for picture, other in zip(made, own))
+
+
+def test_a_family_without_control_nets_refuses_one():
     with pytest.raises(ConfigError, match="leave controlnet out"):
-        flux_train_utils.sample_images(None, None, None, 1, None, None, None, None, controlnet=object())
+        lumina_train_util.sample_images(*[None] * 9, controlnet=object())

@@ -178,6 +178,8 @@ KINDS = [
     ("adapter", {"lora_unet_down_blocks_0_attentions_0_proj_in.hada_w1_a": (4, 8)}, "Stable Diffusion 1"),
     ("adapter", {"lycoris_something.lokr_w1": (4, 8)}, "LoRA-type adapter"),
     ("embedding", {"emb_params": (4, 768)}, "textual inversion"),
+    ("embedding", {"clip_l": (4, 768), "t5xxl": (4, 4096)}, "textual inversion"),
+    ("embedding", {"IN01": (4, 768), "MID": (4, 768)}, "vectors for each layer"),
     ("unknown", {"something.weight": (4, 8)}, "not known here"),
 ]
 

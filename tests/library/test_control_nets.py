@@ -151,3 +151,22 @@ def test_files_that_do_not_fit(tmp_path):
         flux.check(tmp_path / "single.safetensors", PARAMS["flux"])
     with pytest.raises(UnsupportedCombination, match="no ControlNets of Chroma"):
         control_nets_of("chroma")
+
+
+@pytest.mark.parametrize("kind", PARAMS)
+def test_the_tool_rewrites_names_there_and_back(tmp_path, kind):
+    """A folder of diffusers becomes a file and a folder again; what shapes do not tell is in the file's metadata."""
+    from tools import convert_model
+
+    reference(kind).save_pretrained(tmp_path / "theirs")
+    file, again = tmp_path / "file.safetensors", tmp_path / "again"
+    assert convert_model.main([str(tmp_path / "theirs"), str(file), "--to", "single"]) == 0
+    assert describe_checkpoint(file).layout == "original"
+    nets = control_nets_of(FAMILIES[kind])
+    metadata = nets.file_metadata(nets.load(file, PARAMS[kind], torch.float32, "cpu"))
+    save_file(load_file(file), file, metadata)  # tiny nets have other heads than those that their widths stand for
+    assert convert_model.main([str(file), str(again), "--to", "diffusers"]) == 0
+    states = [load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (tmp_path / "theirs", again / "controlnet")]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[1][key], value) for key, value in states[0].items())
+    ours, theirs = nets.load(file, PARAMS[kind], torch.float32, "cpu"), type(reference(kind)).from_pretrained(again / "controlnet")
+    assert_alike(outputs(kind, ours, theirs))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.checkpoints.embeddings import read_word
+from library.checkpoints.embeddings import read_inversion, read_word
 from library.core.registry import import_target
 from library.families.registry import FAMILIES
 from library.generation.words import PromptWords
@@ -18,6 +18,7 @@ from library.training.new_words.learned import LearnedWord
 from library.training.parser_common import parse
 from networks.files.network_files import write_adapter_file
 from tests.families import CASES
+from tests.golden_dir import behaviour
 
 COUNT = 3
 CASES_WITH_WORDS = [name for name, case in CASES.items() if FAMILIES[case.family].embedding_keys]
@@ -98,3 +99,36 @@ def test_diffusers_computes_the_states_of_training_and_image_scripts(name, tmp_p
     for key, states in theirs.items():
         assert torch.equal(states, learned[key]) and torch.equal(states, read[key]), key
     assert any(not torch.equal(states, without[key]) for key, states in theirs.items())
+
+
+@pytest.mark.parametrize("form", behaviour("textual_inversion.json")["diffusers_loading"], ids=lambda form: form["form"])
+def test_every_recorded_form_is_read_as_diffusers_reads_it(form, tmp_path):
+    """Names of tokens and vectors, with and without the argument `token`."""
+    from library.tiny_models import build_tiny
+
+    sample = Sample("sd1", build_tiny("sd1", tmp_path / "tiny"), tmp_path)
+    _, strategies, (encoder,) = sample.load()
+    (tokenizer,), width = strategies.tokenize.tokenizers, encoder.get_input_embeddings().embedding_dim
+    rows = torch.randn(form["rows"], width, generator=torch.Generator().manual_seed(2))
+    ending = {"sd safetensors": "safetensors", "web UI .pt": "pt", "diffusers .bin": "bin"}[form["form"]]
+    path = tmp_path / f"zyx.{ending}"
+    if ending == "safetensors":
+        write_adapter_file(str(path), {"emb_params": rows}, None, {})
+    elif "string_to_param" in form["keys"]:
+        torch.save({"name": "zyx", "string_to_param": {"*": rows}}, path)
+    else:
+        torch.save({form["keys"][0]: rows}, path)
+    (ours,) = read_inversion(str(path), FAMILIES["sd"].embedding_keys)
+    assert torch.equal(ours, rows)
+
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    class Pipeline(TextualInversionLoaderMixin):
+        hf_device_map = None
+        components: dict = {}
+
+    pipeline = Pipeline()
+    pipeline.tokenizer, pipeline.text_encoder = tokenizer, encoder
+    pipeline.load_textual_inversion(str(path), token=form["token_argument"])
+    ids = tokenizer.convert_tokens_to_ids(form["diffusers_token_names"])
+    assert torch.equal(encoder.get_input_embeddings().weight[ids], ours)

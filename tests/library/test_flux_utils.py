@@ -96,6 +96,13 @@ def test_real_autoencoder_has_the_real_keys(tmp_path) -> None:
     assert {key: list(tensor.shape) for key, tensor in model.state_dict().items()} == shapes
 
 
+def test_an_autoencoder_that_lacks_a_tensor_is_told_by_its_header(tmp_path) -> None:
+    shapes = key_table("vae_ldm16")
+    del shapes["decoder.up.2.block.1.norm2.bias"]
+    with pytest.raises(CheckpointError, match="1 keys are missing: decoder.up.2.block.1.norm2.bias"):
+        flux_utils.inspect_ae(empty_checkpoint(tmp_path / "x.safetensors", shapes))
+
+
 def test_sizes_of_the_real_text_encoders(tmp_path) -> None:
     clip = inspect_clip_l(empty_checkpoint(tmp_path / "c.safetensors", key_table("clip_l")))
     assert (clip["width"], clip["heads"], clip["layers"], clip["eos"], clip["max_len"]) == (768, 12, 12, 49407, 77)

@@ -229,7 +229,7 @@ def test_the_share_of_the_steps():
     ({"control_net_lllite_models": ["a", "b"], "control_net_multipliers": [1.0], "guide_image_path": ["x"]},
      "--control_net_multipliers has 1 values for 2 nets"),
     ({"control_net_models": ["a"], "control_net_lllite_models": ["b"], "control_net_ratios": [1.5, 0.5],
-      "guide_image_path": ["x"]}, "--control_net_ratios has 1.5"),
+      "guide_image_path": ["x"]}, "--control_net_ratios is 1.5 0.5; needed"),
     ({"control_net_models": ["a"], "control_net_preps": ["depth"], "guide_image_path": ["x"]}, "has 'depth'; needed: none"),
     ({"control_net_models": ["a"], "control_net_preps": ["canny_9_3"], "guide_image_path": ["x"]}, "has 'canny_9_3'"),
     ({"guide_image_path": ["x"]}, "--guide_image_path is given without a net"),

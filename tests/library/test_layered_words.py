@@ -14,6 +14,7 @@ from library.components.unet_models import UNetParams, text_layers
 from library.core.errors import ConfigError
 from library.generation.gen_img import script as gen_img
 from library.safetensors_utils import load_safetensors, save_file_atomic
+from library.sd_models import UNet2DConditionModel
 from library.sd_utils import inspect_sd_unet, load_text_encoder_sd, load_unet_sd
 from library.tiny_models import build_tiny
 from library.training.new_words import TextualInversionOptions
@@ -154,6 +155,23 @@ def test_names_and_rows_are_those_of_the_reference():
     table = torch.nn.Embedding(200, 1, _weight=torch.arange(200.0)[:, None])
     rows = word.fresh_rows("emb_params", table, Runtime())
     assert rows[:, 0].tolist() == [row["init_id"] for row in XTI["rows"]]
+
+
+def test_the_layers_run_in_the_order_of_the_reference():
+    """The attention of each place, by its name in diffusers: those of the way down, the middle, those of the way up."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(UNetParams())
+    levels = range(len(UNetParams().channels))
+    order = [*(f"down_blocks.{n}" for n in levels), "mid_block", *(f"up_blocks.{n}" for n in levels)]
+    places = [
+        f"{name}.attentions.{number}"
+        for name in order
+        for number in range(len(getattr(unet.get_submodule(name), "attentions", ())))
+    ]
+    assert places == [place["diffusers"] for place in XTI["cross_attention"]]
+    originals = {f"IN{n:02}": f"input_blocks.{n}.1" for n in range(12)} | {"MID": "middle_block.1"}
+    originals |= {f"OUT{n:02}": f"output_blocks.{n}.1" for n in range(12)}
+    assert [originals[layer] for layer in text_layers(UNetParams())] == [p["original"] for p in XTI["cross_attention"]]
 
 
 def test_a_layer_reads_the_tokens_of_its_name(tiny):

@@ -731,3 +731,12 @@ def test_the_minimal_script_and_this_one_make_one_picture(tiny, tmp_path):
         ]
     )  # fmt: skip
     assert distance(ours, other) <= 1
+
+
+def test_pictures_that_two_calls_make_in_one_second_stay_apart(tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(unet_inference.time, "strftime", lambda _: "20260102030405")
+    for _ in range(2):
+        unet_inference.run(arguments(tiny["sd1"], tmp_path, "--prompt=a cat", "--seed=5", "--steps=1"))
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "im_20260102030405_000_5.png", "im_20260102030405_000_5_2.png",
+    ]  # fmt: skip

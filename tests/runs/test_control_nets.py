@@ -92,6 +92,9 @@ def test_a_net_learns_and_nothing_else_does(work: ControlWork) -> None:
             patch.setattr(run.trainable, "inputs", lambda *_: {})
             return run.step(batch).loss_sum.item()
 
+    (part,) = run.trainable.inputs(batch, None, {})["control"].parts
+    darkest = -1.0 if work.case.family == "flux" else 0.0
+    assert darkest <= float(part.picture.min()) < darkest + 0.02 and 0.98 < float(part.picture.max()) <= 1
     frozen = {name: p.detach().clone() for name, p in run.models.denoiser.named_parameters()}
     start = loss(run)
     assert start == alone(run)
@@ -141,3 +144,141 @@ def shows(page: Image.Image, picture: Image.Image) -> bool:
     return any(
         np.array_equal(pixels[top : top + 192 : 3, left : left + 192 : 3], small) for top, left in found
     )
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {key for key, tensor in before.items() if not torch.equal(tensor.float(), after[key].float())}
+
+
+def test_parts_have_rates_of_their_own(tinies: Tinies, tmp_path: Path) -> None:
+    """Rate 0 leaves bytes as they are, and the layers of no optimizer group; the names are those of files."""
+    work = work_of(tinies, "sdxl", tmp_path)
+    run = work.prepare("start", "--save_precision=float")
+    start = control_nets_of("sdxl").file_state(run.trainable.net)
+    assert [group["lr"] for group in run.optimizer.param_groups] == [1e-2, 1e-4], "1e-4 when not given"
+    words = ["--max_train_steps=2", "--save_precision=float"]
+    alone = load_safetensors(work.train("alone", *words, "--learning_rate=0", "--control_net_lr=1e-3"))
+    assert changed(start, alone) and all(key.startswith("controlnet_") for key in changed(start, alone))
+    rates = ["--control_net_lr=1e-3", "--layer_lrs=^down_blocks=0,^controlnet_cond_embedding=0"]
+    parts = changed(start, load_safetensors(work.train("parts", *words, *rates)))
+    assert not any(key.startswith(("down_blocks", "controlnet_cond_embedding")) for key in parts)
+    assert {"controlnet_mid_block.weight", "mid_block.resnets.0.conv1.weight"} <= parts
+
+
+LAYOUTS = {"ckpt": "lora.ckpt", "diffusers": "lora", "diffusers_safetensors": "lora"}
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "flux"])
+def test_every_layout_is_a_start(name: str, tinies: Tinies, tmp_path: Path) -> None:
+    """That diffusers reads such folders: tests/library/test_control_nets.py."""
+    work = work_of(tinies, name, tmp_path)
+    words = ["--max_train_steps=2", "--save_precision=float"]
+    file = load_safetensors(work.train("file", *words))
+    for layout, written in LAYOUTS.items():
+        work.train(layout, *words, f"--save_model_as={layout}")
+        start = work.folder / layout / written
+        net = work.prepare(f"next_{layout}", f"--controlnet_model_name_or_path={start}").trainable.net
+        assert not changed(file, control_nets_of(work.case.family).file_state(net))
+    config = json.loads((work.folder / "diffusers" / "lora" / "config.json").read_text(encoding="utf-8"))
+    assert config["_class_name"] in ("ControlNetModel", "FluxControlNetModel")
+
+
+WAYS = {
+    "flux": [
+        ("--mixed_precision=bf16", "--full_bf16", "--blockwise_fused_optimizers", "--max_grad_norm=0"),
+        ("--mixed_precision=bf16", "--fp8_base", "--gradient_checkpointing", "--cpu_offload_checkpointing", "--cache_latents"),
+        ("--apply_t5_attn_mask", "--cache_text_encoder_outputs", "--cache_latents", "--fused_backward_pass"),
+    ],
+    "sd1": [("--mixed_precision=bf16", "--full_bf16", "--bf16_update=kahan", "--weighted_captions", "--conditioning_range=legacy")],
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_ways_to_save_memory(name: str, tinies: Tinies, tmp_path: Path) -> None:
+    work = work_of(tinies, name, tmp_path)
+    for number, words in enumerate(WAYS[name]):
+        state = load_safetensors(work.train(f"{number}", *words, "--max_train_steps=2"))
+        assert all(bool(tensor.isfinite().all()) for tensor in state.values()), words
+        ends = [key for key in state if key.startswith(("controlnet_blocks.", "zero_convs."))]
+        assert ends and all(bool(state[key].any()) for key in ends), words
+
+
+def refused(work: ControlWork, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
+    """The one message of a run that ends before a model is loaded."""
+    family = import_target(record_of(work.case.family).family)
+    for name in ("load_vae", "load_text_encoders", "load_denoiser"):
+        monkeypatch.setattr(family, name, lambda *_: pytest.fail("a model is loaded"))
+    with pytest.raises(SystemExit):
+        cli.main(work.case.family, "control_net", words)
+    message = capsys.readouterr().err
+    assert message.count("error: ") == 1 and "Traceback" not in message
+    return message
+
+
+def test_what_cannot_be(
+    tinies: Tinies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """All of it in one message: options, files, conditioning images that are not there or of another size."""
+    work = work_of(tinies, "sd1", tmp_path)
+    other = tmp_path / "other.safetensors"
+    save_file_atomic({"controlnet_blocks.0.weight": torch.zeros(1), "double_blocks.0.img_attn.proj.bias": torch.zeros(1)}, other)
+    for number in (1, 3):
+        (work.control / f"{number:02d}.png").unlink()
+    Image.new("RGB", (32, 64)).save(work.control / "00.png")
+    message = refused(work, work.argv(
+        "out", "--masked_loss", "--learning_rate=0", "--control_net_lr=0", "--fused_backward_pass",
+        "--gradient_accumulation_steps=2", "--save_model_as=pt", f"--controlnet_model_name_or_path={other}",
+    ), monkeypatch, capsys)  # fmt: skip
+    for told in (
+        "--masked_loss is True; it is not available here: the conditioning images are what the ControlNet sees",
+        "every learning rate is 0", "gradients are gone after each backward pass", "in which no program looks for a model",
+        f"--controlnet_model_name_or_path is {other}: this is a FLUX.1 ControlNet; needed: a ControlNet of Stable Diffusion 1",
+        "00.png is 32x64, its image is 64x64",
+        *(f"{work.images / f'{number:02d}.png'} has no image named {number:02d}" for number in (1, 3)),
+    ):  # fmt: skip
+        assert told in message, (told, message)
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--network_dim=4"], "--network_dim is an option of other scripts"),
+    (["--control_net_lr=-1"], "--control_net_lr is -1.0; needed: 0"),
+    (["--controlnet_model_name_or_path=none.safetensors"], "there is no such file"),
+    (["--blocks_to_swap=1"], "has no row of equal blocks"), (["--strict", "--bf16_update=kahan"], "--bf16_update"),
+    (["--fused_optimizer_groups=2"], "--fused_backward_pass does it here"),
+])  # fmt: skip
+def test_options_that_mean_nothing(
+    words: list[str], told: str, tinies: Tinies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    work = work_of(tinies, "sd1", tmp_path)
+    assert told in refused(work, work.argv("out", *words), monkeypatch, capsys)
+
+
+def test_files_of_another_size_and_families_without_control_nets(
+    tinies: Tinies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A net of the right kind for a model of other widths; a variant, and a family, that has none; plain data."""
+    work = work_of(tinies, "sdxl", tmp_path)
+    state = load_safetensors(work.train("out", "--max_train_steps=1"))
+    narrow = {key: tensor[:8].clone() if key.startswith("controlnet_mid_block") else tensor for key, tensor in state.items()}
+    save_file_atomic(narrow, tmp_path / "narrow.safetensors")
+    words = work.argv("next", f"--controlnet_model_name_or_path={tmp_path / 'narrow.safetensors'}")
+    message = refused(work, words, monkeypatch, capsys)
+    assert "controlnet_mid_block.weight is [8," in message and "needed [" in message
+    plain = Work.dataset(work, name="plain.toml")
+    message = refused(work, work.argv("next", dataset=plain), monkeypatch, capsys)
+    assert "the subset has no conditioning_data_dir" in message
+    for family, more in (("flux", ["--model_type=chroma"]), ("anima", [])):
+        with pytest.raises(SystemExit):
+            cli.main(family, "control_net", [f"--output_dir={tmp_path / 'none'}", *more])
+        assert re.search("there are no ControlNets of (Chroma|Anima) here", capsys.readouterr().err)
+
+
+def test_sample_prompts_without_their_picture_are_left_out(
+    tinies: Tinies, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = work_of(tinies, "sd1", tmp_path)
+    (tmp_path / "p.txt").write_text("a --w 64 --h 64 --s 1 --cn none.png\nb --w 64 --h 64 --s 1\n", encoding="utf-8")
+    work.train("out", "--max_train_steps=1", f"--sample_prompts={tmp_path / 'p.txt'}", "--sample_every_n_steps=1")
+    assert "the control picture none.png: there is no such file; this sample prompt is left out" in caplog.text
+    assert len(sample_pictures(work.folder / "out")) == 1

@@ -13,6 +13,7 @@ from library.core.errors import ConfigError
 from library.tiny_models.hunyuan_image_tiny import TinyHunyuanImage, build_tiny_hunyuan_image
 from tests.families import CASES
 from tests.runs.conftest import Work, draw_pictures, losses_of, read_parts, sample_pictures
+from tools import convert_model
 
 CASE = CASES["hunyuan_image"]
 
@@ -92,6 +93,21 @@ def test_what_an_option_does_to_the_result(plain, options: str) -> None:
 def test_an_autoencoder_by_rows_gives_the_same_losses(work: Work) -> None:
     losses = [losses_of(work.train(f"r{rows}", f"--vae_chunk_size={rows}", "--max_train_steps=3")) for rows in (4, 999)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_an_autoencoder_of_diffusers_trains_the_same(work: Work, caplog: pytest.LogCaptureFixture) -> None:
+    """Given as pipeline folder or as the part in it, whose caches are the same, whatever else lies in the folder."""
+    folder, options = work.folder / "folder", ["--max_train_steps=2", "--console_log_level=INFO"]
+    assert convert_model.main([str(work.tiny.vae), str(folder), "--to", "diffusers"]) == 0
+    expected = read_parts(work.train("file", *options))[1]
+    disk = [*options, *CASE.caches(on_disk=True)]
+    assert read_parts(work.train("folder", *disk, f"--vae={folder}"))[1] == expected
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text("{}")
+    for place in (folder, folder / "vae"):
+        caplog.clear()
+        assert read_parts(work.train(f"again {place.name}", *disk, f"--vae={place}"))[1] == expected
+        assert "latents: 4 images cached, 0 to encode" in caplog.text
 
 
 def test_larger_pictures_in_tiles(tmp_path: Path, tiny: TinyHunyuanImage, caplog: pytest.LogCaptureFixture) -> None:
@@ -181,3 +197,28 @@ def test_files_that_do_not_belong_together(work: Work, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--text_encoder .*width is 48.*takes 24") as caught:
         work.train("out", f"--text_encoder={tmp_path / 'wide.safetensors'}", f"--byt5={tmp_path / 'b.safetensors'}")
     assert "--byt5" in str(caught.value) and "its width is 8" in str(caught.value)
+
+
+def test_files_that_lack_tensors_are_told_at_start(work: Work, tmp_path: Path) -> None:
+    """In one message, with what else is wrong; in both layouts of the autoencoder."""
+    from library.safetensors_utils import read_header, save_file_atomic
+
+    folder = tmp_path / "folder"
+    assert convert_model.main([str(work.tiny.vae), str(folder), "--to", "diffusers"]) == 0
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    cases = {
+        "denoiser": (work.tiny.denoiser, "double_blocks.0.img_mlp.fc2.bias"),
+        "vae": (work.tiny.vae, "encoder.mid.attn_1.proj_out.bias"), "folder": (weights, "decoder.up_blocks.3.conv1.bias"),
+    }  # fmt: skip
+    for name, (path, key) in cases.items():
+        state = load_file(path)
+        del state[key]
+        target = path if name == "folder" else tmp_path / f"{name}.safetensors"
+        save_file_atomic(state, target, read_header(path)[1])
+    found = f"--pretrained_model_name_or_path={tmp_path / 'denoiser.safetensors'}"
+    for vae, missing in ((tmp_path / "vae.safetensors", cases["vae"][1]), (folder, "decoder.up.1.block.0.conv1.bias")):
+        with pytest.raises(ConfigError) as caught:
+            work.train("out", found, f"--vae={vae}")
+        assert f"1 keys are missing: {cases['denoiser'][1]}" in str(caught.value)
+        assert f"1 keys are missing: {missing}" in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -125,3 +125,23 @@ def test_the_help_shows_its_options(work: Work, capsys: pytest.CaptureFixture[st
         cli.run("flux", "network", [PULL, "--help"])
     shown = capsys.readouterr().out
     assert "Pull towards a number" in shown and "--pull_strength" in shown
+
+
+def test_methods_that_are_never_called_are_told(work: Work, caplog) -> None:
+    from library.training.hooks.base import Hook
+
+    class Misspelled(Hook):
+        def on_step_ended(self, run, output): ...
+
+        def on_saved(self, run): ...
+
+        def sate_dict(self): ...
+
+        def _on_step_end(self): ...
+
+        def learn(self): ...
+
+    work.trainer("out", hooks=[Misspelled()]).check()
+    told = [record.message for record in caplog.records if "which a run never calls" in record.message]
+    assert [line.split()[6].rstrip(",") for line in told] == ["on_step_ended", "on_saved", "sate_dict"]
+    assert "did you mean on_step_end?" in told[0] and "on_post_save" in told[1] and "did you mean state_dict?" in told[2]

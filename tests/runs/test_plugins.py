@@ -12,11 +12,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import library
 import train
 from examples.plugins.biases import BiasTrainable
 from library.core.keyed_random import StepDraws
 from library.core.options import option
+from library.families import registry
 from library.safetensors_utils import load_safetensors
+from library.training.parser_common import chosen_variant
 from library.training.trainables.base import Trainable
 from networks.files.network_files import by_module, read_adapter_file
 from networks.kinds.registry import MARKS, kind_of, register_kind
@@ -166,6 +169,38 @@ def test_sigmas_are_no_timesteps_of_a_table(tinies, tmp_path: Path, monkeypatch,
     assert "needed: a tensor [2] of whole timesteps from 0 to 999" in told
     told = refused_run("sd", work.argv("out", "--timestep_sampling=sigmoid"), monkeypatch, capsys)
     assert "it is not available here" in told and "a sampler of your own can be given by its path" in told
+
+
+CALLS = """
+import library
+from tests.planted.test_variants import RECORD
+from tests.runs.test_plugins import Steep
+
+library.TIMESTEP_SAMPLERS.register("steep")(Steep)
+library.register_family(RECORD)
+"""
+
+
+def test_what_a_plugin_registers_by_a_call_is_known_to_the_checks(tinies, tmp_path, monkeypatch) -> None:
+    """A sampler in a family that takes none of the built-in ones, from the line and from a file; a variant of a family."""
+    (tmp_path / "calls_plugin.py").write_text(CALLS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    samplers = library.TIMESTEP_SAMPLERS._entries
+    monkeypatch.setattr(registry, "_records", registry.records())  # what is registered meanwhile is taken out again
+    work = tinies.work("sd1", tmp_path)
+    (tmp_path / "own.toml").write_text('plugins = "calls_plugin"\ntimestep_sampling = "steep"\n', encoding="utf-8")
+    for words in (["--plugins=calls_plugin", "--timestep_sampling=steep"], [f"--config_file={tmp_path / 'own.toml'}"]):
+        monkeypatch.setattr(library.TIMESTEP_SAMPLERS, "_entries", dict(samplers))
+        monkeypatch.delitem(sys.modules, "calls_plugin", raising=False)
+        work.trainer("out", *words).check()
+    argv = ["--plugins", "calls_plugin", "--model_type", "second"]
+    monkeypatch.delitem(sys.modules, "calls_plugin")
+    assert chosen_variant("flux", argv) == "second"
+
+
+def test_a_path_behind_plugins_is_refused_with_the_right_form(work: Work, monkeypatch, capsys) -> None:
+    message = refused_run("flux", work.argv("out", f"--plugins={FORMULAS}:charbonnier"), monkeypatch, capsys)
+    assert f"--plugins is {FORMULAS}:charbonnier, a path of one thing; needed: the module, --plugins {FORMULAS}" in message
 
 
 def test_a_plugin_that_cannot_be_imported_ends_the_run(work: Work, monkeypatch, capsys) -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from library.components.unet_models import text_layers
+from library.core.errors import ConfigError
 from library.core.registry import import_target
 from library.families.registry import FAMILIES, record_of
 from library.safetensors_utils import load_safetensors, save_file_atomic
@@ -142,6 +143,35 @@ def test_the_same_command_writes_the_same_bytes_also_when_resumed(work: WordWork
     assert fingerprint(averages[0]) == fingerprint(averages[1])
     assert len(sample_pictures(work.folder / "first")) == 2
     assert read_parts(work.train("captions", "--max_train_steps=1", dataset=data))[1] != read_parts(first)[1]
+
+
+def test_masks_and_weighted_captions_count(work: WordWork) -> None:
+    """A black mask leaves nothing to learn, half a mask something else than none. Weights of captions count where the
+    family reads them; a weight of 1 is none."""
+    masks = work.folder / "masks"
+    masks.mkdir()
+    data = work.dataset(subset_keys=f"conditioning_data_dir = '{masks}'", name="masked.toml")
+    plain = ["--max_train_steps=1", "--optimizer_args", "weight_decay=0"]
+    rows = {"none": read_parts(work.train("none", *plain))[1]}
+    for name, share in (("half", 0.5), ("black", 0.0)):
+        for path in work.images.glob("*.png"):
+            mask = Image.new("RGB", Image.open(path).size, (0, 0, 0))
+            mask.paste((255, 255, 255), (0, 0, round(mask.width * share), mask.height))
+            mask.save(masks / path.name)
+        rows[name] = read_parts(work.train(name, *plain, "--masked_loss", dataset=data))[1]
+    start = read_parts(work.train("start", *plain, "--learning_rate=1e-30"))[1]
+    assert rows["black"] == start != rows["none"] and rows["half"] not in (start, rows["none"])
+    if "--weighted_captions" not in parser_common.build_parser(work.case.family, work.trainable.name).format_help():
+        return
+    for weight in ("1.0", "1.9"):
+        for path in work.images.glob("*.txt"):
+            path.write_text(f"a (zyx:{weight}), {path.stem}", encoding="utf-8")
+        try:
+            rows[weight] = read_parts(work.train(weight, *plain, "--weighted_captions"))[1]
+        except ConfigError as error:
+            assert "--weighted_captions" in str(error)
+            return
+    assert rows["1.0"] == rows["none"] != rows["1.9"]
 
 
 @pytest.mark.parametrize("words, told", [

@@ -240,9 +240,10 @@ class GenerationControlOptions:
                 )
             elif name != "guide_image_path" and len(given) != count:
                 problems.add(f"--{name} has {len(given)} values for {count} nets; give one for each net")
-        for ratio in self.control_net_ratios or []:
-            if not 0 <= ratio <= 1:
-                problems.add(f"--control_net_ratios has {ratio:g}; needed: a part of the steps, from 0 to 1")
+        ratios = self.control_net_ratios or []
+        if not all(0 <= ratio <= 1 for ratio in ratios):
+            shown = " ".join(f"{ratio:g}" for ratio in ratios)
+            problems.add(f"--control_net_ratios is {shown}; needed: parts of the steps, each from 0 to 1")
         for prep in self.control_net_preps or []:
             problems.attempt(lambda: _edges_of(prep))
         if count and not self.guide_image_path:

@@ -36,7 +36,7 @@ from library.generation.gen_img.sources import (
     written_lines,
 )
 from library.generation.picture_files import write_picture
-from library.generation.script import Failures, format_problems
+from library.generation.script import Failures, format_problems, free_path
 from library.scripts.command_line import read_command, refused_problems, run_to_exit, script_parser, tell_equivalent
 from library.training.inference_samplers import sampler_notices
 from library.training.option_groups import ConsoleOptions
@@ -393,15 +393,23 @@ class PictureFiles:
         self._taken: set[Path] = set()
 
     def write(self, made: Made) -> Path:
-        path = self._free(Path(self.options.outdir) / self.name_of(made))
+        path = self.path_of(made)
         write_picture(made.image, path, picture_texts(made.request, self.sampler, self.is_sdxl))
         logger.info("%s: %dx%d, %d steps, seed %d", path, *made.image.size, made.request.steps, made.request.seed)
         self.written.append(path)
         return path
 
-    def name_of(self, made: Made) -> str:
-        """`im_{YYYYmmddHHMMSS}_{stage}{number}_{seed}.png`, or as --f, --use_original_file_name, --sequential_file_name
-        say."""
+    def path_of(self, made: Made) -> Path:
+        """`im_{YYYYmmddHHMMSS}_{stage}{number}_{seed}.png`, with a number where another call of the same second has made
+        it; or as --f, --use_original_file_name, --sequential_file_name say, over what an earlier call made."""
+        folder, name = Path(self.options.outdir), self._asked_name(made)
+        if name is not None:
+            return self._free(folder / name)
+        stage = "" if made.stage is None else str(made.stage)
+        number, seed = made.request.number, made.request.seed
+        return free_path(folder, f"im_{time.strftime('%Y%m%d%H%M%S')}_{stage}{number:03d}_{seed}")
+
+    def _asked_name(self, made: Made) -> str | None:
         request, stage = made.request, "" if made.stage is None else str(made.stage)
         if request.file_name is not None:
             stem, dot, ending = request.file_name.rpartition(".")
@@ -411,7 +419,7 @@ class PictureFiles:
             return f"{self.sources[request.source].stem}{'_1st' if made.stage == 0 else ''}.png"
         if self.options.sequential_file_name:
             return f"im_{stage}{request.number + 1:06d}.png"
-        return f"im_{time.strftime('%Y%m%d%H%M%S')}_{stage}{request.number:03d}_{request.seed}.png"
+        return None
 
     def _free(self, path: Path) -> Path:
         """The path, or one with a number where this run has written it already."""

@@ -70,6 +70,11 @@ class Trainable(ABC):
         """Per text encoder, whether it learns."""
         return []
 
+    def follows_text_encoders(self, family: ModelFamily) -> list[bool]:
+        """Per text encoder, whether gradients go through it in the step: where it learns, and where it reads what
+        learns. Its outputs are not cached."""
+        return self.trains_text_encoders(family)
+
     @classmethod
     def dataset_rules(cls, family: ModelFamily | type[ModelFamily]) -> str | ScriptRules:
         """What datasets it takes and which folders they need: `ScriptRules(frozenset({"CN"}), masks=False)` wants

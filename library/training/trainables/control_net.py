@@ -17,7 +17,7 @@ from library.core.atomic_file import atomic_folder, atomic_path
 from library.core.errors import CheckpointError, ConfigError, Problems, TrainingError
 from library.core.keyed_random import keyed_generator
 from library.core.learning_rates import Rates, parse_rates, rate_groups
-from library.generation.control_pictures import open_picture, picture_tensor
+from library.generation.control_pictures import control_of_picture, open_picture
 from library.safetensors_utils import cast_all, save_file_atomic
 from library.training.checkpoint import FOLDER_FORMATS
 from library.training.control_nets import ControlNetOptions
@@ -133,8 +133,8 @@ class ControlNetTrainable(WeightsTrainable):
         if not prompt.controlnet_image:
             yield {}
             return
-        image = open_picture(prompt.controlnet_image, (prompt.width, prompt.height))
-        yield {"control": Control((GuidedBy(self.net, picture_tensor(image, self.picture_range)),))}
+        size = (prompt.width, prompt.height)
+        yield {"control": control_of_picture(self.net, prompt.controlnet_image, size, self.picture_range)}
 
     def description(self) -> str:
         start = self.opts.controlnet_model_name_or_path or "the base model"
@@ -163,7 +163,7 @@ class ControlNetTrainable(WeightsTrainable):
             return
         state = _plain(cast_all(self.nets.file_state(self.net), dtype))
         if not path.endswith(".ckpt"):
-            save_file_atomic(state, path, metadata)
+            save_file_atomic(state, path, {**metadata, **self.nets.file_metadata(self.net)})
             return
         with atomic_path(path) as temporary, open(temporary, "wb") as file:  # given a name, torch writes it into the file
             torch.save(state, file)

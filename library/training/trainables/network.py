@@ -34,6 +34,7 @@ from library.training.timesteps import NUM_TIMESTEPS
 from library.training.trainables.base import Trainable
 from library.training.trainables.base_weights import BaseWeights
 from library.training.trainables.foreign_network import try_arguments
+from library.training.trainables.fresh_network import changed_layer
 from library.training.trainables.kept_layers import KeptLayers, kept_layers
 from library.training.trainables.network_hook import NetworkHook
 from library.training.trainables.weight_norm import WeightNormHook
@@ -76,6 +77,7 @@ class NetworkTrainable(Trainable):
         super().__init__(config)
         self._base_weights = BaseWeights(self.opts)
         self.kept: KeptLayers = KeptLayers()
+        self._changed_at_start: tuple[str, float] | None = None
 
     def check(self, family: ModelFamily) -> None:
         """Module, network arguments and files, as far as they can be judged without models."""
@@ -98,7 +100,7 @@ class NetworkTrainable(Trainable):
             )
         if not self._has_a_rate(family):
             problems.add(NO_RATE)
-        if self.opts.network_train_text_encoder_only and not any(self.adapts_text_encoders(family)):
+        if self.opts.network_train_text_encoder_only and not any(self.trains_text_encoders(family)):
             problems.add(
                 f"--network_train_text_encoder_only leaves nothing to train: no text encoder of {family.name} is "
                 "trained"
@@ -220,10 +222,6 @@ class NetworkTrainable(Trainable):
         }
 
     def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
-        return self.adapts_text_encoders(family)
-
-    def adapts_text_encoders(self, family: ModelFamily) -> list[bool]:
-        """Per text encoder, whether the adapter has layers in it that learn."""
         if self.opts.network_train_unet_only or self.opts.module_path in DENOISER_ONLY:
             return [False] * len(targets_of_family(family.name).text_encoders)
         return [
@@ -239,7 +237,7 @@ class NetworkTrainable(Trainable):
             if self.opts.network_train_text_encoder_only
             else [default if self.opts.unet_lr is None else self.opts.unet_lr]
         )
-        for position, learns in enumerate(self.adapts_text_encoders(family)):
+        for position, learns in enumerate(self.trains_text_encoders(family)):
             if learns:
                 rates.append(given[min(position, len(given) - 1)] if given else default)
         return rates
@@ -252,13 +250,13 @@ class NetworkTrainable(Trainable):
         default = self.config[OptimizerOptions].learning_rate
         unet = default if self.opts.unet_lr is None else self.opts.unet_lr
         rates = [] if self.opts.network_train_text_encoder_only else [unet]
-        if any(self.adapts_text_encoders(family)):
+        if any(self.trains_text_encoders(family)):
             rates += self.opts.text_encoder_lr or [default]
         return any(rate is None or rate for rate in rates) or not rates
 
     def idle(self, family: ModelFamily) -> list[Ignored]:
         """Learning rates that were given for parts that are not trained."""
-        trained, encoders = self.adapts_text_encoders(family), targets_of_family(family.name).text_encoders
+        trained, encoders = self.trains_text_encoders(family), targets_of_family(family.name).text_encoders
         found: list[Ignored] = []
         if self.opts.unet_lr and self.opts.network_train_text_encoder_only:
             found += without_effect(["unet_lr"], "--network_train_text_encoder_only is set")
@@ -299,7 +297,7 @@ class NetworkTrainable(Trainable):
 
     def _read_kept(self, family: ModelFamily) -> KeptLayers:
         if not self.kept.path:
-            self.kept = kept_layers(self.opts, targets_of_family(family.name), self.adapts_text_encoders(family))
+            self.kept = kept_layers(self.opts, targets_of_family(family.name), self.trains_text_encoders(family))
         return self.kept
 
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
@@ -327,7 +325,7 @@ class NetworkTrainable(Trainable):
                 network.initialize(runtime.seed)
             if hasattr(network, "prepare_network"):
                 network.prepare_network(SimpleNamespace(**self.config.values()))
-            trains_text = any(self.adapts_text_encoders(family))
+            trains_text = any(self.trains_text_encoders(family))
             network.apply_to(text_encoders, models.denoiser, trains_text, not self.opts.network_train_text_encoder_only)
             self._refuse_empty(models)
             if self.opts.network_weights:
@@ -365,6 +363,10 @@ class NetworkTrainable(Trainable):
         network.to(runtime.device, runtime.trained_dtype)
         network.enable_gradient_checkpointing()
         network.prepare_grad_etc(text_encoders, models.denoiser)
+        if not self.opts.network_weights:
+            half = runtime.weight_dtype != torch.float32
+            with torch.autocast(runtime.device.type, runtime.weight_dtype if half else None, enabled=half):
+                self._changed_at_start = changed_layer(network, (models.denoiser, *models.text_encoders))
         network.train()
 
     def _pairs(self, family: ModelFamily) -> dict[str, object]:
@@ -571,7 +573,16 @@ class NetworkTrainable(Trainable):
 
     def notices(self) -> list[str]:
         kept = self.kept.message()
-        return [*self._alpha_notice(), *([] if kept is None else [kept])]
+        return [*self._alpha_notice(), *self._start_notice(), *([] if kept is None else [kept])]
+
+    def _start_notice(self) -> list[str]:
+        if self._changed_at_start is None:
+            return []
+        layer, share = self._changed_at_start
+        return [
+            f"a new adapter of {self.opts.network_module} changes the model before it has learned (the output of {layer}"
+            f" by {share:.0%}): the first losses and samples are not those of the base model"
+        ]
 
     def _alpha_notice(self) -> list[str]:
         """A missing --network_alpha is 1, as the known scripts have it: people who do not know train at a fraction of

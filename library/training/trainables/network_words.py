@@ -57,10 +57,9 @@ class NetworkWithWords(NetworkTrainable):
     def fixed_settings(self, family: ModelFamily) -> dict[str, Plain]:
         return {**super().fixed_settings(family), **(self.word.fixed_settings() if self.word else {})}
 
-    def trains_text_encoders(self, family: ModelFamily) -> list[bool]:
-        """Those that read the word's vectors run in every step."""
+    def follows_text_encoders(self, family: ModelFamily) -> list[bool]:
         if self.word is None:
-            return super().trains_text_encoders(family)
+            return super().follows_text_encoders(family)
         return [True] * len(family.record.embedding_keys)
 
     @property

@@ -284,7 +284,7 @@ class AnimaFamily(FlowFamily):
         # the number of T5 tokens is part of what was encoded, and the record has one length only
         text = self.text_cache(
             trained, [self.opts.qwen3], [f"t5 tokens {self.opts.t5_max_token_length}"],
-            max_token_length=self.opts.qwen3_max_token_length
+            {"t5_max_token_length": self.opts.t5_max_token_length}, max_token_length=self.opts.qwen3_max_token_length,
         )
         tokenize = strategy_anima.AnimaTokenizeStrategy(
             self.opts.qwen3_max_token_length, self.opts.t5_max_token_length,

@@ -99,6 +99,12 @@ def tokenizer_problems(
     return [f"{problem}; name the right one with {option}"] if problem else []
 
 
+def part_of(path: str | Path, subfolder: str) -> Path:
+    """`path`, or the sub-folder of a pipeline folder that holds a part."""
+    folder = Path(path) / subfolder
+    return folder if folder.is_dir() else Path(path)
+
+
 class ModelFamily(ABC):
     """Options and wiring of one architecture; holds no weights. Heavy imports happen inside methods."""
 
@@ -160,21 +166,22 @@ class ModelFamily(ABC):
         """The one of `strategies()`, made without the text side: `latent_cache` of the family's encoder."""
 
     def latent_cache(self, encoder: LatentEncoder, vae_file: str | Path) -> LatentCache:
-        """The latent cache of this run."""
+        """The latent cache of this run; of a pipeline folder its `vae` alone counts."""
         from library.checkpoints.identity import model_identity
         from library.dataset.latent_cache import LatentCache
 
         caching = self.config[CachingOptions]
         return LatentCache(
             self.architecture, encoder, to_disk=caching.cache_latents_to_disk, batch_size=caching.vae_batch_size,
-            skip_check=caching.skip_cache_check, model_identity=model_identity(vae_file),
+            skip_check=caching.skip_cache_check, model_identity=model_identity(vae_file and part_of(vae_file, "vae")),
         )
 
     def text_cache(
-        self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (), **facts: object
+        self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (),
+        settings: Mapping[str, object] = {}, **facts: object,
     ) -> TextCache | None:
         """The text cache of this run, None without one. `files`: those of the text encoders; `more`: what else their
-        outputs hang on, in words; `facts`: see TextCache."""
+        outputs hang on, in words, and `settings`: the options that tell it; `facts`: see TextCache."""
         from library.checkpoints.identity import combined_identity, model_identity
         from library.dataset.text_cache import TextCache
 
@@ -185,7 +192,8 @@ class ModelFamily(ABC):
             self.architecture, to_disk=caching.cache_text_encoder_outputs_to_disk,
             batch_size=caching.text_encoder_batch_size,
             skip_check=caching.skip_cache_check, trained=trained,
-            model_identity=combined_identity([*(model_identity(file) for file in files), *more]), **facts,
+            model_identity=combined_identity([*(model_identity(file) for file in files), *more]),
+            settings={name: str(value) for name, value in settings.items()}, **facts,
         )
 
     @abstractmethod

@@ -149,16 +149,13 @@ class HunyuanImageFamily(FlowFamily):
 
     def _size_problems(self) -> list[str]:
         """Sizes of the files against each other; headers only."""
-        from library.custom_offloading_utils import stream_swap_problem
         from library.hunyuan_image_utils import fitting_problems
 
-        params = self._denoiser_info.params
-        problems = fitting_problems(
-            params, text_encoder=("text_encoder", self.opts.text_encoder), byt5=("byt5", self.opts.byt5),
-            vae=("vae", self._vae_path), model=self._denoiser_path,
+        return fitting_problems(
+            lambda: self._denoiser_info.params, text_encoder=("text_encoder", self.opts.text_encoder),
+            byt5=("byt5", self.opts.byt5), vae=("vae", self._vae_path), model=self._denoiser_path,
+            blocks_to_swap=self._blocks_to_swap,
         )  # fmt: skip
-        swap = stream_swap_problem(self._blocks_to_swap, params.depth, params.depth_single)
-        return [*problems, swap] if swap else problems
 
     def _notices(self) -> list[str]:
         """Lines for the log where a setting has no effect or numbers differ from what people know."""

@@ -205,6 +205,7 @@ class LuminaFamily(FlowFamily):
         system_prompt = self.opts.system_prompt
         text = self.text_cache(
             trained, [self._gemma2_path], [f"system prompt {system_prompt}"] if system_prompt else [],
+            {"system_prompt": system_prompt or "", "gemma2_max_token_length": self.max_token_length},
             max_token_length=self.max_token_length,
         )
         tokenize = strategy_lumina.LuminaTokenizeStrategy(

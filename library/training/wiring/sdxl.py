@@ -16,8 +16,8 @@ from library.families.sdxl import FAMILY
 from library.training.optimizers import OptimizerOptions
 from library.training.option_groups import ModelOptions
 from library.training.whole_models import WholeModelOptions
-from library.training.wiring.base import tokenizer_problems
-from library.training.wiring.unet import UNetFamily, about_slot, foreign_to_unet, part_of
+from library.training.wiring.base import part_of, tokenizer_problems
+from library.training.wiring.unet import UNetFamily, about_slot, foreign_to_unet
 
 if TYPE_CHECKING:
     import torch

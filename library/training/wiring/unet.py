@@ -9,7 +9,6 @@ import shutil
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import CheckpointError, Problems
@@ -154,7 +153,7 @@ class UNetFamily(ModelFamily):
     def latents_caching(self) -> LatentCache:
         from library.strategy_ldm import LdmLatentEncoder
 
-        return self.latent_cache(LdmLatentEncoder(), part_of(self.vae_path, "vae"))
+        return self.latent_cache(LdmLatentEncoder(), self.vae_path)
 
     def load_vae(self, runtime: Runtime) -> torch.nn.Module:
         from library.components.ldm_utils import load_autoencoder
@@ -302,12 +301,6 @@ class UNetFamily(ModelFamily):
     def pipeline_settings(self) -> Mapping[str, object]:
         objective = self.objective()
         return {"prediction_type": objective.prediction_type, "zero_terminal_snr": objective.zero_terminal_snr}
-
-
-def part_of(path: str, subfolder: str) -> Path:
-    """`path`, or the sub-folder of a pipeline folder that holds a part."""
-    folder = Path(path) / subfolder
-    return folder if folder.is_dir() else Path(path)
 
 
 def about_slot(slot: str, path: str | None, error: CheckpointError) -> str:
