@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.flux_convert import APPROXIMATOR, rows_of, rules_of
-from library.checkpoints.layout_rules import DenoiserLayouts
+from library.checkpoints.layout_rules import DenoiserLayouts, PipelineLayout
 from library.checkpoints.loading import Transform, count_blocks, size_of
 from library.chroma_models import Chroma, ChromaParams
 from library.core.errors import CheckpointError
+from library.flux_folder_utils import T5_PART, VAE_PART, scheduler_config, stream_config
 from library.flux_utils import (
     StreamKind,
     StreamModelInfo,
@@ -23,9 +25,6 @@ from library.flux_utils import (
     refuse_unknown_streams,
     save_stream_model,
 )
-
-FEED_FORWARD, THETA = 4, 10000
-"""of the class of diffusers, which has no settings for them"""
 
 
 def _refuse_other_models(shapes: Mapping[str, Tensor], path: str) -> None:
@@ -57,24 +56,23 @@ def inspect_chroma(path: str | os.PathLike, config: Mapping[str, Any] | None = N
 
 def _config_of_diffusers(params: ChromaParams) -> dict[str, Any]:
     """config.json of the transformer in a diffusers folder. CheckpointError for what its class does not have."""
-    if params.mlp_ratio != FEED_FORWARD or params.theta != THETA or not params.qkv_bias:
-        raise CheckpointError(
-            f"mlp_ratio is {params.mlp_ratio:g}, theta {params.theta:g}, qkv_bias {params.qkv_bias}; the class of"
-            f" diffusers has {FEED_FORWARD}, {THETA} and True"
-        )
     return {
-        "_class_name": "ChromaTransformer2DModel", "patch_size": 1, "in_channels": params.in_channels,
-        "num_layers": params.depth, "num_single_layers": params.depth_single_blocks,
-        "attention_head_dim": params.head_dim, "num_attention_heads": params.num_heads,
-        "joint_attention_dim": params.context_in_dim, "axes_dims_rope": list(params.axes_dim),
+        "_class_name": "ChromaTransformer2DModel", **stream_config(params),
         "approximator_num_channels": params.approximator_in_dim,
         "approximator_hidden_dim": params.approximator_hidden_size, "approximator_layers": params.approximator_depth,
     }  # fmt: skip
 
 
 LAYOUTS = DenoiserLayouts(
-    inspect_chroma, rules_of, _config_of_diffusers, rows_of=lambda params: rows_of(params.hidden_size)
-)
+    inspect_chroma, rules_of, _config_of_diffusers, rows_of=lambda params: rows_of(params.hidden_size),
+    pipeline=PipelineLayout(
+        "ChromaPipeline", "ChromaTransformer2DModel", lambda params: scheduler_config(is_shifted=True),
+        (VAE_PART, dataclasses.replace(
+            T5_PART, folder="text_encoder", tokenizer=dataclasses.replace(T5_PART.tokenizer, folder="tokenizer"),
+        )),
+        {"image_encoder": [None, None], "feature_extractor": [None, None]},
+    ),
+)  # fmt: skip
 
 
 def load_chroma(

@@ -45,22 +45,10 @@ class FluxControlNets(ControlNets):
     zero_layers = ("controlnet_blocks.", f"{_HINT}14.")
     new_notice = "a new ControlNet has the blocks and input layers of the base (known trainers start from random ones)"
 
-    def check(self, path: str | os.PathLike, params: FluxParams) -> None:
-        self._empty(open_checkpoint(path, FOLDER), params)
-
-    def load(
-        self, path: str | os.PathLike, params: FluxParams, dtype: torch.dtype | None, device: torch.device | str,
-        disable_mmap: bool = False,
-    ) -> FluxControlNet:
-        source = open_checkpoint(path, FOLDER)
-        net = self._empty(source, params)
-        tensors = source.tensors(device, disable_mmap, source.shapes, cast=source.casting(dtype))
-        return self.filled(net, _net_state(tensors), source.path)
-
     @staticmethod
-    def _empty(source: CheckpointFiles, params: FluxParams) -> FluxControlNet:
-        """The net of a file, without weights. CheckpointError when it guides another model, or reads no picture."""
-        state, path = _net_state(source.shapes), source.path
+    def empty_net(source: CheckpointFiles, params: FluxParams) -> FluxControlNet:
+        """CheckpointError also for nets that read no picture."""
+        state, path = FluxControlNets.net_state(source.shapes, params), source.path
         if "controlnet_blocks.0.weight" not in state or "img_in.weight" not in state:
             raise CheckpointError(f"{path} holds no ControlNet of FLUX.1 (controlnet_blocks.0 or img_in is not there)")
         if f"{_HINT}0.weight" not in state:
@@ -74,6 +62,10 @@ class FluxControlNets(ControlNets):
         net = build_on_meta(lambda: FluxControlNet(own, state[f"{_HINT}0.weight"].shape[0]))
         check_state(net, state, path)
         return net
+
+    @staticmethod
+    def net_state(state: Mapping[str, Tensor], params: FluxParams) -> dict[str, Tensor]:
+        return _original(state)
 
     def new_net(self, base: FlowModelInfo) -> FluxControlNet:
         params = base.params
@@ -122,9 +114,9 @@ class FluxControlNets(ControlNets):
 def inspect_control_net(path: str | os.PathLike) -> ControlNetInfo:
     """A net for a denoiser that is not at hand."""
     source = open_checkpoint(path, FOLDER)
-    shapes, given = _net_state(source.shapes), {**diffusers_config(source.config), **source.model_config}
+    shapes, given = _original(source.shapes), {**diffusers_config(source.config), **source.model_config}
     params = build_params(FluxParams, infer_flux(shapes, given, source.path), given, source.path)
-    net = FluxControlNets._empty(source, params)
+    net = FluxControlNets.empty_net(source, params)
     return ControlNetInfo(source, "", is_diffusers_control_net(source.shapes), net)
 
 
@@ -134,13 +126,12 @@ LAYOUTS = DenoiserLayouts(
 )  # fmt: skip
 
 
+def _original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return control_net_to_original(state) if is_diffusers_control_net(state) else dict(state)
+
+
 def _own_params(params: FluxParams, depth: int, has_guidance: bool) -> FluxParams:
     return dataclasses.replace(params, depth=depth, depth_single_blocks=0, guidance_embed=has_guidance)
-
-
-def _net_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a file under the original names."""
-    return control_net_to_original(state) if is_diffusers_control_net(state) else dict(state)
 
 
 CONTROL_NETS = FluxControlNets()

@@ -129,12 +129,17 @@ def inspect_flow_model(path: str | os.PathLike, config: Mapping[str, Any] | None
     return FlowModelInfo(**vars(inspect_stream_model(path, config, FLUX)))
 
 
-def _refuse_other_models(shapes: Mapping[str, Tensor], path: str) -> None:
+def refuse_other_kinds(shapes: Mapping[str, Tensor], path: str) -> None:
+    """CheckpointError for a file that is no FLUX.1 denoiser, and no variant of one with the same blocks."""
     if any(key.startswith(APPROXIMATOR) for key in shapes):
         raise CheckpointError(
             f"{path} is a Chroma model; add --model_type chroma, or give a FLUX.1 dev or schnell file"
         )
     refuse_unknown_streams(shapes, path, "FLUX.1")
+
+
+def _refuse_other_models(shapes: Mapping[str, Tensor], path: str) -> None:
+    refuse_other_kinds(shapes, path)
     if "final_layer.linear.weight" in shapes:
         width, out_width = shapes["img_in.weight"].shape[1], shapes["final_layer.linear.weight"].shape[0]
         if width != out_width:

@@ -101,6 +101,12 @@ class Sd3Info:
     params: SD3Params
 
     @property
+    def keys(self) -> list[str]:
+        """Those of the denoiser, as the file has them."""
+        named = [key for key in self.source.shapes if key.startswith(self.prefix)]
+        return [key for key in named if key[len(self.prefix) :].split(".")[0] in DENOISER_ROOTS]
+
+    @property
     def version(self) -> str:
         """As metadata call it: medium, 5-medium or 5-large."""
         if self.params.qk_norm is None:
@@ -194,17 +200,12 @@ def load_sd3(
         "loading %s from %s (%s layout, %d joint blocks of width %d)", info.title, info.source.path,
         "diffusers" if info.is_diffusers else "original", info.params.depth, info.params.hidden_size,
     )  # fmt: skip
-    keys = [
-        key
-        for key in info.source.shapes
-        if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in DENOISER_ROOTS
-    ]
-    store = info.source.storing(dtype, keys)
+    store = info.source.storing(dtype, info.keys)
 
     def cast(key: str, tensor: Tensor) -> Tensor:
         return tensor.float() if key.endswith("pos_embed") else store(key, tensor)
 
-    state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
+    state = strip_prefix(info.source.tensors(device, disable_mmap, info.keys, transform, cast), info.prefix)
     if info.is_diffusers:
         state = convert_diffusers_to_sd3(state)
     if "pos_embed" not in state:  # some exports leave it out, as it is not learned

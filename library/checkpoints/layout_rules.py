@@ -85,7 +85,8 @@ class DenoiserLayouts:
     layout -> every rule; `config`: hyper-parameters -> config.json of a diffusers folder; `rows_of`: hyper-parameters
     -> what `from_original` takes; `unused`: a name that diffusers leaves out and nothing computes with -> one whose
     shape and type it has, in the original layout; `further`: names -> the rules of another layout that is read, whose
-    tensors are the original ones under other names, none for names that are not in it.
+    tensors are the original ones under other names, none for names that are not in it; `pipeline`: the other parts of a
+    pipeline folder, which are written where a file holds them.
     """
 
     inspect: Callable[[str], Any]
@@ -95,3 +96,58 @@ class DenoiserLayouts:
     unused: Mapping[str, str] = field(default_factory=dict)
     part: str = "transformer"
     further: Callable[[Mapping[str, object]], Iterable[Rule]] = lambda keys: ()
+    pipeline: PipelineLayout | None = None
+
+
+@dataclass(frozen=True)
+class PipelineTokenizer:
+    """The tokenizer of a text encoder in a pipeline folder: its sub-folder, its class in transformers, and `load`: what
+    --tokenizer and --tokenizer_cache_dir say and the file -> the tokenizer. `is_needed`: a folder is not made without
+    it."""
+
+    folder: str
+    class_name: str
+    load: Callable[[str | None, str | None, str], Any]
+    is_needed: bool = True
+
+
+@dataclass(frozen=True)
+class PipelinePart:
+    """A part of a pipeline folder beside the denoiser. `folder`: its sub-folder; `prefixes`: what may stand before its
+    names in one file, the usual one first; `reader`: (library, class) that reads the sub-folder; `config`: path ->
+    config.json; `passes`: its tensors have the same names in both layouts and pass one by one; `needs_projection`: of a
+    CLIP; `left_out`: names that its class has no place for."""
+
+    folder: str
+    prefixes: tuple[str, ...]
+    reader: tuple[str, str]
+    config: Callable[[str], dict[str, Any]]
+    tokenizer: PipelineTokenizer | None = None
+    passes: bool = False
+    needs_projection: bool = False
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PipelineLayout:
+    """A pipeline of diffusers: the class `name`, that of its denoiser, `scheduler`: hyper-parameters of the denoiser ->
+    scheduler_config.json, whose class is known to all flow models, its `parts`, and `settings`: what else stands in
+    model_index.json. `places`: sub-folder -> what stands before its names in the one file that any such folder becomes;
+    none where the denoiser alone becomes a file, unless the folder was made of a file of all parts."""
+
+    name: str
+    denoiser: str
+    scheduler: Callable[[Any], dict[str, Any]]
+    parts: tuple[PipelinePart, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    def readers(self) -> dict[str, tuple[str, str]]:
+        """Sub-folder -> (library, class) that reads it, of everything that may be there."""
+        readers = {"transformer": ("diffusers", self.denoiser)}
+        readers["scheduler"] = ("diffusers", "FlowMatchEulerDiscreteScheduler")
+        for part in self.parts:
+            readers[part.folder] = part.reader
+            if part.tokenizer is not None:
+                readers[part.tokenizer.folder] = ("transformers", part.tokenizer.class_name)
+        return readers

@@ -1,5 +1,5 @@
-"""Folders in the layout of diffusers for Stable Diffusion 1, 2 and SDXL: the configuration files of their parts, made
-of what our loaders know of a model."""
+"""Folders in the layout of diffusers: the configuration files of U-Nets, autoencoders and text encoders, made of what our
+loaders know of a model."""
 
 from __future__ import annotations
 
@@ -60,6 +60,12 @@ def vae_config(params: AutoEncoderParams, sample_size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def flow_vae_config(params: AutoEncoderParams) -> dict[str, Any]:
+    """config.json of AutoencoderKL for models whose latents have a shift and pass no further convolution."""
+    own = {"shift_factor": params.shift_factor, "use_quant_conv": False, "use_post_quant_conv": False}
+    return {**vae_config(params, 1024), **own}
+
+
 def text_config(values: Mapping[str, Any], has_projection: bool) -> dict[str, Any]:
     """config.json of a CLIP text encoder, from ClipInfo.values."""
     name = "CLIPTextModelWithProjection" if has_projection else "CLIPTextModel"
@@ -72,6 +78,18 @@ def text_config(values: Mapping[str, Any], has_projection: bool) -> dict[str, An
         "projection_dim": values["projection"] or values["width"],
         "bos_token_id": max(values["eos"] - 1, 0), "eos_token_id": values["eos"], "pad_token_id": values["eos"],
         "layer_norm_eps": 1e-5,
+    }  # fmt: skip
+
+
+def t5_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of T5EncoderModel, from inspect_t5xxl."""
+    return {
+        "architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": values["vocab_size"],
+        "d_model": values["d_model"], "d_kv": values["d_kv"], "d_ff": values["d_ff"], "num_layers": values["num_layers"],
+        "num_heads": values["num_heads"], "relative_attention_num_buckets": values["buckets"],
+        "relative_attention_max_distance": values["max_distance"], "layer_norm_epsilon": values["eps"],
+        "feed_forward_proj": "gated-gelu", "dropout_rate": 0.1, "is_encoder_decoder": True, "pad_token_id": 0,
+        "eos_token_id": 1, "decoder_start_token_id": 0, "tie_word_embeddings": False,
     }  # fmt: skip
 
 

@@ -36,7 +36,8 @@ T = TypeVar("T")
 INDEX_SUFFIX = ".safetensors.index.json"
 """of the file that tells which tensor of a split model is in which file"""
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
-_BLOB_NAMES = {"spiece_model", "tokenizer", "tekken_model", "scaled_fp8"}
+_TOKENIZERS = {"spiece_model", "tokenizer", "tekken_model"}
+_BLOB_NAMES = {*_TOKENIZERS, "scaled_fp8"}
 _BLOB_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant", ".scaled_fp8", ".spiece_model", *SCALE_SUFFIXES)
 
 
@@ -212,8 +213,8 @@ def _find_files(path: Path, subfolder: str | None) -> tuple[list[str], dict[str,
     if not path.is_dir():
         if not path.exists():
             raise CheckpointError(f"{path} does not exist")
-        is_index = path.name.endswith(INDEX_SUFFIX)
-        return files_of_split_model(path) or [str(path)], _config_in(path.parent) if is_index else {}
+        parts = files_of_split_model(path)
+        return parts or [str(path)], _config_in(path.parent) if parts else {}
     folder = path / subfolder if subfolder and (path / subfolder).is_dir() else path
     config = _config_in(folder)
     for index in sorted(folder.glob(f"*{INDEX_SUFFIX}")):
@@ -284,6 +285,11 @@ def count_blocks(keys: Mapping[str, object] | Sequence[str], prefix: str) -> int
 def is_blob(key: str) -> bool:
     """Entries that are no weights: tokenizers inside the file, marks and scales of quantised files."""
     return key in _BLOB_NAMES or key.endswith(_BLOB_SUFFIXES)
+
+
+def is_scale(key: str) -> bool:
+    """Those of them that scaled 8-bit weights are multiplied by, and what marks such weights."""
+    return is_blob(key) and key.split(".")[-1] not in _TOKENIZERS
 
 
 def unscaled(files: CheckpointFiles, items: Items) -> Items:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.loading import CheckpointFiles, assign_state, build_on_meta, check_state
+from library.checkpoints.loading import CheckpointFiles, assign_state, build_on_meta, check_state, open_checkpoint
 from library.components.control_models import start_values
 from library.core.errors import UnsupportedCombination
 from library.core.registry import import_target
@@ -50,16 +50,29 @@ class ControlNets(ABC):
     new_notice: ClassVar[str] = ""
     """how a new net differs from that of known trainers, for the log"""
 
+    @staticmethod
     @abstractmethod
+    def empty_net(source: CheckpointFiles, params: Any) -> nn.Module:
+        """The net of a file, without weights. CheckpointError when it is none for such a denoiser."""
+
+    @staticmethod
+    @abstractmethod
+    def net_state(state: Mapping[str, Tensor], params: Any) -> dict[str, Tensor]:
+        """Tensors of a file in original or diffusers names, under the names of the net's tree."""
+
     def check(self, path: str | os.PathLike, params: Any) -> None:
         """CheckpointError when a file or folder holds no net for such a denoiser (headers only)."""
+        self.empty_net(open_checkpoint(path, FOLDER), params)
 
-    @abstractmethod
     def load(
         self, path: str | os.PathLike, params: Any, dtype: torch.dtype | None, device: torch.device | str,
         disable_mmap: bool = False,
     ) -> nn.Module:
-        """The net of a file in original or diffusers names, or of a folder. CheckpointError when it does not fit."""
+        """The net of a file or folder. CheckpointError when it does not fit."""
+        source = open_checkpoint(path, FOLDER)
+        net = self.empty_net(source, params)
+        tensors = source.tensors(device, disable_mmap, source.shapes, cast=source.casting(dtype))
+        return self.filled(net, self.net_state(tensors, params), source.path)
 
     @abstractmethod
     def new_net(self, base: Any) -> nn.Module:

@@ -46,22 +46,9 @@ class UNetControlNets(ControlNets):
     def __init__(self, kinds: frozenset[str], *, is_original: bool) -> None:
         self.kinds, self.is_original = kinds, is_original
 
-    def check(self, path: str | os.PathLike, params: UNetParams) -> None:
-        self._empty(open_checkpoint(path, FOLDER), params)
-
-    def load(
-        self, path: str | os.PathLike, params: UNetParams, dtype: torch.dtype | None, device: torch.device | str,
-        disable_mmap: bool = False,
-    ) -> UNetControlNet:
-        source = open_checkpoint(path, FOLDER)
-        net = self._empty(source, params)
-        tensors = source.tensors(device, disable_mmap, source.shapes, cast=source.casting(dtype))
-        return self.filled(net, _net_state(tensors, params), source.path)
-
     @staticmethod
-    def _empty(source: CheckpointFiles, params: UNetParams) -> UNetControlNet:
-        """The net of a file, without weights. CheckpointError when it guides another model."""
-        state = _net_state(source.shapes, params)
+    def empty_net(source: CheckpointFiles, params: UNetParams) -> UNetControlNet:
+        state = UNetControlNets.net_state(source.shapes, params)
         for name, what in ((f"{_HINT}conv_in", "convolutions over a picture"), ("conv_in", "way down of a U-Net")):
             if f"{name}.weight" not in state:
                 raise CheckpointError(f"{source.path} holds no ControlNet of a U-Net: it has no {what}")
@@ -70,6 +57,13 @@ class UNetControlNets(ControlNets):
         net = build_on_meta(lambda: UNetControlNet(params, [state[name].shape[0] for name in names if name in state]))
         check_state(net, state, source.path)
         return net
+
+    @staticmethod
+    def net_state(state: Mapping[str, Tensor], params: UNetParams) -> dict[str, Tensor]:
+        """Of a file that holds the U-Net too, those of the net."""
+        own = {key: tensor for key, tensor in state.items() if key.startswith(PREFIX)} or state
+        named = control_net_to_diffusers(own)
+        return {name: fitting_projection(name, tensor, params.use_linear_projection) for name, tensor in named.items()}
 
     def new_net(self, base: UNetInfo) -> UNetControlNet:
         return UNetControlNet(base.params)
@@ -131,7 +125,7 @@ def inspect_control_net(path: str | os.PathLike) -> ControlNetInfo:
     names = strip_prefix(source.shapes, prefix)
     given = {**folder_config(source.config), **source.model_config}
     params, _ = unet_params(source, control_net_to_diffusers(names), given)
-    return ControlNetInfo(source, prefix, is_diffusers_control_net(names), UNetControlNets._empty(source, params))
+    return ControlNetInfo(source, prefix, is_diffusers_control_net(names), UNetControlNets.empty_net(source, params))
 
 
 LAYOUTS = DenoiserLayouts(
@@ -141,10 +135,3 @@ LAYOUTS = DenoiserLayouts(
 
 def _diffusers(state: Mapping[str, T], is_diffusers: bool) -> dict[str, T]:
     return dict(state) if is_diffusers else original_to_diffusers(state)
-
-
-def _net_state(state: Mapping[str, Tensor], params: UNetParams) -> dict[str, Tensor]:
-    """Tensors of a file under the names of the net's tree; of a file that holds the U-Net too, those of the net."""
-    own = {key: tensor for key, tensor in state.items() if key.startswith(PREFIX)} or state
-    named = control_net_to_diffusers(own)
-    return {name: fitting_projection(name, tensor, params.use_linear_projection) for name, tensor in named.items()}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.checkpoints.identity import combined_identity
+from library.dataset.text_cache_io import MERGED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +69,7 @@ class StrategySet:
         caching = self.text_encoder_outputs_caching
         if caching is not None and mark:
             caching.model_identity = combined_identity([caching.model_identity, mark])
+            caching.settings = {**caching.settings, MERGED: mark}
 
 
 def encoded(

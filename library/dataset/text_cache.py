@@ -13,7 +13,7 @@ import torch
 from library.core.errors import TrainingError
 from library.dataset import cache_io, text_cache_io
 from library.dataset.strategies import Conditioning, StrategySet
-from library.dataset.text_cache_io import TEXT_LAYOUTS, TextLayout, TextRecord
+from library.dataset.text_cache_io import MERGED, TEXT_LAYOUTS, TextLayout, TextRecord
 
 if TYPE_CHECKING:
     from library.dataset.cache_index import CacheIndex
@@ -25,6 +25,8 @@ class TextCache:
     """Outputs of text encoders of one family, in memory or on the disk."""
 
     architecture: DataArchitecture
+    settings: Mapping[str, str] = {}
+    """what the outputs hang on beside the files, by which it is told why a cache cannot be used: option -> value"""
 
     def __init__(
         self, architecture: DataArchitecture | None, *, to_disk: bool, batch_size: int | None = None,
@@ -32,6 +34,7 @@ class TextCache:
         trained: Sequence[bool] = (), is_weighted: bool = False, flags: Mapping[str, bool] | None = None,
         model_identity: str = "",
         max_token_length: int | None = None,
+        settings: Mapping[str, str] = {},
     ) -> None:
         if architecture is not None:
             self.architecture = architecture
@@ -46,6 +49,7 @@ class TextCache:
         """library.checkpoints.identity of the text encoder files together, "" = not compared"""
         self.max_token_length = max_token_length
         """the family's token length, where it has one, None = not compared"""
+        self.settings = {MERGED: "", **settings}
 
     @property
     def layout(self) -> TextLayout:
@@ -79,7 +83,7 @@ class TextCache:
         return TextRecord(
             caption=text_cache_io.caption_hash(caption), model=self.model_identity,
             max_token_length=self.max_token_length,
-            is_weighted=self.is_weighted, flags=self.flags,
+            is_weighted=self.is_weighted, flags=self.flags, settings=self.settings,
         )
 
     def find_with(self, index: CacheIndex) -> Callable[[str, str, bool], tuple[str | None, str]]:
@@ -88,7 +92,7 @@ class TextCache:
         questions = [
             f"{type(self).__qualname__} {self.architecture.name} {made.model} {made.max_token_length} "
             f"{made.is_weighted} {made.flags}"
-            f" {made.version} {self.needed} {accept_unrecorded} {self.skip_disk_cache_validity_check}"
+            f" {made.settings} {made.version} {self.needed} {accept_unrecorded} {self.skip_disk_cache_validity_check}"
             for accept_unrecorded in (False, True)
         ]
 

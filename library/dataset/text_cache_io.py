@@ -108,6 +108,10 @@ def layout_of(record: FamilyRecord) -> TextLayout | None:
 TEXT_LAYOUTS: Mapping[str, TextLayout] = by_family(layout_of)
 
 
+MERGED = "adapter merged into the text encoders"
+"""in the settings of a record, in words"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextRecord:
     """What cached text encoder outputs were made of."""
@@ -118,6 +122,8 @@ class TextRecord:
     max_token_length: int | None = None
     is_weighted: bool = False
     flags: Mapping[str, bool] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """options that `model` and the length hang on too -> their values, by which the reason is told"""
     version: int = FORMAT_VERSION
     checksums: Mapping[str, int] = field(default_factory=dict)
 
@@ -262,11 +268,16 @@ def _text_record_problem(stored: Mapping[str, Any], expected: TextRecord) -> str
         return f"record version {stored.get('version')}"
     if stored.get("caption") != expected.caption:
         return "made with another caption"
+    settings = stored.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    for name in sorted(settings.keys() & expected.settings.keys()):
+        if settings[name] != expected.settings[name]:
+            return f"made with another {name}"
     if differ(stored.get("model"), expected.model):
         return "made with other text encoders"
-    for name in ("max_token_length", "is_weighted"):
+    for name, option in (("max_token_length", "max_token_length"), ("is_weighted", "weighted_captions")):
         if stored.get(name) != getattr(expected, name):
-            return f"made with another {name}"
+            return f"made with another {option}"
     flags = stored.get("flags")
     for name, value in expected.flags.items():
         if not isinstance(flags, dict) or flags.get(name) != value:

@@ -131,6 +131,7 @@ FAMILY = FamilyRecord(
             ),
         ),
     ),
+    layouts="library.flux_folder_utils:LAYOUTS",
     encoder_files=(EncoderFile(option="clip_l", title="CLIP-L"), EncoderFile(option="t5xxl", title="T5-XXL")),
     adapters=AdapterFacts(
         title="FLUX.1 or Chroma",

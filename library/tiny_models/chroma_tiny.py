@@ -43,7 +43,7 @@ def build_tiny_chroma(
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator("cpu").manual_seed(seed)
     params = ChromaParams(
-        in_channels=64, context_in_dim=T5_WIDTH, hidden_size=hidden, mlp_ratio=2.0, num_heads=2, depth=depth,
+        in_channels=64, context_in_dim=T5_WIDTH, hidden_size=hidden, mlp_ratio=4.0, num_heads=2, depth=depth,
         depth_single_blocks=depth_single_blocks, axes_dim=(hidden // 2 - 12, 6, 6), approximator_in_dim=32,
         approximator_hidden_size=24, approximator_depth=2,
     )  # fmt: skip

@@ -57,7 +57,7 @@ def build_tiny_flux(
     generator = torch.Generator("cpu").manual_seed(seed)
     head_dim = hidden // 2
     params = FluxParams(
-        in_channels=64, vec_in_dim=32, context_in_dim=T5_WIDTH, hidden_size=hidden, mlp_ratio=2.0, num_heads=2,
+        in_channels=64, vec_in_dim=32, context_in_dim=T5_WIDTH, hidden_size=hidden, mlp_ratio=4.0, num_heads=2,
         depth=depth,
         depth_single_blocks=depth_single_blocks, axes_dim=(head_dim - 12, 6, 6), guidance_embed=guidance,
     )  # fmt: skip

@@ -88,6 +88,8 @@ TRAINABLES.add(
     },
 )
 
+OFFLOADS = {"cpu_offload_checkpointing": {"gradient_checkpointing": True}}
+"""as the known scripts that train something else than an adapter read it"""
 for _name, _class in (("full", "FullTrainable"), ("dreambooth", "DreamBooth")):
     TRAINABLES.add(
         _name,
@@ -98,7 +100,10 @@ for _name, _class in (("full", "FullTrainable"), ("dreambooth", "DreamBooth")):
         defaults={"save_model_as": None},
         following="library.training.whole_models:following_defaults",
         refused="library.training.whole_models:refused_options",
-        stands_for={"use_t5xxl_cache_only": {"cache_text_encoder_outputs": True}},
+        stands_for={
+            "use_t5xxl_cache_only": {"cache_text_encoder_outputs": True},
+            **OFFLOADS,
+        },
     )
 
 for _name, _class in (("textual_inversion", "TextualInversion"), ("textual_inversion_xti", "LayeredTextualInversion")):
@@ -122,6 +127,7 @@ TRAINABLES.add(
     foreign="library.training.control_nets:foreign_options",
     ignored="library.training.control_nets:ignored_options",
     refused={"masked_loss": CONTROL_IS_NO_MASK},
+    stands_for=OFFLOADS,
 )
 
 TRAINABLES.add(

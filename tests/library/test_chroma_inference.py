@@ -30,7 +30,7 @@ def adapter(tiny: TinyChroma) -> Path:
     """A LoRA with weights that show, for the denoiser and for T5."""
     generator, tensors = torch.Generator().manual_seed(4), {}
     for name, size_in, size_out in (
-        ("lora_unet_double_blocks_0_img_attn_qkv", 32, 96), ("lora_unet_single_blocks_0_linear2", 96, 32),
+        ("lora_unet_double_blocks_0_img_attn_qkv", 32, 96), ("lora_unet_single_blocks_0_linear2", 160, 32),
         ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 24, 16),
     ):  # fmt: skip
         tensors[f"{name}.lora_down.weight"] = torch.randn(4, size_in, generator=generator)

@@ -33,7 +33,7 @@ def adapter(tiny) -> Path:
     """A LoRA with weights that show."""
     generator = torch.Generator().manual_seed(4)
     tensors = {}
-    for name, size_in, size_out in (("double_blocks_0_img_attn_qkv", 32, 96), ("single_blocks_0_linear2", 96, 32)):
+    for name, size_in, size_out in (("double_blocks_0_img_attn_qkv", 32, 96), ("single_blocks_0_linear2", 160, 32)):
         key = f"lora_unet_{name}"
         tensors[f"{key}.lora_down.weight"] = torch.randn(4, size_in, generator=generator)
         tensors[f"{key}.lora_up.weight"] = torch.randn(size_out, 4, generator=generator)

@@ -92,6 +92,9 @@ def test_a_net_learns_and_nothing_else_does(work: ControlWork) -> None:
             patch.setattr(run.trainable, "inputs", lambda *_: {})
             return run.step(batch).loss_sum.item()
 
+    (part,) = run.trainable.inputs(batch, None, {})["control"].parts
+    darkest = -1.0 if work.case.family == "flux" else 0.0
+    assert darkest <= float(part.picture.min()) < darkest + 0.02 and 0.98 < float(part.picture.max()) <= 1
     frozen = {name: p.detach().clone() for name, p in run.models.denoiser.named_parameters()}
     start = loss(run)
     assert start == alone(run)

@@ -139,6 +139,7 @@ def test_flux_from_shards(start, tmp_path):
     state = {key: tensor.contiguous() for key, tensor in convert_bfl_sd_to_diffusers(original).items()}
     folder = tmp_path / "pipeline" / "transformer"
     folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"axes_dims_rope": tiny.params.axes_dim}))
     names = [f"diffusion_pytorch_model-{number:05d}-of-00004.safetensors" for number in range(1, 5)]
     places = {key: names[number % 4] for number, key in enumerate(state)}
     for name in names:
@@ -152,8 +153,110 @@ def test_flux_from_shards(start, tmp_path):
     (folder / names[3]).unlink()
     assert convert_model.main([str(source), str(tmp_path / "x.safetensors"), "--to", "single"]) == 2
     assert convert_model.main([str(out), str(tmp_path / "x.safetensors"), "--to", "single"]) == 2
-    assert convert_model.main([str(out), str(tmp_path / "x"), "--to", "diffusers"]) == 2
-    assert not (tmp_path / "x.safetensors").exists() and not (tmp_path / "x").exists()
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def bundle_of(paths: dict[str, object], target) -> None:
+    """The models of a set in one file, as ComfyUI writes it: `paths` maps what stands before the names to a file."""
+    state, config = {}, {}
+    for prefix, path in paths.items():
+        part = next((name for name in ("clip_l", "t5xxl", "vae") if name in prefix), None)
+        own = json.loads(read_header(path)[1].get("model_config", "{}"))
+        config |= {part: own} if part else own
+        state |= {prefix + key: tensor for key, tensor in load_safetensors(path).items()}
+    if "text_encoders.clip_l.transformer." in paths:  # what the folder has no place for
+        state["text_encoders.clip_l.transformer.text_projection.weight"] = torch.eye(32)
+        state["text_encoders.clip_l.logit_scale"] = torch.tensor(4.6)
+    save_file(state, target, {"model_config": json.dumps(config), "modelspec.title": "all"})
+
+
+def same_file(one, other) -> bool:
+    before, after = load_file(one), load_file(other)
+    return (
+        before.keys() == after.keys()
+        and all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+        and read_header(one)[1] == read_header(other)[1]
+    )
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_flux_to_a_folder_and_back(guidance, tmp_path, capsys):
+    """diffusers loads the denoiser and gives our output; variants that take more values than come out are converted
+    too."""
+    from diffusers import FluxTransformer2DModel
+
+    from library.flux_utils import load_flux, prepare_img_ids
+
+    tiny = build_tiny_flux(tmp_path / "tiny", guidance=guidance)
+    folder, back = tmp_path / "folder", tmp_path / "back.safetensors"
+    assert convert_model.main([str(tiny.flux), str(folder), "--to", "diffusers"]) == 0
+    theirs, mine = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer"), load_flux(tiny.flux, *HOW)
+    assert theirs.config.guidance_embeds == guidance
+    generator = torch.Generator().manual_seed(0)
+    img, txt, vec = (torch.randn(shape, generator=generator) for shape in ((1, 6, 64), (1, 3, 24), (1, 32)))
+    times, ids, scale = torch.tensor([0.3]), prepare_img_ids(1, 2, 3), torch.tensor([3.5])
+    with torch.no_grad():
+        other = theirs(
+            img, txt, vec, times, ids[0], torch.zeros(3, 3), scale if guidance else None, return_dict=False
+        )[0]
+        own = mine(img, ids, txt, torch.zeros(1, 3, 3), times, vec, scale if guidance else None)
+    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+    assert convert_model.main([str(folder), str(back), "--to", "single"]) == 0
+    assert same_file(tiny.flux, back)
+    fill = load_file(tiny.flux) | {"img_in.weight": torch.randn(32, 384, generator=generator)}
+    config = {**json.loads(read_header(tiny.flux)[1]["model_config"]), "in_channels": 384}
+    save_file(fill, tmp_path / "fill.safetensors", {"model_config": json.dumps(config)})
+    assert convert_model.main([str(tmp_path / "fill.safetensors"), str(tmp_path / "fill"), "--to", "diffusers"]) == 0
+    theirs = FluxTransformer2DModel.from_pretrained(tmp_path / "fill", subfolder="transformer")
+    assert (theirs.x_embedder.in_features, theirs.proj_out.out_features) == (384, 64)
+    words = [str(tiny.flux), str(tmp_path / "no"), "--to", "diffusers", "--tokenizer", str(tiny.clip_l_tokenizer)]
+    assert convert_model.main(words) == 2 and convert_model.main([*words[:4], "--prediction_type", "v"]) == 2
+    told = capsys.readouterr().err
+    assert "holds no CLIP text encoder" in told and "--prediction_type is not for" in told
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("name", ["flux", "chroma"])
+def test_a_file_of_all_models_is_a_pipeline_and_back(name, tmp_path):
+    import diffusers
+
+    from library.components.text_encoder_utils import load_clip_l, load_t5xxl
+    from library.flux_utils import load_ae
+    from library.tiny_models import build_tiny
+
+    tiny, place = build_tiny(name, tmp_path / "tiny"), "text_encoders.{}.transformer."
+    paths = {"model.diffusion_model.": getattr(tiny, name), "vae.": tiny.ae, place.format("t5xxl"): tiny.t5xxl}
+    words = []
+    if name == "flux":
+        paths[place.format("clip_l")], words = tiny.clip_l, ["--tokenizer", str(tiny.clip_l_tokenizer)]
+    source, folder, back = tmp_path / "all.safetensors", tmp_path / "folder", tmp_path / "back.safetensors"
+    bundle_of(paths, source)
+    assert convert_model.main([str(source), str(folder), "--to", "diffusers", *words]) == 0
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    assert type(pipeline).__name__ == {"flux": "FluxPipeline", "chroma": "ChromaPipeline"}[name]
+    ids = torch.randint(0, 50, (1, 7), generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    t5, tokenizer = (
+        (pipeline.text_encoder_2, pipeline.tokenizer_2) if name == "flux" else (pipeline.text_encoder, pipeline.tokenizer)
+    )
+    with torch.no_grad():
+        pairs = [(load_t5xxl(source, *HOW)(ids)[0], t5(ids)[0])]
+        raw = latents / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor
+        pairs.append((load_ae(source, *HOW).decode(latents), pipeline.vae.decode(raw).sample))
+        if name == "flux":
+            own, other = load_clip_l(source, *HOW).eval()(ids), pipeline.text_encoder(ids)
+            pairs.append((own.last_hidden_state, other.last_hidden_state))
+    for own, other in pairs:
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+    assert tokenizer("a cat").input_ids[-1] == tokenizer.eos_token_id
+    picture = pipeline("a cat", num_inference_steps=1, height=16, width=16, output_type="np", max_sequence_length=16)
+    assert picture.images.shape == (1, 16, 16, 3)
+    assert convert_model.main([str(folder), str(back), "--to", "single"]) == 0
+    assert same_file(source, back)
+    alone = tmp_path / "alone.safetensors"  # the denoiser, from its sub-folder
+    assert convert_model.main([str(folder / "transformer"), str(alone), "--to", "single"]) == 0
+    before, after = load_file(getattr(tiny, name)), load_file(alone)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_old_commands(tmp_path):
@@ -173,7 +276,7 @@ def test_old_commands(tmp_path):
     state = {
         key: tensor.contiguous() for key, tensor in convert_bfl_sd_to_diffusers(load_safetensors(flux.flux)).items()
     }
-    save_file(state, tmp_path / "diffusers.safetensors")
+    save_file(state, tmp_path / "diffusers.safetensors", read_header(flux.flux)[1])
     words = [
         "--diffusers_path",
         str(tmp_path / "diffusers.safetensors"),
@@ -266,7 +369,7 @@ def test_a_denoiser_folder_without_rest(tmp_path, capsys):
     folder, back = tmp_path / "folder", tmp_path / "back.safetensors"
     words = [str(tiny.lumina), str(folder), "--to", "diffusers", "--save_precision", "bf16", "--variant", "bf16"]
     assert convert_model.main([*words, "--tokenizer", str(tmp_path)]) == 2
-    assert "--tokenizer is for Stable Diffusion" in capsys.readouterr().err and not folder.exists()
+    assert "--tokenizer is not for" in capsys.readouterr().err and not folder.exists()
     assert convert_model.main([str(tiny.lumina), str(back), "--to", "single"]) == 2  # in this layout already
     assert convert_model.main(words) == 0
     (folder / "original_rest.safetensors").unlink()

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from library.safetensors_utils import read_header
 from library.sd3_utils import load_clip_g, load_clip_l, load_sd3, load_t5xxl, load_vae_sd3
@@ -88,3 +88,25 @@ def test_what_is_refused(tmp_path, capsys) -> None:
     assert convert_model.main([str(tiny.model), str(tmp_path / "folder"), "--to", "diffusers"]) == 0
     assert convert_model.main([str(tmp_path / "folder"), str(tmp_path / "again"), "--to", "diffusers"]) == 2
     assert "is a folder; --to diffusers takes one file" in capsys.readouterr().err
+
+
+def test_scaled_8_bit_numbers_of_every_part_are_multiplied_out(tmp_path) -> None:
+    tiny = build_tiny_sd3(tmp_path / "tiny", with_whole=True)
+    denoiser = "model.diffusion_model.joint_blocks.0.x_block.mlp.fc1"
+    t5 = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
+    clip = "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1"
+    state, metadata = load_file(tiny.whole), read_header(tiny.whole)[1]
+    wide = {name: state[f"{name}.weight"] for name in (denoiser, t5, clip)}
+    for name, weight in wide.items():
+        scale = weight.abs().max() / 448
+        state |= {f"{name}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{name}.scale_weight": scale.reshape(1)}
+    state["text_encoders.t5xxl.transformer.scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_file(state, tmp_path / "scaled.safetensors", metadata)
+    words = [str(tmp_path / "scaled.safetensors"), str(tmp_path / "folder"), "--to", "diffusers"]
+    assert convert_model.main([*words, "--tokenizer", str(tiny.tokenizer)]) == 0
+    assert convert_model.main([str(tmp_path / "folder"), str(tmp_path / "back.safetensors"), "--to", "single"]) == 0
+    written = load_file(tmp_path / "back.safetensors")
+    assert written.keys() == load_file(tiny.whole).keys()
+    for name, weight in wide.items():
+        assert written[f"{name}.weight"].dtype == torch.bfloat16
+        torch.testing.assert_close(written[f"{name}.weight"].float(), weight, rtol=0.1, atol=weight.abs().max() / 448)

@@ -75,9 +75,11 @@ def run(argv: Sequence[str] | None = None) -> None:
     check(config, source, target)
     kind = kind_of_model(source)
     logger.info("%s: %s -> %s", source, kind.name, target)
-    for name in () if kind.layouts is None else ("tokenizer", "tokenizer_cache_dir", "prediction_type"):
+    problems = Problems()
+    for name in foreign_options(kind):
         if getattr(config[ModelOptions], name):
-            raise ConfigError(f"--{name} is for Stable Diffusion, and {source} is {kind.name}; leave it out")
+            problems.add(f"--{name} is not for {source}, which is {kind.name}; leave it out")
+    problems.raise_if_any()
     with clamping(config[OverflowOptions].clamp_overflow):
         (_to_single if config[ModelOptions].to == "single" else _to_folder)(config, kind, source, target)
 
@@ -106,36 +108,37 @@ def check(config: Config, source: str, target: str) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """`name`: sd1, sd2, sdxl, sd3, flux, or the title of a family with `layouts`, of which one part, the denoiser say,
-    is rewritten alone."""
+    """`name`: sd1, sd2, sdxl, or the title of a family with `layouts`, whose denoiser is rewritten, alone or with the
+    other parts of its pipeline, or what one part of it is called that is rewritten alone."""
 
     name: str
     layouts: DenoiserLayouts | None = None
 
 
+def foreign_options(kind: Kind) -> tuple[str, ...]:
+    """Options that mean nothing for a model of this kind."""
+    if kind.layouts is None:
+        return ()
+    return ("prediction_type", *(() if kind.layouts.pipeline else ("tokenizer", "tokenizer_cache_dir")))
+
+
 def kind_of_model(source: str) -> Kind:
     """What is to be rewritten. CheckpointError for models of other kinds."""
-    from library.checkpoints.flux_convert import is_diffusers_denoiser
-    from library.checkpoints.loading import open_checkpoint, strip_prefix
+    from library.checkpoints.loading import open_checkpoint
     from library.checkpoints.recognition import recognise
     from library.components.unet_utils import inspect_unet
     from library.core.registry import import_target
-    from library.families.registry import record_of, records
+    from library.families.registry import records
 
     part = next((name for name in ("transformer", "unet", "vae", "controlnet") if (Path(source) / name).is_dir()), "unet")
     files = open_checkpoint(source, part)
     found = recognise({key: tuple(tensor.shape) for key, tensor in files.shapes.items()})
-    if found is not None and found.kind in record_of("sd3").kinds:
-        return Kind("sd3")
     for record in records().values():
         if found is not None and record.layouts and found.kind in record.kinds:
             return Kind(record.title, import_target(record.layouts))
         for kind in record.model_kinds:
             if found is not None and kind.layouts and found.kind == kind.name:
                 return Kind(f"the {kind.subfolder} of {record.title}", import_target(kind.layouts))
-    is_flux = is_diffusers_denoiser(files.shapes) or is_diffusers_denoiser(strip_prefix(files.shapes, "transformer."))
-    if is_flux or any("double_blocks.0.img_attn.norm.query_norm.scale" in key for key in files.shapes):
-        return Kind("flux")
     info = inspect_unet(source)  # its errors name what the file is
     return Kind("sdxl" if info.is_sdxl else "sd2" if info.is_v2 else "sd1")
 
@@ -149,15 +152,11 @@ def _dtype(config: Config):
 
 def _to_single(config: Config, kind: Kind, source: str, target: str) -> None:
     from library.components import ldm_folder_files
-    from tools.model_tools import denoiser_folder, flux_single, sd3_folder
+    from tools.model_tools import denoiser_folder
 
     dtype = _dtype(config)
     if kind.layouts is not None:
         plan = denoiser_folder.single_plan(source, kind.layouts, dtype)
-    elif kind.name == "sd3":
-        plan = sd3_folder.single_plan(source, dtype)
-    elif kind.name == "flux":
-        plan = flux_single.plan(source, dtype)
     else:
         plan = ldm_folder_files.single_plan(source, kind.name, dtype)
     if config[OutputOptions].dry_run:
@@ -168,22 +167,14 @@ def _to_single(config: Config, kind: Kind, source: str, target: str) -> None:
 
 def _to_folder(config: Config, kind: Kind, source: str, target: str) -> None:
     from library.components import ldm_folder_files
-    from tools.model_tools import denoiser_folder, sd3_folder
+    from tools.model_tools import denoiser_folder
 
     options, dtype = config[ModelOptions], _dtype(config)
-    if kind.name == "flux":
-        raise CheckpointError(
-            f"{source} is FLUX.1, which diffusers reads from the one file (from_single_file); no folder is written of "
-            "it"
-        )
     if os.path.isdir(source):
         raise CheckpointError(f"{source} is a folder; --to diffusers takes one file in the original layout")
-    if kind.layouts is not None or kind.name == "sd3":
-        plan = (
-            denoiser_folder.folder_plan(source, kind.layouts, dtype)
-            if kind.layouts is not None
-            else sd3_folder.folder_plan(source, dtype, options.tokenizer, options.tokenizer_cache_dir)
-        )
+    if kind.layouts is not None:
+        tokenizers = options.tokenizer, options.tokenizer_cache_dir
+        plan = denoiser_folder.folder_plan(source, kind.layouts, dtype, *tokenizers)
         if not config[OutputOptions].dry_run:
             plan.write(target, options.variant)
             logger.info("wrote %s", target)

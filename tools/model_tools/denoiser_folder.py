@@ -1,5 +1,6 @@
 """Denoisers between one file in the original layout and the `transformer` of a diffusers folder, tensor by tensor; other
-parts that are rewritten alone, such as autoencoders, likewise.
+parts that are rewritten alone, such as autoencoders, likewise. Where a family has a pipeline, the other parts of a file
+of all make one.
 
 The rules are those of the family (DenoiserLayouts). What the folder has no place for goes into `REST` beside
 `transformer`, with the file's metadata, from where the way back takes it, so that this gives the same tensors.
@@ -9,9 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,54 +18,23 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.layout_rules import DenoiserLayouts, Rule, from_original, to_original
-from library.checkpoints.loading import is_blob, unscaled
+from library.checkpoints.loading import is_blob, prefixed, unscaled
 from library.components.ldm_folder_files import REST
-from library.core.atomic_file import atomic_folder
 from library.core.errors import CheckpointError
-from library.safetensors_utils import is_pickled, load_safetensors, read_header, save_file_atomic, stream_file_atomic
+from library.safetensors_utils import is_pickled, load_safetensors, read_header
+from tools.model_tools import pipeline_parts
+from tools.model_tools.plans import FolderPlan, SinglePlan, as_written, infos_of
 
 logger = logging.getLogger("atelier")
 
-Infos = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-
-@dataclass(frozen=True)
-class SinglePlan:
-    """One file to be written: `infos` as stream_file_atomic takes them."""
-
-    infos: Infos
-    items: Callable[[], Iterable[tuple[str, Tensor]]]
-    metadata: dict[str, str]
-
-    def write(self, target: str) -> None:
-        stream_file_atomic(self.infos, self.items(), target, self.metadata or None)
-
-
-@dataclass(frozen=True)
-class FolderPlan(SinglePlan):
-    """A folder to be written, with the sub-folder `part`. `metadata` are those of the file, kept beside the tensors of
-    `rest`."""
-
-    part: str
-    config: dict[str, Any]
-    rest: dict[str, Tensor] = field(default_factory=dict)
-
-    def write(self, target: str, variant: str | None = None) -> None:
-        """The folder appears whole or not at all."""
-        ending = f".{variant}.safetensors" if variant else ".safetensors"
-        with atomic_folder(os.path.abspath(target)) as work:
-            part = work / self.part
-            part.mkdir()
-            (part / "config.json").write_text(f"{json.dumps(self.config, indent=2)}\n", encoding="utf-8")
-            weights = part / f"diffusion_pytorch_model{ending}"
-            stream_file_atomic(self.infos, self.items(), weights, {"format": "pt"})
-            if self.rest or self.metadata:
-                save_file_atomic(self.rest, work / REST, self.metadata or None)
+PLACES = "original_places"
+"""entry in the metadata of `REST`: sub-folder -> what stood before its names in the file of all parts"""
 
 
 def single_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None) -> SinglePlan:
-    """From a folder, its `transformer`, one of the shards or a file, or from a file in a further layout.
-    CheckpointError when tensors are missing."""
+    """From a folder, its `transformer`, one of the shards or a file, or from a file in a further layout. A pipeline folder
+    that was made of a file of all parts gives that again; see `PipelineLayout.places` for others. CheckpointError when
+    tensors are missing."""
     info = layouts.inspect(source)
     metas = _metas(info, dtype)
     further = list(layouts.further(metas))
@@ -78,31 +46,39 @@ def single_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None
         raise CheckpointError(
             f"{source} lacks {len(lacking)} tensors, the first is {lacking[0]}; are all its parts there?"
         )
-    infos = infos_of(to_original(metas, rules))
+    original = to_original(metas, rules)
     file = info.source.files[0]
     if further:
         _tell_of_others(info, "the file gets", layouts.part)
-    kept, metadata = ({}, _metadata_of(file)) if further else _read_rest(file, layouts.part)
+    kept, metadata, places = ({}, _metadata_of(file), {}) if further else _around(source, file, layouts)
     for name, like in layouts.unused.items():
-        if name not in kept and name not in infos:
-            if like not in infos:
+        if name not in kept and name not in original:
+            if like not in original:
                 raise CheckpointError(f"{source} lacks {like}; are all its parts there?")
-            kept[name] = torch.ones(infos[like][1], dtype=infos[like][0])
-    infos |= infos_of({name: _as(tensor, dtype) for name, tensor in kept.items()})
+            kept[name] = torch.ones(original[like].shape, dtype=original[like].dtype)
+    place, beside = places.get(layouts.part, ""), pipeline_parts.NOTHING
+    if layouts.pipeline is not None:
+        beside = pipeline_parts.parts_for_single(source, layouts.pipeline, places, dtype)
+    infos = infos_of(prefixed(place, original)) | beside[0]
+    infos |= infos_of({name: as_written(tensor, dtype) for name, tensor in kept.items()})
 
     def items() -> Iterator[tuple[str, Tensor]]:
-        yield from joined(_stream(info), rules)
+        yield from ((place + name, tensor) for name, tensor in joined(_stream(info), rules))
+        yield from beside[1]()
         yield from kept.items()
 
     return SinglePlan(infos, items, metadata)
 
 
-def folder_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None) -> FolderPlan:
-    """From one file, whose other parts are left out. CheckpointError when it has the names of diffusers already."""
+def folder_plan(
+    source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None, tokenizer: str | None = None,
+    tokenizer_cache_dir: str | None = None,
+) -> FolderPlan:
+    """From one file. Its other parts go along where the family has a pipeline, and are left out otherwise.
+    CheckpointError when it has the names of diffusers already."""
     info = layouts.inspect(source)
     if info.is_diffusers:
         raise CheckpointError(f"{source} has the names of diffusers already; --to diffusers takes the original layout")
-    _tell_of_others(info, "the folder gets", layouts.part)
     metas = _metas(info, dtype)
     further = list(layouts.further(metas))
     metas = to_original(metas, further)
@@ -116,14 +92,20 @@ def folder_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None
                 parts = from_original({name: tensor}, [rules[name]], rows_of)
                 yield from ((part, piece.contiguous()) for part, piece in parts.items())
 
-    return FolderPlan(
-        infos_of(from_original(placed, rules.values(), rows_of)),
-        items,
-        _metadata_of(info.source.files[0]),
-        layouts.part,
-        layouts.config(info.params),
-        {name: tensor.contiguous() for name, tensor in _stream(info, metas.keys() - placed.keys())},
-    )
+    infos, plan = infos_of(from_original(placed, rules.values(), rows_of)), FolderPlan()
+    plan.metadata = _metadata_of(info.source.files[0])
+    plan.parts[layouts.part] = infos, items
+    plan.configs[f"{layouts.part}/config.json"] = layouts.config(info.params)
+    if layouts.pipeline is not None:
+        found = pipeline_parts.add_parts(plan, layouts.pipeline, info.source, dtype)
+        pipeline_parts.add_pipeline(plan, layouts.pipeline, info.params, source, tokenizer, tokenizer_cache_dir)
+        if found.places:
+            plan.rest = pipeline_parts.rest_of(info.source, found.used | {info.prefix + name for name in placed})
+            plan.metadata[PLACES] = json.dumps({layouts.part: info.prefix, **found.places}, sort_keys=True)
+            return plan
+    _tell_of_others(info, "the folder gets", layouts.part)
+    plan.rest = {name: tensor.contiguous() for name, tensor in _stream(info, metas.keys() - placed.keys())}
+    return plan
 
 
 def _tell_of_others(info: Any, target: str, part: str) -> None:
@@ -133,23 +115,15 @@ def _tell_of_others(info: Any, target: str, part: str) -> None:
 
 
 def _metadata_of(file: str) -> dict[str, str]:
-    return {} if is_pickled(file) else read_header(file)[1]
+    return {} if is_pickled(file) else dict(read_header(file)[1])
 
 
 def _metas(info: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Name in its layout -> the tensor as it is to be written, without data."""
     return {
-        key[len(info.prefix) :]: _as(info.source.shapes[key].to(info.source.dtype_of(key)), dtype)
+        key[len(info.prefix) :]: as_written(info.source.shapes[key].to(info.source.dtype_of(key)), dtype)
         for key in info.keys if not is_blob(key)
     }  # fmt: skip
-
-
-def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to("meta").to(dtype) if dtype and tensor.is_floating_point() else tensor.to("meta")
-
-
-def infos_of(metas: Mapping[str, Tensor]) -> Infos:
-    return {name: (meta.dtype, tuple(meta.shape)) for name, meta in metas.items()}
 
 
 def _stream(info: Any, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -174,9 +148,25 @@ def joined(items: Iterable[tuple[str, Tensor]], rules: Iterable[Rule]) -> Iterat
             yield from to_original(waiting.pop(rule.original), [rule]).items()
 
 
+def _around(
+    source: str, file: str, layouts: DenoiserLayouts
+) -> tuple[dict[str, Tensor], dict[str, str], Mapping[str, str]]:
+    """(tensors, metadata, places) that belong to the file into which a denoiser goes: what a conversion has kept, and what
+    stands before the names of each sub-folder. Of a sub-folder or a shard alone the denoiser is meant."""
+    kept, metadata = _read_rest(file, layouts.part)
+    if layouts.pipeline is None:
+        return kept, metadata, {}
+    usual, made_of = layouts.pipeline.places, json.loads(metadata.pop(PLACES, "{}"))
+    if (Path(source) / layouts.part).is_dir():
+        return kept, metadata, made_of or usual
+    own = {part: place for part, place in usual.items() if part == layouts.part}
+    return ({}, {}, own) if made_of else (kept, metadata, own)
+
+
 def _read_rest(file: str, part: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) that a conversion has kept beside the folder `part` in which a file lies."""
+    """(tensors, metadata) that a conversion has kept beside the folder `part` in which a file lies; else what the file
+    itself says of the model."""
     rest = Path(file).absolute().parent.parent / REST
     if Path(file).absolute().parent.name != part or not rest.is_file():
-        return {}, {}
+        return {}, {name: text for name, text in _metadata_of(file).items() if name != "format"}
     return load_safetensors(rest, "cpu"), read_header(rest)[1]

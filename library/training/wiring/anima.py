@@ -147,10 +147,6 @@ class AnimaFamily(FlowFamily):
             problems.attempt(lambda: check_flow_sampler(self.config[SamplerOptions].sample_sampler, "--sample_sampler"))
         problems.raise_if_any()
 
-    def part_problems(self, part: str) -> list[str]:
-        found = self._slot_problems(part)
-        return found + (self._tokenizer_problems() if part == "text_encoders" and not found else [])
-
     def _slot_problems(self, part: str) -> list[str]:
         """Files of a part that are missing or something else."""
         from library.checkpoints.kinds import check_slot
@@ -284,7 +280,7 @@ class AnimaFamily(FlowFamily):
         # the number of T5 tokens is part of what was encoded, and the record has one length only
         text = self.text_cache(
             trained, [self.opts.qwen3], [f"t5 tokens {self.opts.t5_max_token_length}"],
-            max_token_length=self.opts.qwen3_max_token_length
+            {"t5_max_token_length": self.opts.t5_max_token_length}, max_token_length=self.opts.qwen3_max_token_length,
         )
         tokenize = strategy_anima.AnimaTokenizeStrategy(
             self.opts.qwen3_max_token_length, self.opts.t5_max_token_length,

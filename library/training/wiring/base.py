@@ -177,10 +177,11 @@ class ModelFamily(ABC):
         )
 
     def text_cache(
-        self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (), **facts: object
+        self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (),
+        settings: Mapping[str, object] = {}, **facts: object,
     ) -> TextCache | None:
         """The text cache of this run, None without one. `files`: those of the text encoders; `more`: what else their
-        outputs hang on, in words; `facts`: see TextCache."""
+        outputs hang on, in words, and `settings`: the options that tell it; `facts`: see TextCache."""
         from library.checkpoints.identity import combined_identity, model_identity
         from library.dataset.text_cache import TextCache
 
@@ -191,7 +192,8 @@ class ModelFamily(ABC):
             self.architecture, to_disk=caching.cache_text_encoder_outputs_to_disk,
             batch_size=caching.text_encoder_batch_size,
             skip_check=caching.skip_cache_check, trained=trained,
-            model_identity=combined_identity([*(model_identity(file) for file in files), *more]), **facts,
+            model_identity=combined_identity([*(model_identity(file) for file in files), *more]),
+            settings={name: str(value) for name, value in settings.items()}, **facts,
         )
 
     @abstractmethod
@@ -387,6 +389,10 @@ class FlowFamily(ModelFamily):
         problems.raise_if_any()
         for line in self._notices():
             logger.info(line)
+
+    def part_problems(self, part: str) -> list[str]:
+        found = self._slot_problems(part)
+        return found + (self._tokenizer_problems() if part == "text_encoders" and not found else [])
 
     def _file_problems(self) -> list[str]:
         """Missing, wrong and unfitting files, and a block swap that the depth of the file does not allow."""

@@ -176,10 +176,6 @@ class Sd3Family(FlowFamily):
             found.append(f"--train_t5xxl is given, and there is no T5: {self._denoiser_path} has none; give it with --t5xxl")
         return [*found, *self._tokenizer_problems(), *([swap] if swap else [])]
 
-    def part_problems(self, part: str) -> list[str]:
-        found = self._slot_problems(part)
-        return found + (self._tokenizer_problems() if part == "text_encoders" and not found else [])
-
     def _slot_problems(self, part: str) -> list[str]:
         from library.sd3_utils import ENCODER_SLOTS, file_problems
 

@@ -96,7 +96,7 @@ def test_equal_captions_are_encoded_once(tmp_path):
 
 def test_settings_of_the_encoders_make_a_cache_stale(item):
     strategy = SmallTextCaching(True)
-    strategy.model_identity = "one"
+    strategy.model_identity, strategy.settings = "one", {"system_prompt": "none", "gemma2_max_token_length": "9"}
     fill([item], strategy)
 
     def why(**changes) -> str:
@@ -108,9 +108,13 @@ def test_settings_of_the_encoders_make_a_cache_stale(item):
 
     assert why() == ""
     assert why(model_identity="two") == "made with other text encoders"
+    same, other = {"system_prompt": "none"}, {"system_prompt": "another"}
+    assert why(settings=same) == why(settings={"of_another_version": "1"}) == ""  # what the file does not tell
+    assert why(settings=other, model_identity="two") == "made with another system_prompt"
+    assert why(settings=same, model_identity="two") == "made with other text encoders"
     assert why(mask=True) == "made with another apply_t5_attn_mask"
     assert why(max_token_length=24) == "t5_out has 12 tokens, 24 are needed"
-    assert why(is_weighted=True) == "made with another is_weighted"
+    assert why(is_weighted=True) == "made with another weighted_captions"
 
 
 def test_a_file_of_another_trainer_serves_an_image_with_one_caption_only(item):
