@@ -169,6 +169,14 @@ class BlockStackMixin:
         self.cpu_offload_checkpointing = False
         self.offloaders = (None,) * num_rows
 
+    def swap_row(self, blocks: nn.ModuleList, blocks_to_swap: int, device: torch.device) -> None:
+        """`enable_block_swap` where one row of blocks takes part. ValueError when more are asked for than
+        `row_swap_problem` allows."""
+        problem = row_swap_problem(blocks_to_swap, len(blocks))
+        if problem:
+            raise ValueError(problem)
+        self.offloaders = (BlockOffloader(blocks, blocks_to_swap, device) if blocks_to_swap else None,)
+
     def run_block(
         self, block: nn.Module, index: int, offloader: BlockOffloader | None, hidden: tuple[Tensor, ...], context: tuple
     ) -> tuple[Tensor, ...]:

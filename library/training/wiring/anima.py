@@ -148,10 +148,6 @@ class AnimaFamily(FlowFamily):
             problems.attempt(lambda: check_flow_sampler(self.config[SamplerOptions].sample_sampler, "--sample_sampler"))
         problems.raise_if_any()
 
-    def part_problems(self, part: str) -> list[str]:
-        found = self._slot_problems(part)
-        return found + (self._tokenizer_problems() if part == "text_encoders" and not found else [])
-
     def _slot_problems(self, part: str) -> list[str]:
         """Files of a part that are missing or something else."""
         from library.checkpoints.kinds import check_slot

@@ -393,6 +393,10 @@ class FlowFamily(ModelFamily):
         for line in self._notices():
             logger.info(line)
 
+    def part_problems(self, part: str) -> list[str]:
+        found = self._slot_problems(part)
+        return found + (self._tokenizer_problems() if part == "text_encoders" and not found else [])
+
     def _file_problems(self) -> list[str]:
         """Missing, wrong and unfitting files, and a block swap that the depth of the file does not allow."""
         from library.checkpoints.kinds import check_slot

@@ -116,10 +116,6 @@ class HunyuanImageFamily(FlowFamily):
         "sample_sampler": "HunyuanImage samples with Euler steps along its own schedule",
     }
 
-    def part_problems(self, part: str) -> list[str]:
-        found = self._slot_problems(part)
-        return found + (self._tokenizer_problems() if part == "text_encoders" and not found else [])
-
     def _slot_problems(self, part: str) -> list[str]:
         """Files of a part that are missing or something else."""
         from library.checkpoints.kinds import check_slot

@@ -110,10 +110,6 @@ class LuminaFamily(FlowFamily):
         "sample_sampler": "Lumina-Image 2.0 samples with Euler steps along its own schedule",
     }
 
-    def part_problems(self, part: str) -> list[str]:
-        found = self._slot_problems(part)
-        return found + (self._tokenizer_problems() if part == "text_encoders" and not found else [])
-
     def _slot_problems(self, part: str) -> list[str]:
         """A part that is missing, something else, or not in the file that holds several parts."""
         from library.lumina_utils import part_problem

@@ -178,10 +178,6 @@ class Sd3Family(FlowFamily):
             )
         return [*found, *self._tokenizer_problems(), *([swap] if swap else [])]
 
-    def part_problems(self, part: str) -> list[str]:
-        found = self._slot_problems(part)
-        return found + (self._tokenizer_problems() if part == "text_encoders" and not found else [])
-
     def _slot_problems(self, part: str) -> list[str]:
         from library.sd3_utils import ENCODER_SLOTS, file_problems
 
