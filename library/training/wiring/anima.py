@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOpt
 from library.training.sampling_prompts import with_defaults
 from library.training.timestep_samplers import TimestepOptions
 from library.training.whole_models import WholeModelOptions
-from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
+from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +122,7 @@ class AnimaFamily(FlowFamily):
     record = FAMILY
     timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("anima", "cosmos")
+    denoiser_writer = "library.anima_utils:save_anima"
     options = AnimaOptions
     defaults = {"timestep_sampling": "sigmoid", "discrete_flow_shift": 1.0}
     part_options = {
@@ -146,10 +147,6 @@ class AnimaFamily(FlowFamily):
         if SamplerOptions in self.config:
             problems.attempt(lambda: check_flow_sampler(self.config[SamplerOptions].sample_sampler, "--sample_sampler"))
         problems.raise_if_any()
-
-    def part_problems(self, part: str) -> list[str]:
-        found = self._slot_problems(part)
-        return found + (self._tokenizer_problems() if part == "text_encoders" and not found else [])
 
     def _slot_problems(self, part: str) -> list[str]:
         """Files of a part that are missing or something else."""
@@ -355,16 +352,6 @@ class AnimaFamily(FlowFamily):
         velocity = predict_velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
         velocity, extra = self.with_side_outputs(velocity)
         return DiTOutput(velocity, sample.target, extra)
-
-    def save_model(
-        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
-        parts: Collection[str] = DENOISER,
-    ) -> None:
-        """The denoiser, which has a file of its own."""
-        from library.anima_utils import save_anima
-
-        self.check_parts(parts)
-        save_anima(models.denoiser, path, dtype, metadata)
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """Complete settings, with the sampler of --sample_sampler where the prompt names none."""
