@@ -231,7 +231,7 @@ def test_what_cannot_be(
         "--gradient_accumulation_steps=2", "--save_model_as=pt", f"--controlnet_model_name_or_path={other}",
     ), monkeypatch, capsys)  # fmt: skip
     for told in (
-        "--masked_loss is True; it is not available here: the conditioning images are what the ControlNet sees",
+        "--masked_loss is True; it is not available here: the conditioning images are what the net sees",
         "every learning rate is 0", "gradients are gone after each backward pass", "in which no program looks for a model",
         f"--controlnet_model_name_or_path is {other}: this is a FLUX.1 ControlNet; needed: a ControlNet of Stable Diffusion 1",
         "00.png is 32x64, its image is 64x64",
