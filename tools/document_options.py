@@ -3,7 +3,8 @@
     python tools/document_options.py all                                          the pages of all scripts
     python tools/document_options.py flux network docs/flux_train_network.md      one page
 
-The tables replace what stands between the lines `<!-- options: begin -->` and `<!-- options: end -->` of the page.
+The tables replace what stands between the lines `<!-- options: begin -->` and `<!-- options: end -->` of the page. `all` writes
+the table of docs/trainables.md too: what each script has.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.core.options import is_bool_option, option_fields, value_type  # noqa: E402
-from library.families.registry import FAMILIES  # noqa: E402
+from library.core.registry import import_target  # noqa: E402
+from library.families.registry import FAMILIES, script_name  # noqa: E402
 from library.training.option_reader import Script  # noqa: E402
-from library.training.parser_common import script  # noqa: E402
+from library.training.parser_common import TRAINABLES, script  # noqa: E402
+from networks.kinds.targets import targets_of_family  # noqa: E402
 
 PAGES: dict[tuple[str, str], str] = {
     **{(name, "network"): record.page for name, record in FAMILIES.items() if record.page},
@@ -26,6 +29,27 @@ PAGES: dict[tuple[str, str], str] = {
 
 GENERATION_PAGE = "docs/gen_img.md"
 """the page of the image scripts of Stable Diffusion and SDXL"""
+
+TRAINABLES_PAGE = "docs/trainables.md"
+"""the page with the table of what can be learned of which family"""
+FEATURES: dict[str, tuple[str, ...]] = {
+    "text encoders learn": (
+        "train_text_encoder", "learning_rate_te", "learning_rate_te1", "text_encoder_lr", "stop_text_encoder_training",
+        "token_string",
+    ),
+    "fused": ("fused_backward_pass",),
+    "blockwise": ("blockwise_fused_optimizers",),
+    "swap": ("blocks_to_swap",),
+    "bf16": ("full_bf16",),
+    "fp8 base": ("fp8_base",),
+    "text cache": ("cache_text_encoder_outputs",),
+    "samples": ("sample_prompts",),
+    "validation": ("validation_split",),
+    "EMA": ("ema",),
+    "masks": ("masked_loss", "alpha_mask"),
+    "weighted captions": ("weighted_captions",),
+}  # fmt: skip
+"""column -> options, of which one that works in a script makes a yes"""
 
 BEGIN, END = "<!-- options: begin -->", "<!-- options: end -->"
 
@@ -47,6 +71,32 @@ def tables(what: Script) -> str:
             "\n".join([f"### {title}", "", "| option | value | default | meaning |", "|---|---|---|---|", *rows])
         )
     return "\n\n".join(sections)
+
+
+def trainables_table() -> str:
+    """One row per family and trainable, in the order of the records; a new script has its row by itself."""
+    columns = ["family", "what", "script", "saved as", *FEATURES]
+    rows = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for family, trainable in sorted(PAGES, key=lambda pair: list(FAMILIES).index(pair[0])):
+        record, what = FAMILIES[family], script(family, trainable)
+        name = script_name(family, "train_network") if trainable == "network" else record.scripts[trainable].name
+        page = PAGES[family, trainable].removeprefix("docs/")
+        marks = ["yes" if any(_works(what, option) for option in options) else "-" for options in FEATURES.values()]
+        if trainable == "network" and not targets_of_family(family).text_encoders:
+            marks[0] = "-"
+        cells = [record.title, f"`{trainable}`", f"[{name}.py]({page})", _forms(family, trainable), *marks]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _works(what: Script, option: str) -> bool:
+    return option in what.owners and what.status(option) == "works"
+
+
+def _forms(family: str, trainable: str) -> str:
+    found = TRAINABLES.resolve(trainable)
+    has_folder = found.writes_folders and (found.has_own_folder or import_target(FAMILIES[family].family).writes_folders)
+    return "file or folder" if has_folder else "file"
 
 
 def _row(what: Script, options_class: type, name: str) -> str:
@@ -83,15 +133,19 @@ def _cell(text: str) -> str:
 
 def with_tables(page: str, what: Script) -> str:
     """The page with fresh tables between its two marks. Raises ValueError when it has no marks."""
+    return between_marks(page, tables(what))
+
+
+def between_marks(page: str, fresh: str) -> str:
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the page has no lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{tables(what)}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{fresh}\n\n{END}{after}"
 
 
-def renew(what: Script, page: Path) -> None:
-    page.write_text(with_tables(page.read_text(encoding="utf-8"), what), encoding="utf-8")
+def renew(fresh: str, page: Path) -> None:
+    page.write_text(between_marks(page.read_text(encoding="utf-8"), fresh), encoding="utf-8")
     print(f"wrote {page}")
 
 
@@ -99,10 +153,11 @@ def main(argv: list[str]) -> None:
     if argv == ["all"]:
         root = Path(__file__).resolve().parent.parent
         for (family, trainable), page in PAGES.items():
-            renew(script(family, trainable), root / page)
-        renew(generation_script(), root / GENERATION_PAGE)
+            renew(tables(script(family, trainable)), root / page)
+        renew(tables(generation_script()), root / GENERATION_PAGE)
+        renew(trainables_table(), root / TRAINABLES_PAGE)
     elif len(argv) == 3:
-        renew(script(argv[0], argv[1]), Path(argv[2]))
+        renew(tables(script(argv[0], argv[1])), Path(argv[2]))
     else:
         print(__doc__)
 

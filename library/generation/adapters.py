@@ -4,7 +4,7 @@ strengths."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,22 @@ def network_of(adapter: AdapterFile, text_encoders: Sequence[nn.Module | None], 
         )
     if not [*network.unet_loras, *network.text_encoder_loras]:
         raise CheckpointError(f"{adapter.path} has no layer of this model; is it an adapter for another one?")
+    _tell_what_is_left(adapter, network, tensors)
     return network, tensors
+
+
+def _tell_what_is_left(adapter: AdapterFile, network: Any, tensors: Any) -> None:
+    """Another package's module passes layers by that it does not find, ours tells of them itself."""
+    from networks.files.network_files import by_module
+
+    if adapter.module.startswith("networks.") or not isinstance(tensors, Mapping):
+        return
+    held, made = len(by_module(tensors)), len(network.unet_loras) + len(network.text_encoder_loras)
+    if made < held:
+        logger.warning(
+            "%s: %s finds %d of its %d layers, the others change nothing; where their names are those of another program,"
+            " tools/convert_lora.py --to kohya gives them the ones that it knows", adapter.path, adapter.module, made, held,
+        )  # fmt: skip
 
 
 def hook(network: Any, adapter: AdapterFile, text_encoders: Sequence[nn.Module | None], denoiser: nn.Module) -> None:

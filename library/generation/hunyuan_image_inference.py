@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+GUIDANCE = (
+    "negative_prompt", "apg_start_step_ocr", "apg_start_step_general", "guidance_rescale", "guidance_rescale_apg",
+)  # fmt: skip
+
+
 class HunyuanImageScript(LatentScript[HunyuanImageRequest]):
     """Its pictures can be written as latents, and the denoiser with its adapters as a file."""
 
@@ -47,7 +52,8 @@ class HunyuanImageScript(LatentScript[HunyuanImageRequest]):
         check(config)
 
     def notices(self, config: Config) -> list[str]:
-        return ["latents are kept in float32 between the steps (known scripts round them to the type of the weights)"]
+        told = "latents are kept in float32 between the steps (known scripts round them to the type of the weights)"
+        return [told, *_without_effect(config)]
 
     def load(self, config: Config) -> PictureMaker[HunyuanImageRequest]:
         from library.generation.hunyuan_image_pipeline import load_pipeline
@@ -71,6 +77,19 @@ class HunyuanImageScript(LatentScript[HunyuanImageRequest]):
         save_merged(config[HunyuanImageModelOptions], config[ListedAdapterOptions], target)
         logger.info("%s", target)
         return [Path(target)]
+
+
+def _without_effect(config: Config) -> list[str]:
+    """Options of guidance by two prompts that are given for a distilled model, which knows none."""
+    from library.hunyuan_image_utils import inspect_hunyuan_image
+
+    path, given = config[HunyuanImageModelOptions].dit, [name for name in GUIDANCE if name in config.explicit]
+    if not given or config[HunyuanImagePromptOptions].latent_path or not path:
+        return []
+    if not inspect_hunyuan_image(path).params.guidance_embed:
+        return []
+    named = ", ".join(f"--{name}" for name in given)
+    return [f"{named}: no effect; {path} is a distilled model, which follows --guidance_scale as an embedded guidance alone"]
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

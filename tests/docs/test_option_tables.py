@@ -8,7 +8,16 @@ import pytest
 
 from library.training.parser_common import script
 from tests.option_sets import SCRIPTS
-from tools.document_options import GENERATION_PAGE, PAGES, generation_script, with_tables
+from tools.document_options import (
+    FEATURES,
+    GENERATION_PAGE,
+    PAGES,
+    TRAINABLES_PAGE,
+    between_marks,
+    generation_script,
+    trainables_table,
+    with_tables,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,3 +38,13 @@ def test_the_table_of_the_image_script_is_current() -> None:
     page = (ROOT / GENERATION_PAGE).read_text(encoding="utf-8")
     assert with_tables(page, generation_script()) == page
     assert [name for name in generation_script().owners if f"`--{name}`" not in page] == []
+
+
+def test_the_table_of_trainables_is_current() -> None:
+    """Each is told in words, each column with the options that it stands for."""
+    page = (ROOT / TRAINABLES_PAGE).read_text(encoding="utf-8")
+    assert between_marks(page, trainables_table()) == page
+    assert [trainable for _, trainable in PAGES if f"\n- `{trainable}`:" not in page] == []
+    legend = page.partition("<!--")[0]
+    assert [column for column in FEATURES if not any(part in legend for part in column.split())] == []
+    assert [column for column, options in FEATURES.items() if not any(f"`--{name}`" in legend for name in options)] == []

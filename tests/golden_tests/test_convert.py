@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from library.safetensors_utils import read_header
 from networks.files import lora_conversion
 from networks.files.network_files import by_module
 from networks.lora import lora_delta
@@ -35,6 +36,14 @@ def layout(family, name):
     if not path.exists():
         pytest.fail(f"reference file {path} is missing")
     return {key.partition("/")[2]: tensor for key, tensor in load_file(path).items() if key.startswith(f"{name}/")}
+
+
+def test_every_recorded_layout_is_compared():
+    found = {path.stem.removeprefix("convert_"): path for path in BEHAVIOUR_DIR.glob("convert_*.safetensors")}
+    assert found.keys() == set(FILES.values())
+    for family, name in FILES.items():
+        layouts = {key.partition("/")[0] for key in read_header(found[name])[0]}
+        assert {layout for layout in layouts if not layout.endswith("delta")} == set(LAYOUTS[family])
 
 
 def is_denoisers(key):

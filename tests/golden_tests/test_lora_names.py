@@ -70,7 +70,6 @@ def sdxl_models():
 
 
 MODELS = {"flux": flux_models, "anima": anima_models, "sd1": sd_models, "sdxl": sdxl_models}
-OUR_NAMES = {"sd1": "sd"}
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +78,7 @@ def models():
     return lambda family: made.setdefault(family, MODELS[family]())
 
 
-@pytest.mark.parametrize(
-    "case",
-    behaviour_cases("lora_names.json.gz", where=lambda case: OUR_NAMES.get(case["family"], case["family"]) in FAMILIES),
-)
+@pytest.mark.parametrize("case", behaviour_cases("lora_names.json.gz"))
 def test_names_and_shapes_of_a_network(case, models):
     denoiser, text_encoders = models(case["family"])
     module = importlib.import_module(case["network_module"])

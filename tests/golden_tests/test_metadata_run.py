@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from library.training import cli
 from tests.golden_dir import behaviour, behaviour_cases
-from tests.golden_tests.test_metadata import assert_metadata, family_of, of_our_families
+from tests.golden_tests.test_metadata import assert_metadata, family_of
 from tests.tiny import build_tiny_flux
 from tests.tiny_anima import build_tiny_anima
 from tests.tiny_sd import build_tiny_sd
@@ -76,7 +76,7 @@ def metadata_of(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-@pytest.mark.parametrize("case", behaviour_cases(FILE, where=of_our_families))
+@pytest.mark.parametrize("case", behaviour_cases(FILE))
 def test_files_of_a_run(case, models, tmp_path):
     output = run_case(case, models, tmp_path)
     final = metadata_of(output / f"{case['final_file']['text'].get('ss_output_name', 'last')}.safetensors")
@@ -87,7 +87,7 @@ def test_files_of_a_run(case, models, tmp_path):
         assert json.loads(written["ss_datasets"]) == json.loads(final["ss_datasets"])
 
 
-@pytest.mark.parametrize("case", behaviour_cases(FILE, where=of_our_families))
+@pytest.mark.parametrize("case", behaviour_cases(FILE))
 def test_files_of_a_run_without_metadata(case, models, tmp_path):
     output = run_case(case, models, tmp_path, "--no_metadata")
     written = sorted(output.glob("*.safetensors"))

@@ -19,6 +19,7 @@ from library.hunyuan_image_utils import load_encoders, load_hunyuan_image, load_
 from library.safetensors_utils import save_file_atomic
 from library.strategy_hunyuan_image import HunyuanImageTextEncodingStrategy, HunyuanImageTokenizeStrategy
 from library.tiny_models.hunyuan_image_tiny import TinyHunyuanImage, build_tiny_hunyuan_image
+from networks.files.lora_conversion import to_dotted
 
 QUOTED = 'a sign "open"'
 
@@ -150,7 +151,7 @@ def test_projected_guidance_is_that_of_diffusers() -> None:
 
 @pytest.mark.parametrize("mean_flow", [False, True])
 @torch.no_grad()
-def test_a_distilled_model_follows_its_guidance_alone(tmp_path, mean_flow: bool) -> None:
+def test_a_distilled_model_follows_its_guidance_alone(tmp_path, mean_flow: bool, caplog) -> None:
     tiny = build_tiny_hunyuan_image(tmp_path / "tiny", guidance=True, mean_flow=mean_flow)
     model = load_hunyuan_image(tiny.denoiser, torch.float32, "cpu")
     encoders = load_encoders(tiny.text_encoder, tiny.byt5, torch.float32, "cpu")
@@ -165,6 +166,7 @@ def test_a_distilled_model_follows_its_guidance_alone(tmp_path, mean_flow: bool)
     more = ("--guidance_scale=4", "--negative_prompt=blue", "--output_type=latent")
     (path,) = hunyuan_image_inference.run(arguments(tiny, tmp_path, *more))
     torch.testing.assert_close(load_file(path)["latent"][:, 0][None], x, rtol=1e-4, atol=1e-4)
+    assert "--negative_prompt: no effect" in caplog.text
 
 
 def test_adapters_hooked_merged_and_written_into_a_model(tiny, adapter, tmp_path) -> None:
@@ -242,3 +244,18 @@ def test_every_wrong_file_is_named_before_anything_is_loaded(tiny, tmp_path) -> 
     assert [problem.split()[0] for problem in caught.value.problems] == [
         "--save_path", "--dit", "--vae", "--text_encoder", "--byt5", "--lora_weight",
     ]  # fmt: skip
+
+
+def test_layers_that_another_package_does_not_find_are_told(tiny, adapter, tmp_path, caplog) -> None:
+    """LyCORIS makes adapters by our names; a file under ComfyUI's has some that are others."""
+    pytest.importorskip("lycoris")
+    plain, comfy = picture(tiny, tmp_path), tmp_path / "comfy.safetensors"
+    caplog.clear()
+    ours = picture(tiny, tmp_path, "--lora_weight", str(adapter))
+    theirs = picture(tiny, tmp_path, "--lora_weight", str(adapter), "--lycoris")
+    assert largest_difference(theirs, ours) <= 1 < largest_difference(ours, plain)
+    assert "of its" not in caplog.text
+    save_file_atomic(to_dotted("hunyuan_image", load_file(adapter)), comfy)
+    assert picture(tiny, tmp_path, "--lora_weight", str(comfy)) == ours
+    picture(tiny, tmp_path, "--lora_weight", str(comfy), "--lycoris")
+    assert "lycoris.kohya finds 1 of its 2 layers" in caplog.text
