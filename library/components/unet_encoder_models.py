@@ -96,7 +96,7 @@ class UNetEncoder(UNetBase):
         self, x: Tensor, embedding: Tensor, contexts: Iterator[Tensor], timesteps: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """(features at the bottom, skip connections) of what the first convolution made, x [B, C, H, W]; `contexts`:
-        see         `contexts_of`."""
+        see `contexts_of`."""
         skips = [x]
         for depth, level in enumerate(self.down_blocks):
             x = self.shrunk(depth, x, timesteps)
