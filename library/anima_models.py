@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import DeviceTables, never_empty, per_token, rotate_halves, scaled_attention, timestep_embedding
-from library.custom_offloading_utils import BlockOffloader, BlockStackMixin, row_swap_problem
+from library.custom_offloading_utils import BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
 NORM_EPS = 1e-6
@@ -445,10 +445,7 @@ class Anima(BlockStackMixin, nn.Module):
 
         ValueError when more blocks are asked for than `row_swap_problem` allows.
         """
-        problem = row_swap_problem(blocks_to_swap, self.params.num_blocks)
-        if problem:
-            raise ValueError(problem)
-        self.offloaders = (BlockOffloader(self.blocks, blocks_to_swap, device) if blocks_to_swap else None,)
+        self.swap_row(self.blocks, blocks_to_swap, device)
 
 
 def _with_mask(x: Tensor, padding_mask: Tensor | None) -> Tensor:

@@ -148,8 +148,8 @@ class BlockOffloader:
 
 def moving_weights(module: nn.Module) -> set[nn.Parameter]:
     """Those of a denoiser that change their memory while it runs."""
-    offloaders = (offloader for offloader in getattr(module, "offloaders", ()) if offloader is not None and offloader.active)
-    return {weight for offloader in offloaders for block in offloader.weights for weight in block.values()}
+    active = (one for one in getattr(module, "offloaders", ()) if one is not None and one.active)
+    return {weight for offloader in active for block in offloader.weights for weight in block.values()}
 
 
 class BlockStackMixin:
@@ -168,6 +168,14 @@ class BlockStackMixin:
         self.gradient_checkpointing = False
         self.cpu_offload_checkpointing = False
         self.offloaders = (None,) * num_rows
+
+    def swap_row(self, blocks: nn.ModuleList, blocks_to_swap: int, device: torch.device) -> None:
+        """`enable_block_swap` where one row of blocks takes part. ValueError when more are asked for than
+        `row_swap_problem` allows."""
+        problem = row_swap_problem(blocks_to_swap, len(blocks))
+        if problem:
+            raise ValueError(problem)
+        self.offloaders = (BlockOffloader(blocks, blocks_to_swap, device) if blocks_to_swap else None,)
 
     def run_block(
         self, block: nn.Module, index: int, offloader: BlockOffloader | None, hidden: tuple[Tensor, ...], context: tuple

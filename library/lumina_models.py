@@ -23,7 +23,7 @@ from library.attention import (
     scaled_attention,
     timestep_embedding,
 )
-from library.custom_offloading_utils import BlockOffloader, BlockStackMixin, row_swap_problem
+from library.custom_offloading_utils import BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
 
@@ -255,10 +255,7 @@ class NextDiT(BlockStackMixin, nn.Module):
 
         ValueError when more layers are asked for than `row_swap_problem` allows.
         """
-        problem = row_swap_problem(blocks_to_swap, self.params.n_layers)
-        if problem:
-            raise ValueError(problem)
-        self.offloaders = (BlockOffloader(self.layers, blocks_to_swap, device) if blocks_to_swap else None,)
+        self.swap_row(self.layers, blocks_to_swap, device)
 
     def _patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens [B, L, p p C] and their (rows, columns); inside a patch the channel is last."""

@@ -28,7 +28,7 @@ from library.attention import (
 from library.components.ldm_models import AutoEncoder as SDVAE  # noqa: F401, a name that is imported from here
 from library.core.errors import ConfigError
 from library.core.lazy_names import homes, lazy_names
-from library.custom_offloading_utils import BlockOffloader, BlockStackMixin, row_swap_problem
+from library.custom_offloading_utils import BlockStackMixin
 
 __getattr__, __dir__ = lazy_names(__name__, homes("library.compat.sd3_names", "create_sd3_mmdit"))
 
@@ -339,10 +339,7 @@ class MMDiT(BlockStackMixin, nn.Module):
 
         ValueError when more blocks are asked for than `row_swap_problem` allows.
         """
-        problem = row_swap_problem(blocks_to_swap, self.params.depth)
-        if problem:
-            raise ValueError(problem)
-        self.offloaders = (BlockOffloader(self.joint_blocks, blocks_to_swap, device) if blocks_to_swap else None,)
+        self.swap_row(self.joint_blocks, blocks_to_swap, device)
 
 
 def sample_side(grid: tuple[int, int]) -> int:

@@ -81,127 +81,141 @@ def _hint(owner: NetworkTrainer, name: str) -> str:
 def called_family(base: type) -> type:
     """The class of a family whose loading, strategies and forward are those of its NetworkTrainer where it overrides
     them."""
-
-    class CalledFamily(base):  # type: ignore[misc, valid-type]
-        calls: Calls
-
-        def own(self, name: str) -> Callable[..., Any]:
-            """The family's own method."""
-            return getattr(super(), name)
-
-        def metadata(self) -> dict[str, Any]:
-            values = super().metadata()
-            if self.calls.overrides("get_model_version"):
-                values["ss_base_model_version"] = self.calls.owner.get_model_version(self.calls.args)
-            return values
-
-        def strategies(self, trained: Any = ()) -> Any:
-            calls = self.calls
-            calls.strategies = super().strategies(trained)
-            changed = {
-                field: getattr(calls.owner, name)(calls.args)
-                for name, field in STRATEGIES.items()
-                if calls.overrides(name)
-            }
-            if own := changed.get("text_encoder_outputs_caching"):
-                own.trained = trained
-            calls.strategies = dataclasses.replace(calls.strategies, **changed) if changed else calls.strategies
-            return calls.strategies
-
-        def latents_caching(self) -> Any:
-            if not self.calls.overrides("get_latents_caching_strategy"):
-                return super().latents_caching()
-            strategy = self.calls.owner.get_latents_caching_strategy(self.calls.args)
-            strategy.model_identity = strategy.model_identity or super().latents_caching().model_identity
-            return strategy
-
-        def objective(self) -> Any:
-            own, calls = super().objective(), self.calls
-            return objective_of(calls.noise_scheduler(), own) if calls.overrides("get_noise_scheduler") else own
-
-        def scale_latents(self, latents: Tensor) -> Tensor:
-            calls = self.calls
-            if calls.owner.is_video and calls.overrides("scale_shift_latents"):
-                return calls.owner.scale_shift_latents(latents)
-            if calls.overrides("shift_scale_latents"):
-                return calls.owner.shift_scale_latents(calls.args, latents)
-            return super().scale_latents(latents)
-
-        def predict(
-            self, models: Models, sample: NoisyLatents, conditioning: Any, batch: Any, **inputs: Any
-        ) -> DiTOutput:
-            calls = self.calls
-            if not calls.overrides("call_unet"):
-                return super().predict(models, sample, conditioning, batch, **inputs)
-            calls.sample = sample
-            prediction = calls.owner.call_unet(
-                calls.args, calls.accelerator, models.denoiser, sample.noisy_latents, sample.timesteps,
-                calls.step.strategies.layout.listed(conditioning), batch, calls.runtime.weight_dtype, **inputs,
-            )
-            return DiTOutput(prediction, sample.target)
-
-        def load_vae(self, runtime: Any) -> Any:
-            return self._loaded("load_vae", runtime)
-
-        def load_text_encoders(self, runtime: Any) -> Any:
-            loaded = self._loaded("load_text_encoders", runtime)
-            encoders = list(loaded) if isinstance(loaded, (list, tuple)) else [loaded]
-            calls = self.calls
-            stored, computed = runtime.text_encoder_dtype, runtime.weight_dtype
-            if stored != computed and calls.overrides("prepare_text_encoder_fp8"):
-                for index, encoder in enumerate(encoders):
-                    calls.owner.prepare_text_encoder_fp8(index, encoder, stored, computed)
-            return encoders
-
-        def load_denoiser(self, runtime: Any) -> Any:
-            return self._loaded("load_denoiser", runtime)
-
-        def _loaded(self, method: str, runtime: Any) -> Any:
-            """A model: of load_target_model, which hands each out once, so that it can be released; of
-            load_unet_lazily; or our own."""
-            calls, is_lazy = self.calls, False
-            if calls.overrides("load_target_model"):
-                parts = self.__dict__.setdefault("_parts", {})
-                if method not in parts:
-                    found = calls.owner.load_target_model(calls.args, runtime.weight_dtype, runtime.accelerator)
-                    parts.update({name: found[place] for name, place in PARTS.items()})
-                model = parts.pop(method)
-                is_lazy = method == "load_denoiser" and model is None
-                if not is_lazy:
-                    return model
-            if method == "load_denoiser" and (is_lazy or calls.overrides("load_unet_lazily")):
-                encoders, dtype = list(calls.text_encoders or []), calls.runtime.weight_dtype
-                return calls.owner.load_unet_lazily(calls.args, dtype, runtime.accelerator, encoders)[0]
-            return calls.own_load(method, runtime)
-
-    CalledFamily.__name__, CalledFamily.__qualname__ = base.__name__, base.__qualname__
-    return CalledFamily
+    return _under_its_name(base, CalledFamily, CalledLoading)
 
 
 def called_trainable(base: type) -> type:
     """The class of a trainable for which the NetworkTrainer says which text encoders learn, where it does."""
+    return _under_its_name(base, CalledTrainable)
 
-    class CalledTrainable(base):  # type: ignore[misc, valid-type]
-        calls: Calls
 
-        def own(self, name: str) -> Callable[..., Any]:
-            return getattr(super(), name)
+def _under_its_name(base: type, *called: type) -> type:
+    """`base` with the methods of `called` before its own, under its own name."""
+    names = {"__qualname__": base.__qualname__, "__module__": __name__}
+    return type(base.__name__, (*called, OwnMethods, base), names)
 
-        def trains_text_encoders(self, family: Any) -> list[bool]:
-            own, calls = super().trains_text_encoders(family), self.calls
-            if not calls.overrides("is_train_text_encoder", "get_text_encoders_train_flags"):
-                return own
-            flags = list(calls.owner.get_text_encoders_train_flags(calls.args, [None] * len(own)))
-            if len(flags) != len(own) or any(flag and not is_own for flag, is_own in zip(flags, own)):
-                raise ConfigError(
-                    f"{type(calls.owner).__name__}.get_text_encoders_train_flags gave {flags}; the options train {own},"
-                    " and a method may only leave some of these out. Look at --network_train_unet_only and"
-                    " --network_args"
-                )
-            return flags
 
-    CalledTrainable.__name__, CalledTrainable.__qualname__ = base.__name__, base.__qualname__
-    return CalledTrainable
+class OwnMethods:
+    """The last before a family or a trainable, past whom `own` gets at what is theirs."""
+
+    def own(self, name: str) -> Callable[..., Any]:
+        return getattr(super(), name)
+
+
+class CalledFamily:
+    """Strategies, objective and forward: before those of a family, which `super()` is."""
+
+    calls: Calls
+
+    def metadata(self) -> dict[str, Any]:
+        values = super().metadata()
+        if self.calls.overrides("get_model_version"):
+            values["ss_base_model_version"] = self.calls.owner.get_model_version(self.calls.args)
+        return values
+
+    def strategies(self, trained: Any = ()) -> Any:
+        calls = self.calls
+        calls.strategies = super().strategies(trained)
+        changed = {
+            field: getattr(calls.owner, name)(calls.args)
+            for name, field in STRATEGIES.items()
+            if calls.overrides(name)
+        }
+        if own := changed.get("text_encoder_outputs_caching"):
+            own.trained = trained
+        calls.strategies = dataclasses.replace(calls.strategies, **changed) if changed else calls.strategies
+        return calls.strategies
+
+    def latents_caching(self) -> Any:
+        if not self.calls.overrides("get_latents_caching_strategy"):
+            return super().latents_caching()
+        strategy = self.calls.owner.get_latents_caching_strategy(self.calls.args)
+        strategy.model_identity = strategy.model_identity or super().latents_caching().model_identity
+        return strategy
+
+    def objective(self) -> Any:
+        own, calls = super().objective(), self.calls
+        return objective_of(calls.noise_scheduler(), own) if calls.overrides("get_noise_scheduler") else own
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        calls = self.calls
+        if calls.owner.is_video and calls.overrides("scale_shift_latents"):
+            return calls.owner.scale_shift_latents(latents)
+        if calls.overrides("shift_scale_latents"):
+            return calls.owner.shift_scale_latents(calls.args, latents)
+        return super().scale_latents(latents)
+
+    def predict(
+        self, models: Models, sample: NoisyLatents, conditioning: Any, batch: Any, **inputs: Any
+    ) -> DiTOutput:
+        calls = self.calls
+        if not calls.overrides("call_unet"):
+            return super().predict(models, sample, conditioning, batch, **inputs)
+        calls.sample = sample
+        prediction = calls.owner.call_unet(
+            calls.args, calls.accelerator, models.denoiser, sample.noisy_latents, sample.timesteps,
+            calls.step.strategies.layout.listed(conditioning), batch, calls.runtime.weight_dtype, **inputs,
+        )
+        return DiTOutput(prediction, sample.target)
+
+
+class CalledLoading:
+    """Loading: before that of a family. `load_target_model` hands each model out once, so that it can be released."""
+
+    calls: Calls
+
+    def load_vae(self, runtime: Any) -> Any:
+        return self._loaded("load_vae", runtime)
+
+    def load_text_encoders(self, runtime: Any) -> Any:
+        loaded = self._loaded("load_text_encoders", runtime)
+        encoders = list(loaded) if isinstance(loaded, (list, tuple)) else [loaded]
+        calls = self.calls
+        stored, computed = runtime.text_encoder_dtype, runtime.weight_dtype
+        if stored != computed and calls.overrides("prepare_text_encoder_fp8"):
+            for index, encoder in enumerate(encoders):
+                calls.owner.prepare_text_encoder_fp8(index, encoder, stored, computed)
+        return encoders
+
+    def load_denoiser(self, runtime: Any) -> Any:
+        return self._loaded("load_denoiser", runtime)
+
+    def _loaded(self, method: str, runtime: Any) -> Any:
+        """A model: of load_target_model, which hands each out once, so that it can be released; of
+        load_unet_lazily; or our own."""
+        calls, is_lazy = self.calls, False
+        if calls.overrides("load_target_model"):
+            parts = self.__dict__.setdefault("_parts", {})
+            if method not in parts:
+                found = calls.owner.load_target_model(calls.args, runtime.weight_dtype, runtime.accelerator)
+                parts.update({name: found[place] for name, place in PARTS.items()})
+            model = parts.pop(method)
+            is_lazy = method == "load_denoiser" and model is None
+            if not is_lazy:
+                return model
+        if method == "load_denoiser" and (is_lazy or calls.overrides("load_unet_lazily")):
+            encoders, dtype = list(calls.text_encoders or []), calls.runtime.weight_dtype
+            return calls.owner.load_unet_lazily(calls.args, dtype, runtime.accelerator, encoders)[0]
+        return calls.own_load(method, runtime)
+
+
+class CalledTrainable:
+    """Which text encoders learn: before what a trainable says."""
+
+    calls: Calls
+
+    def trains_text_encoders(self, family: Any) -> list[bool]:
+        own, calls = super().trains_text_encoders(family), self.calls
+        if not calls.overrides("is_train_text_encoder", "get_text_encoders_train_flags"):
+            return own
+        flags = list(calls.owner.get_text_encoders_train_flags(calls.args, [None] * len(own)))
+        if len(flags) != len(own) or any(flag and not is_own for flag, is_own in zip(flags, own)):
+            raise ConfigError(
+                f"{type(calls.owner).__name__}.get_text_encoders_train_flags gave {flags}; the options train {own},"
+                " and a method may only leave some of these out. Look at --network_train_unet_only and"
+                " --network_args"
+            )
+        return flags
 
 
 class CalledUpdater(OrdinaryUpdater):

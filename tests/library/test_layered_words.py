@@ -116,8 +116,15 @@ def test_gen_img_makes_pictures_with_them(tiny, layers, vectors, tmp_path):
         ])  # fmt: skip
         return Image.open(path).tobytes()
 
+    bundle, width = tmp_path / "bundle.safetensors", vectors["MID"].shape[1]
+    layer = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    save_file_atomic({
+        "bundle_emb.zyx.string_to_param.*": vectors["MID"], f"{layer}.lora_down.weight": torch.zeros(1, width),
+        f"{layer}.lora_up.weight": torch.zeros(width, 1),
+    }, bundle)  # fmt: skip
     same = picture("--textual_inversion_embeddings", str(plain))
     assert picture("--XTI_embeddings", str(layered)) == same != picture("--XTI_embeddings", str(other))
+    assert picture("--network_module", "lora", "--network_weights", str(bundle)) == same
 
 
 def test_files_that_do_not_fit(tiny, layers, vectors, tmp_path):
@@ -144,15 +151,20 @@ def test_names_and_rows_are_those_of_the_reference():
     """Layers of the real U-Net, tokens and the row that each starts from."""
     layers = text_layers(UNetParams())
     assert layers == XTI["layers"] == [place["layer"] for place in XTI["cross_attention"]]
-    word = LayeredWord(TextualInversionOptions(token_string="zyx", num_vectors_per_token=XTI["num_vectors_per_token"]))
+    names = {"input_blocks": "IN", "output_blocks": "OUT"}
+    without = [block.split(".") for block in XTI["blocks_without_row"]]
+    assert not {f"{names[part]}{int(number):02}" for part, number in without} & set(layers)
+    token = XTI["rows"][0]["token"].removesuffix(f"_{layers[0]}")
+    options = TextualInversionOptions(token_string=token, num_vectors_per_token=XTI["num_vectors_per_token"])
+    word = LayeredWord(options)
     word.layers, word.init_ids = layers, {"emb_params": XTI["init_ids"]}
     assert word.tokens == [row["token"] for row in XTI["rows"]]
-    assert word.of_layer("MID")[:2] == ["zyx_MID", "zyx1_MID"] and "zyx_MID zyx1_MID" in XTI["caption_of_layer"]
 
     class Runtime:
         seed = 1
 
-    table = torch.nn.Embedding(200, 1, _weight=torch.arange(200.0)[:, None])
+    size = max(XTI["init_ids"]) + 1
+    table = torch.nn.Embedding(size, 1, _weight=torch.arange(float(size))[:, None])
     rows = word.fresh_rows("emb_params", table, Runtime())
     assert rows[:, 0].tolist() == [row["init_id"] for row in XTI["rows"]]
 

@@ -17,7 +17,7 @@ from library.training.wiring.flux import FluxFamily
 from tests.runs import own_hooks
 from tests.runs.conftest import Work, draw_pictures, fingerprint, largest_difference, read_parts
 from tests.runs.test_exactness import Stopped, stop_after
-from tests.runs.test_processes import LAUNCHERS, OPTIONS, start
+from tests.runs.test_processes import OPTIONS, train_in_two
 
 PULL, PLAIN = "--hook=tests.runs.own_hooks:Pull", "--hook=tests.runs.own_hooks:Plain"
 
@@ -81,8 +81,7 @@ def test_its_module_learns_alike_in_two_processes(work: Work) -> None:
     work.images = draw_pictures(work.folder / "square", 3)
     words = [PULL, "--t5xxl_max_token_length=32", "--save_state_on_train_end"]
     small = work.dataset(batch_size=1, name="small.toml")
-    two = start(work, "two", LAUNCHERS["torchrun"], *words, dataset=small)
-    assert two.returncode == 0, two.stderr
+    train_in_two(work, "two", *words, dataset=small)
     work.train("one", *OPTIONS, *words, dataset=work.dataset(batch_size=2, name="large.toml"))
     one_number, two_numbers = (number_in(work.folder / out / "lora-state") for out in ("one", "two"))
     assert one_number != 0 and two_numbers == pytest.approx(one_number, rel=1e-5)

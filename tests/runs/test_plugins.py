@@ -186,7 +186,8 @@ def test_what_a_plugin_registers_by_a_call_is_known_to_the_checks(tinies, tmp_pa
     (tmp_path / "calls_plugin.py").write_text(CALLS)
     monkeypatch.syspath_prepend(str(tmp_path))
     samplers = library.TIMESTEP_SAMPLERS._entries
-    monkeypatch.setattr(registry, "_records", registry.records())  # what is registered meanwhile is taken out again
+    families = registry.records()
+    monkeypatch.setattr(registry, "_records", dict(families))  # what is registered meanwhile is taken out again
     work = tinies.work("sd1", tmp_path)
     (tmp_path / "own.toml").write_text('plugins = "calls_plugin"\ntimestep_sampling = "steep"\n', encoding="utf-8")
     for words in (["--plugins=calls_plugin", "--timestep_sampling=steep"], [f"--config_file={tmp_path / 'own.toml'}"]):
@@ -195,6 +196,8 @@ def test_what_a_plugin_registers_by_a_call_is_known_to_the_checks(tinies, tmp_pa
         work.trainer("out", *words).check()
     argv = ["--plugins", "calls_plugin", "--model_type", "second"]
     monkeypatch.delitem(sys.modules, "calls_plugin")
+    monkeypatch.setattr(library.TIMESTEP_SAMPLERS, "_entries", dict(samplers))
+    monkeypatch.setattr(registry, "_records", dict(families))
     assert chosen_variant("flux", argv) == "second"
 
 

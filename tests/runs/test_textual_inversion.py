@@ -145,6 +145,9 @@ def test_the_same_command_writes_the_same_bytes_also_when_resumed(work: WordWork
     assert read_parts(work.train("captions", "--max_train_steps=1", dataset=data))[1] != read_parts(first)[1]
 
 
+@pytest.mark.parametrize("tiny_set", [
+    "sdxl", "sd1 by layers", *(pytest.param(name, marks=pytest.mark.full) for name in ("sd1", "sd2", "sd3", "flux")),
+], indirect=True)  # fmt: skip
 def test_masks_and_weighted_captions_count(work: WordWork) -> None:
     """A black mask leaves nothing to learn, half a mask something else than none. Weights of captions count where the
     family reads them; a weight of 1 is none."""
@@ -172,6 +175,16 @@ def test_masks_and_weighted_captions_count(work: WordWork) -> None:
             assert "--weighted_captions" in str(error)
             return
     assert rows["1.0"] == rows["none"] != rows["1.9"]
+
+
+def test_captions_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    work = WordWork(tmp_path, build_tiny("sd1", tmp_path / "tiny"), draw_pictures(tmp_path / "images", 3), case=CASES["sd1"])
+    for path, caption in zip(sorted(work.images.glob("*.txt")), ("a zyx", "a zyxland", "zyx in zyxland"), strict=True):
+        path.write_text(caption, encoding="utf-8")
+    work.prepare("out")
+    told = [record.getMessage() for record in caplog.records]
+    assert any("1 of 3 captions do not hold the word 'zyx'" in line for line in told)
+    assert any("stands inside longer words" in line and "in 2 captions" in line for line in told)
 
 
 @pytest.mark.parametrize("words, told", [

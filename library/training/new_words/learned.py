@@ -171,27 +171,32 @@ class LearnedWord:
             replacements: Mapping[str | re.Pattern[str], Any] = {"": [text.format(words) for text in sentences]}
         else:
             replacements = {whole_word(opts.token_string): words}
-            self._warn_missing(data)
+            self._tell_captions(data)
         for group in data.groups:
             group.set_replacements(replacements)
 
-    def _warn_missing(self, data: DataGroups) -> None:
-        """Captions without the word teach nothing about it. Its place may be a prefix or suffix of the subset."""
-        pattern = whole_word(self.opts.token_string)
-        without = [
-            item.image_key
-            for item in data.train.items
-            if not item.subset.is_reg
-            and not any(
-                pattern.search(part or "")
-                for part in (item.caption, item.subset.caption_prefix, item.subset.caption_suffix)
-            )
-        ]
-        if without and is_main_process():
-            more = f" and {len(without) - SHOWN} more" if len(without) > SHOWN else ""
+    def _tell_captions(self, data: DataGroups) -> None:
+        """Captions without the word teach nothing about it (its place may be a prefix or suffix of the subset), and in a
+        longer word it is another."""
+        token, pattern = self.opts.token_string or "", whole_word(self.opts.token_string or "")
+        without, longer = [], []
+        for item in data.train.items:
+            texts = [item.caption or "", item.subset.caption_prefix or "", item.subset.caption_suffix or ""]
+            if not item.subset.is_reg and not any(map(pattern.search, texts)):
+                without.append(item.image_key)
+            if any(token in pattern.sub("", text) for text in texts):
+                longer.append(item.image_key)
+        if not is_main_process():
+            return
+        if without:
             logger.warning(
-                "%d of %d captions do not hold the word '%s': %s%s", len(without), len(data.train.items),
-                self.opts.token_string, ", ".join(without[:SHOWN]), more,
+                "%d of %d captions do not hold the word '%s': %s", len(without), len(data.train.items), token,
+                _some(without),
+            )
+        if longer:
+            logger.warning(
+                "'%s' stands inside longer words, which stay as they are (known scripts put the tokens there), in %d "
+                "captions: %s", token, len(longer), _some(longer),
             )
 
     def sample_prompt(self, prompt: SamplePrompt) -> SamplePrompt:
@@ -255,6 +260,11 @@ class LearnedWord:
             "ss_use_object_template": self.opts.use_object_template,
             "ss_use_style_template": self.opts.use_style_template,
         }
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
