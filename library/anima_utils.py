@@ -210,6 +210,17 @@ def inspect_llm_adapter(path: str | os.PathLike) -> tuple[CheckpointFiles, str, 
     return source, prefix, params
 
 
+def adapter_file_problem(path: str | os.PathLike | None) -> str | None:
+    """A message when the file of --llm_adapter_path holds no LLM adapter, or a part of one; None without a file."""
+    if not path:
+        return None
+    try:
+        inspect_llm_adapter(path)
+    except CheckpointError as error:
+        return f"--llm_adapter_path: {error}"
+    return None
+
+
 def adapter_problem(adapter: AdapterParams, params: AnimaParams, path: str | os.PathLike) -> str | None:
     """Why this adapter cannot serve this denoiser, or None."""
     if adapter.target_dim == params.context_dim:

@@ -148,8 +148,8 @@ class BlockOffloader:
 
 def moving_weights(module: nn.Module) -> set[nn.Parameter]:
     """Those of a denoiser that change their memory while it runs."""
-    offloaders = (offloader for offloader in getattr(module, "offloaders", ()) if offloader is not None and offloader.active)
-    return {weight for offloader in offloaders for block in offloader.weights for weight in block.values()}
+    active = (one for one in getattr(module, "offloaders", ()) if one is not None and one.active)
+    return {weight for offloader in active for block in offloader.weights for weight in block.values()}
 
 
 class BlockStackMixin:

@@ -442,8 +442,8 @@ def save_whole_sd3(
 def save_encoder(
     model: nn.Module, slot: str, base: str | os.PathLike, path: str | os.PathLike, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a text encoder as a file of its own, under the names of transformers. `base`: where it was read, which tells
-    what shapes do not."""
+    """Write a text encoder as a file of its own, under the names of transformers. `base`: where it was read, which
+    tells what shapes do not."""
     source = open_checkpoint(base)
     own = source.model_config.get(slot, source.model_config)
     told = {"model_config": json.dumps(own, sort_keys=True)} if own else {}

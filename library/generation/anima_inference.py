@@ -80,6 +80,7 @@ def check(config: Config) -> None:
 
 
 def _file_problems(config: Config) -> list[str]:
+    from library.anima_utils import adapter_file_problem
     from library.checkpoints.kinds import check_slot
     from library.device_utils import device_problem
 
@@ -88,7 +89,7 @@ def _file_problems(config: Config) -> list[str]:
     if not pictures.latent_path:
         slots = [("dit", {"anima", "cosmos"}), *slots, ("text_encoder", {"qwen3"})]
     found = [check_slot(getattr(model, slot), slot, kinds, for_pictures=True) for slot, kinds in slots]
-    found += SCRIPT.extra_file_problems(config)
+    found += [adapter_file_problem(model.llm_adapter_path), *SCRIPT.extra_file_problems(config)]
     asked = {f"--{name}": "float8_e4m3fn" for name in ("fp8", "fp8_scaled") if getattr(model, name)}
     found += format_problems({f"--dtype {model.dtype}": model.dtype_name, **asked}, model.device)
     return [problem for problem in (*found, device_problem("device", model.device)) if problem]

@@ -47,7 +47,8 @@ class WeightAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the weights are the average; afterwards they are as before, to the bit. Where both have one type and
-        place their memory is exchanged and nothing is copied, but for weights whose memory block swap gives to others."""
+        place their memory is exchanged and nothing is copied, but for weights whose memory block swap gives to
+        others."""
         moving = set().union(*(moving_weights(module) for module in self._modules().values()))
         exchanged: dict[torch.nn.Parameter, torch.Tensor] = {}
         copied: dict[torch.nn.Parameter, torch.Tensor] = {}

@@ -142,7 +142,11 @@ def name_problems(config: Config) -> list[str]:
         else names.last()
     )
     written = [
-        *(names.companion(stem, f"{ending}{side}") for ending in companion_endings(config) for side in ("", *side_endings(config))),
+        *(
+            names.companion(stem, f"{ending}{side}")
+            for ending in companion_endings(config)
+            for side in ("", *side_endings(config))
+        ),
         f"{names.last()}-loss.csv",
         f"{names.last()}-loss.png",
     ]

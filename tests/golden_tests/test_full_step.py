@@ -50,8 +50,9 @@ def options_of(case: dict[str, Any], model: Path, is_fused: bool) -> list[str]:
     """The command line of a case."""
     args = {name: value for name, value in case["args"].items() if name != "lr"}
     words = [
-        f"--pretrained_model_name_or_path={model}", f"--optimizer_type={case['optimizer']}", f"--learning_rate={case['args']['lr']}",
-        f"--max_grad_norm={case['max_grad_norm']}", "--optimizer_args", *(f"{name}={value}" for name, value in args.items()),
+        f"--pretrained_model_name_or_path={model}", f"--optimizer_type={case['optimizer']}",
+        f"--learning_rate={case['args']['lr']}", f"--max_grad_norm={case['max_grad_norm']}", "--optimizer_args",
+        *(f"{name}={value}" for name, value in args.items()),
     ]  # fmt: skip
     frozen = case.get("num_last_block_to_freeze")
     words += [f"--num_last_block_to_freeze={frozen}"] if frozen else []
@@ -65,7 +66,8 @@ class Steps:
         config = parse(words, "sd3", "full")
         runtime: Any = SimpleNamespace(
             device=torch.device("cpu"), backward=lambda loss: loss.backward(), reduce_gradients=lambda parameters: None,
-            unscale_gradients=lambda: None, **dict.fromkeys(("denoiser_dtype", "weight_dtype", "trained_dtype"), torch.float32),
+            unscale_gradients=lambda: None,
+            **dict.fromkeys(("denoiser_dtype", "weight_dtype", "trained_dtype"), torch.float32),
         )  # fmt: skip
         self.family, trainable = Sd3Family(config), FullTrainable(config)
         self.models = Models(None, [None] * 3, self.family.load_denoiser(runtime).requires_grad_(False))
@@ -75,7 +77,8 @@ class Steps:
         self.learning = [p for group in optimizer.param_groups for p in group["params"]]
         self.norms: list[float] = []
         self.run: Any = SimpleNamespace(
-            optimizer=optimizer, max_grad_norm=config[OptimizerOptions].max_grad_norm, runtime=runtime, models=self.models,
+            optimizer=optimizer, max_grad_norm=config[OptimizerOptions].max_grad_norm, runtime=runtime,
+            models=self.models,
             lr_scheduler=SimpleNamespace(step=lambda: None), hooks=SimpleNamespace(on_gradients_ready=self._note),
             step=SimpleNamespace(seed=0), progress=SimpleNamespace(global_step=0),
         )  # fmt: skip
@@ -100,7 +103,8 @@ def test_steps_of_sd3(case: dict[str, Any] | None, is_fused: bool, tmp_path: Pat
     """The loss compares clean estimate and clean latents, as the family does."""
     weights, inputs, expected, config = load_golden(NAME)
     assert case is not None
-    save_file_atomic({f"model.diffusion_model.{key}": tensor for key, tensor in weights.items()}, tmp_path / "base.safetensors", {})
+    base = {f"model.diffusion_model.{key}": tensor for key, tensor in weights.items()}
+    save_file_atomic(base, tmp_path / "base.safetensors", {})
     run = Steps(options_of(case, tmp_path / "base.safetensors", is_fused))
     assert isinstance(run.updater, FusedUpdater) == is_fused
     losses = [run.step(inputs, number) for number in range(case["steps"])]

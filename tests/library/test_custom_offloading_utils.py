@@ -150,8 +150,9 @@ def fused_steps(model: Flux, dtype: torch.dtype, frozen: str) -> list[torch.Tens
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not re.match(frozen, name))
     run: Any = SimpleNamespace(
-        optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), max_grad_norm=0.0, models=Models(None, [], model),
-        lr_scheduler=SimpleNamespace(step=lambda: None), step=SimpleNamespace(seed=0), progress=SimpleNamespace(global_step=0),
+        optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), max_grad_norm=0.0,
+        models=Models(None, [], model), lr_scheduler=SimpleNamespace(step=lambda: None), step=SimpleNamespace(seed=0),
+        progress=SimpleNamespace(global_step=0),
         runtime=SimpleNamespace(backward=lambda loss: loss.backward(), device=torch.device("cpu")),
     )  # fmt: skip
     updater = FusedUpdater("stochastic")

@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from library.core.errors import ConfigError
-from library.families.registry import FAMILIES
 from library.safetensors_utils import load_pickled_tensors, load_safetensors
 from library.training import cli
 from library.training.checkpoint import DEFAULT_FORMAT
 from library.training.earlier_runs import is_output_of
 from library.training.option_groups import SavingOptions
+from tests.option_sets import SCRIPTS
 from tests.runs.conftest import Work
 from tests.runs.families import Tinies, without
 from tests.runs.test_whole_models import argv, changed, train
 
 BF16 = ("--mixed_precision=bf16", "--full_bf16")
 DENOISER = "model.diffusion_model."
-FIRST_BLOCK = {"chroma": "double_blocks.0.", "lumina": "layers.0.", "hunyuan_image": "double_blocks.0.", "sd3": "joint_blocks.0."}
+FIRST_BLOCK = {
+    "chroma": "double_blocks.0.", "lumina": "layers.0.", "hunyuan_image": "double_blocks.0.", "sd3": "joint_blocks.0.",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,8 @@ def learned_text(work: Work, out: str, *more: str) -> Path:
 def test_text_encoders_of_sd3_in_the_file_of_the_model(tinies: Tinies, tmp_path: Path) -> None:
     """CLIP-L learns for one step; the last block never does; all parts are in the pickled file, and none beside it."""
     work = tinies.work("sd3", tmp_path)
-    words = ["--stop_text_encoder_training=1", "--num_last_block_to_freeze=1", "--save_clip", "--save_t5xxl", "--save_model_as=ckpt"]
-    final = learned_text(work, "out", *words).with_suffix(".ckpt")
+    words = ["--stop_text_encoder_training=1", "--num_last_block_to_freeze=1", "--save_clip", "--save_t5xxl"]
+    final = learned_text(work, "out", *words, "--save_model_as=ckpt").with_suffix(".ckpt")
     assert {path.suffix for path in final.parent.iterdir()} == {".ckpt", ".csv", ".png"}
     first, last = (load_pickled_tensors(path) for path in (final.with_name("lora-step00000001.ckpt"), final))
     base = load_safetensors(work.tiny.model)
@@ -63,12 +65,14 @@ def test_text_encoders_of_sd3_in_the_file_of_the_model(tinies: Tinies, tmp_path:
     assert "spiece_model" in t5 and not differing(t5, {key: load_safetensors(work.tiny.t5xxl)[key] for key in t5})
     parts = {key for key in base if not torch.equal(base[key].float(), last[key].float())}
     depth = 1 + max(int(key.split(".")[3]) for key in base if key.startswith(f"{DENOISER}joint_blocks."))
-    assert any(key.startswith(f"{DENOISER}joint_blocks.0.") for key in parts) and all(key.startswith(DENOISER) for key in parts)
+    assert any(key.startswith(f"{DENOISER}joint_blocks.0.") for key in parts)
+    assert all(key.startswith(DENOISER) for key in parts)
     assert not any(key.startswith(f"{DENOISER}joint_blocks.{depth - 1}.") for key in parts)
 
 
 def test_text_encoders_of_sd3_beside_the_model(tinies: Tinies, tmp_path: Path) -> None:
-    """With a denoiser of rate 0, rounded in memory. Files of an outdated step go together; those of an earlier run are known as its own."""
+    """With a denoiser of rate 0, rounded in memory. Files of an outdated step go together; those of an earlier run are
+    known as its own."""
     work = tinies.work("sd3", tmp_path)
     alone = learned_text(work, "out", "--learning_rate=0", "--learning_rate_te1=1e-3", "--save_last_n_steps=1", *BF16)
     assert changed(work.tiny.model, alone) == set()
@@ -105,7 +109,9 @@ def test_the_approximator_of_chroma_learns_with_a_rate_of_its_own(tinies: Tinies
     ("sd3", "--blocks_to_swap=1"), ("lumina", "--blocks_to_swap=1"), ("chroma", "--gradient_checkpointing"),
     ("hunyuan_image", "--gradient_checkpointing"),
 ])  # fmt: skip
-def test_updates_inside_the_backward_pass_give_the_same_bytes(name: str, saving: str, tinies: Tinies, tmp_path: Path) -> None:
+def test_updates_inside_the_backward_pass_give_the_same_bytes(
+    name: str, saving: str, tinies: Tinies, tmp_path: Path
+) -> None:
     """As long as nothing is clipped, beside a frozen block and what else saves memory."""
     work = tinies.work(name, tmp_path)
     words = ["--max_grad_norm=0", "--max_train_steps=2", f"--layer_lrs=^{FIRST_BLOCK[name]}=0"]
@@ -139,7 +145,7 @@ def test_what_cannot_be(name: str, words: list[str], told: str, tinies: Tinies, 
     assert not (work.folder / "out").exists()
 
 
-@pytest.mark.parametrize("which", sorted({(family, what) for family, record in FAMILIES.items() for what in ("network", *record.scripts)}), ids="_".join)
+@pytest.mark.parametrize("which", SCRIPTS, ids="_".join)
 def test_a_model_that_is_not_given(which: tuple[str, str], tinies: Tinies, tmp_path: Path) -> None:
     """Beside pictures that are there."""
     work = tinies.work("chroma", tmp_path)
@@ -153,7 +159,10 @@ def test_a_state_in_which_other_text_encoders_learned(tinies: Tinies, tmp_path: 
     work = tinies.work("sd3", tmp_path)
     learned_text(work, "out", "--save_state", "--max_train_steps=1")
     state = f"--resume={work.folder / 'out' / 'lora-step00000001-state'}"
-    told = "--train_text_encoder has text_encoder_1=False; .* has text_encoder_1=True, and what learns cannot change: .* with --pretrained"
+    told = (
+        "--train_text_encoder has text_encoder_1=False; .* has text_encoder_1=True, and what learns cannot change: .*"
+        " with --pretrained"
+    )
     with pytest.raises(ConfigError, match=told):
         learned_text(work, "other", state, "--learning_rate_te1=0")
 

@@ -23,7 +23,10 @@ from tests.runs.families import Tinies, without
 TEXT = {
     "sd": ("--train_text_encoder", "--learning_rate_te=2e-3"),
     "sdxl": ("--train_text_encoder", "--learning_rate_te2=2e-3"),
-    "sd3": ("--train_text_encoder", "--learning_rate_te1=2e-3", "--learning_rate_te2=0", "--train_t5xxl", "--learning_rate_te3=2e-3"),
+    "sd3": (
+        "--train_text_encoder", "--learning_rate_te1=2e-3", "--learning_rate_te2=0", "--train_t5xxl",
+        "--learning_rate_te3=2e-3",
+    ),
 }
 """family -> options with which text encoders learn in its script `full`"""
 VALIDATED = ("--validation_split=0.5", "--validate_every_n_steps=4")
@@ -71,7 +74,8 @@ def changed(before: Path, after: Path) -> set[str]:
 
 def side_files(model: Path) -> list[str]:
     """Options that name the text encoders beside a model's file."""
-    return [f"--{path.stem.removeprefix(f'{model.stem}_')}={path}" for path in sorted(model.parent.glob(f"{model.stem}_*.safetensors"))]
+    beside = sorted(model.parent.glob(f"{model.stem}_*.safetensors"))
+    return [f"--{path.stem.removeprefix(f'{model.stem}_')}={path}" for path in beside]
 
 
 @pytest.mark.parametrize("name, trainable", CELLS)

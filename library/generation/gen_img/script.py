@@ -177,10 +177,10 @@ def model_problems(options: GenerationModelOptions) -> list[str]:
     """What is wrong with checkpoint, autoencoder and tokenizer, from headers."""
     family, kinds = pipeline_class(options.family), set(record_of(options.family).kinds)
     model_problem = slot_problem(options.ckpt, "ckpt", kinds, for_pictures=True)
-    if model_problem:
-        return [model_problem]
     vae_problem = slot_problem(options.vae, "vae", {"vae_sd", *kinds}) if options.vae else None
-    found = [vae_problem] if vae_problem else []
+    found = [problem for problem in (model_problem, vae_problem) if problem]
+    if model_problem:
+        return found
     checks = [lambda: family.inspect(options)[1], lambda: family.text_problems(options)]
     if not vae_problem:
         checks.append(

@@ -105,12 +105,15 @@ class FullTrainable(WeightsTrainable):
         named = [name for name in TEXT_RATES if name in script.options]
         for number, switch in script.text_switches.items():
             if getattr(opts, named[number]) and not getattr(opts, switch):
-                yield f"--{named[number]} is {getattr(opts, named[number])}, and that encoder learns with --{switch} alone; add it"
+                given = getattr(opts, named[number])
+                yield f"--{named[number]} is {given}, and that encoder learns with --{switch} alone; add it"
         learn, caching = self.trains_text_encoders(family), self.config[CachingOptions]
         if "use_t5xxl_cache_only" in script.options and caching.caches_text and any(learn):
             cached = [name for name in switches if getattr(opts, name)]
             if cached:
-                yield f"--{cached[0]} with cached outputs of text encoders: what learns is not cached; leave one of them out"
+                yield (
+                    f"--{cached[0]} with cached outputs of text encoders: what learns is not cached; leave one of them out"
+                )
             elif not opts.use_t5xxl_cache_only:
                 yield (
                     "--train_text_encoder with --cache_text_encoder_outputs: what learns is not cached; add"
@@ -217,7 +220,8 @@ class FullTrainable(WeightsTrainable):
     def _learned_parts(self, family: ModelFamily) -> set[str]:
         """As ModelFamily.save_model names them."""
         parts = {"denoiser"} if self._denoiser_learns(family) else set()
-        return parts | {f"text_encoders.{number}" for number, learns in enumerate(self.trains_text_encoders(family)) if learns}
+        learn = self.trains_text_encoders(family)
+        return parts | {f"text_encoders.{number}" for number, learns in enumerate(learn) if learns}
 
     def side_files(self, family: ModelFamily) -> list[str]:
         return list(family.side_files(self._learned_parts(family)).values())

@@ -83,8 +83,8 @@ class RoundingUpdater(OrdinaryUpdater):
 
 
 def bring_states(run: Run) -> None:
-    """What was resumed for weights that wait in main memory (block swap) goes to the device, where they are when they are
-    updated. Paged states of bitsandbytes travel by themselves."""
+    """What was resumed for weights that wait in main memory (block swap) goes to the device, where they are when they
+    are updated. Paged states of bitsandbytes travel by themselves."""
     for parameter in trained_parameters(run.optimizer):
         entry = run.optimizer.state.get(parameter, {}) if parameter.device.type == "cpu" else {}
         for key, value in entry.items():

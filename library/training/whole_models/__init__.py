@@ -45,7 +45,7 @@ class WholeModelOptions(TrainedWeightsOptions):
     )
     train_t5xxl: bool = option(False, help="T5 learns too, where --train_text_encoder lets text encoders learn")
     use_t5xxl_cache_only: bool = option(
-        False, help="cache what T5 says, as --cache_text_encoder_outputs does, while both CLIPs learn or run in every step"
+        False, help="cache what T5 says, as --cache_text_encoder_outputs does, while both CLIPs learn"
     )
     num_last_block_to_freeze: int | None = option(
         None, help="number of blocks, counted from the last, that stay as they are"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from library.core.errors import CheckpointError, Problems
+from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, option, without_effect
 from library.dataset import CachingOptions
 from library.families.anima import FAMILY
@@ -19,7 +19,7 @@ from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOpt
 from library.training.sampling_prompts import with_defaults
 from library.training.timestep_samplers import TimestepOptions
 from library.training.whole_models import WholeModelOptions
-from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
+from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +122,7 @@ class AnimaFamily(FlowFamily):
     record = FAMILY
     timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("anima", "cosmos")
+    denoiser_writer = "library.anima_utils:save_anima"
     options = AnimaOptions
     defaults = {"timestep_sampling": "sigmoid", "discrete_flow_shift": 1.0}
     part_options = {
@@ -149,13 +150,15 @@ class AnimaFamily(FlowFamily):
 
     def _slot_problems(self, part: str) -> list[str]:
         """Files of a part that are missing or something else."""
+        from library.anima_utils import adapter_file_problem
         from library.checkpoints.kinds import check_slot
 
         if part == "vae":
-            found = check_slot(self._vae_path, "vae", {"vae_wan"})
+            found = [check_slot(self._vae_path, "vae", {"vae_wan"})]
         else:
-            found = check_slot(self.opts.qwen3, "qwen3", {"qwen3"})
-        return [found] if found else []
+            slot = check_slot(self.opts.qwen3, "qwen3", {"qwen3"})
+            found = [slot, adapter_file_problem(self.opts.llm_adapter_path)]
+        return [problem for problem in found if problem]
 
     def _tokenizer_problems(self) -> list[str]:
         """Tokenizers that cannot be found or read, or whose ids the models do not have."""
@@ -209,10 +212,7 @@ class AnimaFamily(FlowFamily):
 
         if not self.opts.llm_adapter_path:
             return self._denoiser_info.params.adapter
-        try:
-            return inspect_llm_adapter(self.opts.llm_adapter_path)[2]
-        except CheckpointError as error:
-            raise CheckpointError(f"--llm_adapter_path: {error}") from error
+        return inspect_llm_adapter(self.opts.llm_adapter_path)[2]
 
     def _notices(self) -> list[str]:
         """Lines for the log where a setting has no effect or numbers differ from what people know."""
@@ -352,16 +352,6 @@ class AnimaFamily(FlowFamily):
         velocity = predict_velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
         velocity, extra = self.with_side_outputs(velocity)
         return DiTOutput(velocity, sample.target, extra)
-
-    def save_model(
-        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
-        parts: Collection[str] = DENOISER,
-    ) -> None:
-        """The denoiser, which has a file of its own."""
-        from library.anima_utils import save_anima
-
-        self.check_parts(parts)
-        save_anima(models.denoiser, path, dtype, metadata)
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """Complete settings, with the sampler of --sample_sampler where the prompt names none."""

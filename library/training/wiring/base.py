@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
 from library.core.options import Config, Ignored
+from library.core.registry import import_target
 from library.dataset import CachingOptions
 from library.training import timestep_samplers
 from library.training.option_groups import MemoryOptions
@@ -378,6 +379,8 @@ class FlowFamily(ModelFamily):
     """the modes of --timestep_sampling that the family has"""
     denoiser_kinds: ClassVar[Sequence[str]]
     """kinds of file (checkpoint_kinds) that --pretrained_model_name_or_path may be"""
+    denoiser_writer: ClassVar[str] = ""
+    """module:function that writes a file of the denoiser alone, from (model, path, dtype, metadata)"""
 
     def check(self) -> None:
         problems = Problems()
@@ -407,6 +410,16 @@ class FlowFamily(ModelFamily):
             return [*found, *self._size_problems()]
         except CheckpointError as error:
             return [*found, str(error)]
+
+    def save_model(
+        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
+        parts: Collection[str] = DENOISER,
+    ) -> None:
+        """The denoiser, which has a file of its own."""
+        if not self.denoiser_writer:
+            return super().save_model(models, path, dtype, metadata, parts)
+        self.check_parts(parts)
+        import_target(self.denoiser_writer)(models.denoiser, path, dtype, metadata)
 
     @staticmethod
     def with_side_outputs(

@@ -3,7 +3,7 @@ loading in chroma_utils, text in strategy_chroma."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,7 +12,6 @@ from library.core.errors import ConfigError
 from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, ignored_option, option
 from library.families.chroma import FAMILY
 from library.training.whole_models import WholeModelOptions
-from library.training.wiring.base import DENOISER
 from library.training.wiring.flux import MODEL_TYPES, TOKEN_LENGTH_DEV, FluxFamily, FluxOptions, ignored_options
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
     from library.training.objective import NoisyLatents
     from library.training.protocols import Plain
-    from library.training.run import Models
 
 TOKEN_LENGTH = TOKEN_LENGTH_DEV
 T5_ALONE = "Chroma reads captions through T5 alone"
@@ -61,6 +59,7 @@ class ChromaFamily(FluxFamily):
 
     record = FAMILY
     denoiser_kinds = ("chroma",)
+    denoiser_writer = "library.chroma_utils:save_chroma"
     options = ChromaOptions
     gives_features = False
     """its approximator makes the vectors of all blocks for one time per sample; one per token would need hundreds of
@@ -88,8 +87,8 @@ class ChromaFamily(FluxFamily):
             "Chroma gets a guidance of 0, as it was trained (known trainers give it --guidance_scale, 3.5 by default)"
         )
         frozen = (
-            "the approximator, which makes the modulations of all blocks, stays as it is unless --layer_lrs has a rate for"
-            f" it: {APPROXIMATOR}=1e-6, say"
+            "the approximator, which makes the modulations of all blocks, stays as it is unless --layer_lrs has a rate"
+            f" for it: {APPROXIMATOR}=1e-6, say"
         )
         return [*super()._notices(), told, *([frozen] if WholeModelOptions in self.config else [])]
 
@@ -133,15 +132,6 @@ class ChromaFamily(FluxFamily):
         from library.chroma_train_utils import predict_velocity
 
         return predict_velocity(denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
-
-    def save_model(
-        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
-        parts: Collection[str] = DENOISER,
-    ) -> None:
-        from library.chroma_utils import save_chroma
-
-        self.check_parts(parts)
-        save_chroma(models.denoiser, path, dtype, metadata)
 
     def pipeline_settings(self) -> Mapping[str, object]:
         return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
@@ -16,7 +16,7 @@ from library.dataset import CachingOptions
 from library.families.flux import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
-from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
+from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +117,7 @@ class FluxFamily(FlowFamily):
     record = FAMILY
     timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("flux",)
+    denoiser_writer = "library.flux_utils:save_flow_model"
     options = FluxOptions
     part_options = {
         "vae": frozenset({"ae"}),
@@ -389,16 +390,6 @@ class FluxFamily(FlowFamily):
             denoiser, sample.noisy_latents, sample.timesteps, conditioning,
             guidance=self.opts.guidance_scale, use_t5_mask=self.masks_text, **inputs,
         )
-
-    def save_model(
-        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
-        parts: Collection[str] = DENOISER,
-    ) -> None:
-        """The denoiser, which has a file of its own."""
-        from library.flux_utils import save_flow_model
-
-        self.check_parts(parts)
-        save_flow_model(models.denoiser, path, dtype, metadata)
 
     def pipeline_settings(self) -> Mapping[str, object]:
         return {"use_t5_mask": self.masks_text}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from library.core.options import Ignored, equivalent_option, option, without_eff
 from library.families.hunyuan_image import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions, PrecisionOptions
 from library.training.timestep_samplers import TimestepOptions
-from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
+from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +99,7 @@ class HunyuanImageFamily(FlowFamily):
     record = FAMILY
     timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("hunyuan_image",)
+    denoiser_writer = "library.hunyuan_image_utils:save_hunyuan_image"
     options = HunyuanImageOptions
     defaults = {"discrete_flow_shift": 5.0}
     part_options = {
@@ -285,16 +286,6 @@ class HunyuanImageFamily(FlowFamily):
     def needs_negative(self, prompt: SamplePrompt) -> bool:
         """Distilled models follow their embedded guidance alone."""
         return not self.is_distilled and super().needs_negative(prompt)
-
-    def save_model(
-        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
-        parts: Collection[str] = DENOISER,
-    ) -> None:
-        """The denoiser, which has a file of its own."""
-        from library.hunyuan_image_utils import save_hunyuan_image
-
-        self.check_parts(parts)
-        save_hunyuan_image(models.denoiser, path, dtype, metadata)
 
     def metadata(self) -> dict[str, Plain]:
         times = self.config[TimestepOptions]

@@ -3,7 +3,7 @@ strategy_lumina."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from library.dataset import DatasetOptions
 from library.families.lumina import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
-from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
+from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +92,7 @@ class LuminaFamily(FlowFamily):
     record = FAMILY
     timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("lumina2",)
+    denoiser_writer = "library.lumina_utils:save_lumina"
     options = LuminaOptions
     defaults = {"timestep_sampling": "shift", "discrete_flow_shift": 6.0}
     part_options = {
@@ -273,16 +274,6 @@ class LuminaFamily(FlowFamily):
         if self.opts.model_prediction_type == "sigma_scaled":
             prediction = clean_estimate(-prediction.float(), sample.noisy_latents, sample.sigmas)
         return DiTOutput(prediction, sample.target, extra)
-
-    def save_model(
-        self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
-        parts: Collection[str] = DENOISER,
-    ) -> None:
-        """The denoiser, which has a file of its own."""
-        from library.lumina_utils import save_lumina
-
-        self.check_parts(parts)
-        save_lumina(models.denoiser, path, dtype, metadata)
 
     def metadata(self) -> dict[str, Plain]:
         times = self.config[TimestepOptions]

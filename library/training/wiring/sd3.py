@@ -173,7 +173,9 @@ class Sd3Family(FlowFamily):
             return found
         swap = row_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, self.info.params.depth)
         if WholeModelOptions in self.config and self.config[WholeModelOptions].train_t5xxl and not self.has_t5:
-            found.append(f"--train_t5xxl is given, and there is no T5: {self._denoiser_path} has none; give it with --t5xxl")
+            found.append(
+                f"--train_t5xxl is given, and there is no T5: {self._denoiser_path} has none; give it with --t5xxl"
+            )
         return [*found, *self._tokenizer_problems(), *([swap] if swap else [])]
 
     def _slot_problems(self, part: str) -> list[str]:
@@ -229,7 +231,9 @@ class Sd3Family(FlowFamily):
         lines: list[str] = []
         frozen = self.config[WholeModelOptions].num_last_block_to_freeze if WholeModelOptions in self.config else None
         if frozen:
-            lines.append(f"--num_last_block_to_freeze {frozen} freezes the last {frozen} blocks (known trainers: as many tensors)")
+            lines.append(
+                f"--num_last_block_to_freeze {frozen} freezes the last {frozen} blocks (known trainers: as many tensors)"
+            )
         if any(self._flags.values()):
             lines.append("attention masks act in captions, caches and samples alike (known trainers: in caches alone)")
         if not self.has_t5:

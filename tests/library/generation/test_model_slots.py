@@ -112,6 +112,19 @@ def test_a_file_of_all_models_is_taken_in_every_slot(family: str, tmp_path: Path
     assert all("tokenizer" in problem for problem in problems), problems  # none is here for models of this size
 
 
+def test_files_beside_the_usual_slots_are_told_with_the_others(tmp_path: Path) -> None:
+    from library.generation.gen_img.script import run
+
+    path = quantised(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        script_of("anima").run([*(f"--{slot}={path}" for slot in (*SLOTS["anima"][1], "llm_adapter_path")), "--save_path=x"])
+    assert [text for text in caught.value.problems if text.startswith("--llm_adapter_path: ") and "GGUF" in text]
+    assert len([text for text in caught.value.problems if "GGUF" in text]) == 4
+    with pytest.raises(ConfigError) as caught:
+        run([f"--ckpt={path}", f"--vae={path}", "--prompt=a", f"--outdir={tmp_path}"])
+    assert len([text for text in caught.value.problems if "GGUF" in text]) == 2
+
+
 def test_an_autoencoder_in_a_file_of_another_model_is_named(tmp_path: Path) -> None:
     path = tmp_path / "all.safetensors"
     write_header_only(path, key_table("sd3_medium_checkpoint"))
