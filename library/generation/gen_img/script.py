@@ -165,7 +165,12 @@ def word_problems(model: GenerationModelOptions, networks: GenerationNetworkOpti
     if not has_model:
         names = ("textual_inversion_embeddings", "XTI_embeddings")
         return [problem for name in names for problem in missing_files(getattr(networks, name) or (), name)]
-    return [*problems_of(lambda: words_of(model, networks)), *problems_of(lambda: layered_words_of(model, networks))]
+    plain, layered = networks.textual_inversion_embeddings or (), networks.XTI_embeddings or ()
+    twice = sorted({Path(path).stem for path in plain} & {Path(path).stem for path in layered})
+    return [
+        *problems_of(lambda: words_of(model, networks)), *problems_of(lambda: layered_words_of(model, networks)),
+        *(f"--XTI_embeddings, --textual_inversion_embeddings: both give the word '{word}'; rename one" for word in twice),
+    ]
 
 
 def model_problems(options: GenerationModelOptions) -> list[str]:
