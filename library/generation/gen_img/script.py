@@ -138,8 +138,9 @@ def all_problems(config: Config) -> list[str]:
     model_found = model_problems(model)
     found = [*refused_problems(config), *model_found, *network_problems(networks, model.family)]
     found += guide_problems(
-        config[GenerationControlOptions], model.family, lambda: pipeline_class(model.family).inspect(model)[0]
-    )
+        config[GenerationControlOptions], model.family,
+        lambda: None if model_found else pipeline_class(model.family).inspect(model)[0],
+    )  # fmt: skip
     found += format_problems({"--fp16" if model.fp16 else "--bf16": model.dtype})
     found += word_problems(model, networks, has_model=not model_found)
     if config[GenerationPictureOptions].use_original_file_name and not sources.image_path:
