@@ -79,8 +79,8 @@ class DatasetConfigError(ConfigError):
 
 @dataclass(frozen=True)
 class ScriptRules:
-    """Which kinds of dataset a script takes. `masks`: CN datasets too, with --masked_loss; else their conditioning images
-    are control pictures. `dropout`: caption dropout keys."""
+    """Which kinds of dataset a script takes. `masks`: CN datasets too, with --masked_loss; else their conditioning
+    images are control pictures. `dropout`: caption dropout keys."""
 
     kinds: frozenset[str] = frozenset({"DB", "FT"})
     masks: bool = True

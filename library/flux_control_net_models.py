@@ -1,5 +1,5 @@
-"""The ControlNet of FLUX.1: some double stream blocks that also see a picture, and give what is added to the image tokens
-of the denoiser. Its module tree carries the names of files."""
+"""The ControlNet of FLUX.1: some double stream blocks that also see a picture, and give what is added to the image
+tokens of the denoiser. Its module tree carries the names of files."""
 
 from __future__ import annotations
 

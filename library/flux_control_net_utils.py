@@ -57,7 +57,9 @@ class FluxControlNets(ControlNets):
                 " input_hint_block"
             )
         if any(key.startswith(("single_blocks.", "controlnet_single_blocks.")) for key in state):
-            raise CheckpointError(f"{path} is a ControlNet of FLUX.1 with single blocks; needed: one of double blocks alone")
+            raise CheckpointError(
+                f"{path} is a ControlNet of FLUX.1 with single blocks; needed: one of double blocks alone"
+            )
         own = _own_params(params, count_blocks(state, "double_blocks."), "guidance_in.in_layer.weight" in state)
         net = build_on_meta(lambda: FluxControlNet(own, state[f"{_HINT}0.weight"].shape[0]))
         check_state(net, state, path)
@@ -75,7 +77,8 @@ class FluxControlNets(ControlNets):
         self, base: FlowModelInfo, wanted: Mapping[str, Tensor], dtype: torch.dtype, disable_mmap: bool
     ) -> dict[str, Tensor]:
         keys = [key for key in base.keys if not any(part in key for part in ("single_blocks.", "single_transformer_"))]
-        blocks = tuple(f"{row}{number}." for row in ("double_blocks.", "transformer_blocks.") for number in range(DEPTH))
+        rows = ("double_blocks.", "transformer_blocks.")
+        blocks = tuple(f"{row}{number}." for row in rows for number in range(DEPTH))
         keys = [key for key in keys if "_blocks." not in key or key[len(base.prefix) :].startswith(blocks)]
         cast = base.source.casting(dtype)
         tensors = base.source.tensors("cpu", disable_mmap, keys, cast=cast)

@@ -51,7 +51,8 @@ def sample_images_sd(
     prompt_replacement: Replacement | None = None, controlnet: Any = None,
 ) -> None:
     """The samples of Stable Diffusion 1 and 2 where they are due: step 0 with --sample_at_first, else by step, or by
-    epoch where one is given. `controlnet` follows the --cn of a prompt. `tokenizer` may be a TokenizeStrategy; else that of set_strategy or of the options
+    epoch where one is given. `controlnet` follows the --cn of a prompt. `tokenizer`
+    may be a TokenizeStrategy; else that of set_strategy or of the options
     counts."""
     sample_family(
         "sd", accelerator, args, epoch, steps, vae, unet_wrapped, text_encoder, tokenizer, None, prompt_replacement,

@@ -1,7 +1,7 @@
 """What ControlNets of all families have in common: pictures that guide a denoiser, and what is added to its features.
 
-A net is called as its denoiser is, with the picture before the other inputs, and gives one residual for each place of the
-denoiser where something can be added. Source: "Adding Conditional Control to Text-to-Image Diffusion Models",
+A net is called as its denoiser is, with the picture before the other inputs, and gives one residual for each place of
+the denoiser where something can be added. Source: "Adding Conditional Control to Text-to-Image Diffusion Models",
 arXiv 2302.05543.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 class GuidedBy:
     """A net with its picture [B or 1, 3, H, W], in the range that the net has learned with, and its strength.
 
-    Where a denoiser has more places than the net has residuals, place n gets residual n mod their number; with `repeats`
-    False neighbours share one, place n that of n // ceil(places / residuals).
+    Where a denoiser has more places than the net has residuals, place n gets residual n mod their number; with
+    `repeats` False neighbours share one, place n that of n // ceil(places / residuals).
     """
 
     net: nn.Module

@@ -36,7 +36,7 @@ class ControlNetInfo:
 
 
 class ControlNets(ABC):
-    """The ControlNets of a family; its record names the object. `params` are those of the denoiser that a net guides."""
+    """The ControlNets of a family; its record names the object. `params`: those of the denoiser that a net guides."""
 
     kinds: ClassVar[frozenset[str]] = frozenset()
     """kinds of files (library/checkpoints/kinds.py) that it reads"""
@@ -79,14 +79,16 @@ class ControlNets(ABC):
         """A net without weights for a base, of which headers were read."""
 
     @abstractmethod
-    def base_state(self, base: Any, wanted: Mapping[str, Tensor], dtype: torch.dtype, disable_mmap: bool) -> dict[str, Tensor]:
+    def base_state(
+        self, base: Any, wanted: Mapping[str, Tensor], dtype: torch.dtype, disable_mmap: bool
+    ) -> dict[str, Tensor]:
         """The weights of the base that have the names `wanted` in the tree of a net, read from its file, on the CPU."""
 
     def made_from(
         self, base: Any, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str,
         disable_mmap: bool = False,
     ) -> nn.Module:
-        """A new net: the layers of the base copied from its file, those that end it zero, the others drawn at random."""
+        """A new net: layers of the base copied from its file, those that end it zero, the others drawn at random."""
         net = build_on_meta(lambda: self.new_net(base))
         expected = net.state_dict()
         state = self.base_state(base, expected, dtype, disable_mmap)

@@ -38,7 +38,7 @@ _HINT = "controlnet_cond_embedding."
 
 
 class UNetControlNets(ControlNets):
-    """Of Stable Diffusion 1 and 2, whose files have original names, and of SDXL, whose files have those of diffusers."""
+    """Of Stable Diffusion 1 and 2, whose files have original names, and of SDXL, whose have those of diffusers."""
 
     new_layers = ("controlnet_",)
     zero_layers = ("controlnet_down_blocks.", "controlnet_mid_block.", f"{_HINT}conv_out.")

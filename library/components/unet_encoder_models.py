@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -96,8 +95,8 @@ class UNetEncoder(UNetBase):
     def way_down(
         self, x: Tensor, embedding: Tensor, contexts: Iterator[Tensor], timesteps: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """(features at the bottom, skip connections) of what the first convolution made, x [B, C, H, W]; `contexts`: see
-        `contexts_of`."""
+        """(features at the bottom, skip connections) of what the first convolution made, x [B, C, H, W]; `contexts`:
+        see `contexts_of`."""
         skips = [x]
         for depth, level in enumerate(self.down_blocks):
             x = self.shrunk(depth, x, timesteps)

@@ -83,8 +83,8 @@ FAMILY = FamilyRecord(
                 ),
                 Signature(
                     title="a ControlNet of SDXL",
-                    has=("controlnet_cond_embedding.conv_in.weight", "add_embedding.linear_1.weight"), layout="diffusers",
-                    priority=88,
+                    has=("controlnet_cond_embedding.conv_in.weight", "add_embedding.linear_1.weight"),
+                    layout="diffusers", priority=88,
                 ),
             ),
         ),

@@ -22,9 +22,15 @@ from tests.golden_dir import behaviour, load_golden
 
 V2 = {"context_dim": 1024, "heads": (5, 10, 20, 20), "use_linear_projection": True}
 XL = {
-    "channels": (320, 640, 1280), "attention_levels": (False, True, True), "transformer_depth": (0, 2, 10),
-    "middle_depth": 10, "heads": (5, 10, 20), "context_dim": 2048, "use_linear_projection": True, "adm_in_channels": 2816,
-}  # fmt: skip
+    "channels": (320, 640, 1280),
+    "attention_levels": (False, True, True),
+    "transformer_depth": (0, 2, 10),
+    "middle_depth": 10,
+    "heads": (5, 10, 20),
+    "context_dim": 2048,
+    "use_linear_projection": True,
+    "adm_in_channels": 2816,
+}
 
 
 def unet_net(**params: object) -> torch.nn.Module:
@@ -32,18 +38,24 @@ def unet_net(**params: object) -> torch.nn.Module:
 
 
 REAL = {
-    "control_net_sd1": ("sd", unet_net), "control_net_sd2": ("sd", lambda: unet_net(**V2)),
+    "control_net_sd1": ("sd", unet_net),
+    "control_net_sd2": ("sd", lambda: unet_net(**V2)),
     "control_net_sdxl": ("sdxl", lambda: unet_net(**XL)),
     "control_net_flux": (
-        "flux", lambda: build_on_meta(lambda: FluxControlNet(FluxParams(depth=2, depth_single_blocks=0)))
+        "flux",
+        lambda: build_on_meta(lambda: FluxControlNet(FluxParams(depth=2, depth_single_blocks=0))),
     ),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("name", "family", "part", "inspect"), [
-    ("control_net_sd1", "sd", "unet", inspect_sd_unet), ("control_net_sdxl", "sdxl", "unet", inspect_sdxl_unet),
-    ("control_net_flux", "flux", "flux", inspect_flow_model),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "family", "part", "inspect"),
+    [
+        ("control_net_sd1", "sd", "unet", inspect_sd_unet),
+        ("control_net_sdxl", "sdxl", "unet", inspect_sdxl_unet),
+        ("control_net_flux", "flux", "flux", inspect_flow_model),
+    ],
+)
 def test_a_new_net_is_made_of_the_base(tmp_path, name, family, part, inspect):
     weights, inputs, _, config = load_golden(name)
     base = {key.removeprefix(f"{part}/"): value for key, value in weights.items() if key.startswith(f"{part}/")}

@@ -19,17 +19,29 @@ from library.flux_models import FluxParams
 from library.flux_utils import prepare_img_ids
 
 UNET = {
-    "channels": (16, 32), "attention_levels": (True, False), "transformer_depth": (1, 0), "heads": (2, 4), "context_dim": 24,
-    "time_embed_dim": 64, "norm_groups": 8,
-}  # fmt: skip
+    "channels": (16, 32),
+    "attention_levels": (True, False),
+    "transformer_depth": (1, 0),
+    "heads": (2, 4),
+    "context_dim": 24,
+    "time_embed_dim": 64,
+    "norm_groups": 8,
+}
 PARAMS = {
-    "sd1": UNetParams(**UNET), "sd2": UNetParams(**{**UNET, "context_dim": 1024}, use_linear_projection=True),
+    "sd1": UNetParams(**UNET),
+    "sd2": UNetParams(**{**UNET, "context_dim": 1024}, use_linear_projection=True),
     "sdxl": UNetParams(**UNET, use_linear_projection=True, adm_in_channels=12 + 6 * 256),
     "flux": FluxParams(
-        in_channels=16, context_in_dim=20, vec_in_dim=12, hidden_size=96, num_heads=3, depth=2, depth_single_blocks=0,
+        in_channels=16,
+        context_in_dim=20,
+        vec_in_dim=12,
+        hidden_size=96,
+        num_heads=3,
+        depth=2,
+        depth_single_blocks=0,
         axes_dim=(8, 12, 12),
     ),
-}  # fmt: skip
+}
 FAMILIES = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl", "flux": "flux"}
 
 
@@ -38,22 +50,36 @@ def reference(kind: str) -> torch.nn.Module:
     torch.manual_seed(3)
     if kind == "flux":
         net = diffusers.FluxControlNetModel(
-            patch_size=2, in_channels=16, num_layers=2, num_single_layers=0, attention_head_dim=32, num_attention_heads=3,
-            joint_attention_dim=20, pooled_projection_dim=12, guidance_embeds=True, axes_dims_rope=[8, 12, 12],
+            patch_size=2,
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=0,
+            attention_head_dim=32,
+            num_attention_heads=3,
+            joint_attention_dim=20,
+            pooled_projection_dim=12,
+            guidance_embeds=True,
+            axes_dims_rope=[8, 12, 12],
             conditioning_embedding_channels=4,
-        )  # fmt: skip
+        )
     else:
         params, more = PARAMS[kind], {}
         if kind == "sdxl":
             more = {
-                "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 256,
                 "projection_class_embeddings_input_dim": params.adm_in_channels,
-            }  # fmt: skip
+            }
         net = diffusers.ControlNetModel(
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), block_out_channels=(16, 32), attention_head_dim=(2, 4),
-            cross_attention_dim=params.context_dim, norm_num_groups=8, conditioning_embedding_out_channels=(4, 8, 12, 16),
-            use_linear_projection=params.use_linear_projection, **more,
-        )  # fmt: skip
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            block_out_channels=(16, 32),
+            attention_head_dim=(2, 4),
+            cross_attention_dim=params.context_dim,
+            norm_num_groups=8,
+            conditioning_embedding_out_channels=(4, 8, 12, 16),
+            use_linear_projection=params.use_linear_projection,
+            **more,
+        )
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.12)
     return net.eval()
@@ -72,9 +98,15 @@ def outputs(kind: str, ours: torch.nn.Module, theirs: torch.nn.Module) -> list[t
             img, y, guidance, ids = random(2, 15, 16), random(2, 12), torch.tensor([3.5, 1.0]), prepare_img_ids(2, 3, 5)
             mine = ours(picture, img, ids, context, torch.zeros(2, 7, 3), times / 1000, y, guidance)
             other = theirs(
-                hidden_states=img, controlnet_cond=picture, encoder_hidden_states=context, pooled_projections=y,
-                timestep=times / 1000, img_ids=ids[0], txt_ids=torch.zeros(7, 3), guidance=guidance,
-            ).controlnet_block_samples  # fmt: skip
+                hidden_states=img,
+                controlnet_cond=picture,
+                encoder_hidden_states=context,
+                pooled_projections=y,
+                timestep=times / 1000,
+                img_ids=ids[0],
+                txt_ids=torch.zeros(7, 3),
+                guidance=guidance,
+            ).controlnet_block_samples
             return list(zip(mine, other, strict=True))
         sample, added, more = random(2, 4, 6, 10), (), {}
         if kind == "sdxl":
@@ -125,7 +157,9 @@ def test_several_nets_add_up():
     parts = GuidedBy(Net(), pictures), GuidedBy(Net(), pictures[:1], 0.5, repeats=False)
     found = Control(parts).residuals(3, torch.zeros(4, 2))  # two branches of two samples
     assert [each.tolist() for each in found] == [
-        [1.5, 5.5, 1.5, 5.5], [2.5, 6.5, 2.5, 6.5], [2.0, 6.0, 2.0, 6.0]
+        [1.5, 5.5, 1.5, 5.5],
+        [2.5, 6.5, 2.5, 6.5],
+        [2.0, 6.0, 2.0, 6.0],
     ]  # residuals 0, 1, 0 of the first net; 0, 0, 1 of the second
 
 
@@ -166,7 +200,15 @@ def test_the_tool_rewrites_names_there_and_back(tmp_path, kind):
     metadata = nets.file_metadata(nets.load(file, PARAMS[kind], torch.float32, "cpu"))
     save_file(load_file(file), file, metadata)  # tiny nets have other heads than those that their widths stand for
     assert convert_model.main([str(file), str(again), "--to", "diffusers"]) == 0
-    states = [load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (tmp_path / "theirs", again / "controlnet")]
-    assert states[0].keys() == states[1].keys() and all(torch.equal(states[1][key], value) for key, value in states[0].items())
-    ours, theirs = nets.load(file, PARAMS[kind], torch.float32, "cpu"), type(reference(kind)).from_pretrained(again / "controlnet")
+    states = [
+        load_file(folder / "diffusion_pytorch_model.safetensors")
+        for folder in (tmp_path / "theirs", again / "controlnet")
+    ]
+    assert states[0].keys() == states[1].keys() and all(
+        torch.equal(states[1][key], value) for key, value in states[0].items()
+    )
+    ours, theirs = (
+        nets.load(file, PARAMS[kind], torch.float32, "cpu"),
+        type(reference(kind)).from_pretrained(again / "controlnet"),
+    )
     assert_alike(outputs(kind, ours, theirs))

@@ -14,7 +14,6 @@ from PIL import Image
 
 from library.checkpoints.kinds import describe_checkpoint
 from library.components.control_nets import control_nets_of
-from library.core.errors import ConfigError
 from library.core.registry import import_target
 from library.families.registry import FAMILIES, record_of
 from library.generation.picture_files import read_frames
@@ -25,7 +24,8 @@ from library.training.run import Run
 from library.training.trainables.control_net import ControlNetTrainable
 from library.training.trainer_base import Trainer
 from tests.families import CASES
-from tests.runs.conftest import Stopped, Work, fingerprint, read_parts, sample_pictures, stop_after
+from tests.forked import run_ranks
+from tests.runs.conftest import Stopped, Work, largest_difference, read_parts, sample_pictures, stop_after
 from tests.runs.families import Tinies
 
 SETS = [name for name, case in CASES.items() if FAMILIES[case.family].control_nets]
@@ -38,7 +38,9 @@ class ControlWork(Work):
     def control(self) -> Path:
         return self.folder / "control"
 
-    def dataset(self, batch_size: int = 2, dataset_keys: str = "", subset_keys: str = "", name: str = "data.toml") -> Path:
+    def dataset(
+        self, batch_size: int = 2, dataset_keys: str = "", subset_keys: str = "", name: str = "data.toml"
+    ) -> Path:
         keys = f"conditioning_data_dir = '{self.control}'\n{subset_keys}"
         return super().dataset(batch_size, dataset_keys, keys, name)
 
@@ -51,8 +53,12 @@ class ControlWork(Work):
         return self.folder / out / "lora.safetensors"
 
     def prepare(self, out: str, *more: str, dataset: Path | None = None) -> Run:
-        config = parser_common.parse_command(self.argv(out, *more, dataset=dataset), self.case.family, "control_net").config
-        trainer = Trainer(config, import_target(record_of(self.case.family).family)(config), ControlNetTrainable(config))
+        config = parser_common.parse_command(
+            self.argv(out, *more, dataset=dataset), self.case.family, "control_net"
+        ).config
+        trainer = Trainer(
+            config, import_target(record_of(self.case.family).family)(config), ControlNetTrainable(config)
+        )
         run = trainer.prepare()
         trainer.release()
         return run
@@ -80,7 +86,9 @@ def work(request: pytest.FixtureRequest, tinies: Tinies, tmp_path: Path) -> Cont
 
 def test_a_net_learns_and_nothing_else_does(work: ControlWork) -> None:
     """A new one changes nothing; then the loss of a batch falls; the file, read again, gives the same loss."""
-    run = work.prepare("out", "--max_train_steps=8", "--learning_rate=4e-3", "--save_precision=float", "--control_net_lr=4e-3")
+    run = work.prepare(
+        "out", "--max_train_steps=8", "--learning_rate=4e-3", "--save_precision=float", "--control_net_lr=4e-3"
+    )
     batch = next(run.data.batches(1))
 
     def loss(run: Run) -> float:
@@ -112,18 +120,34 @@ def test_the_same_command_writes_the_same_bytes_also_when_resumed(work: ControlW
     """With caches, validation, samples, averages and checkpointed activations in one of them and not in the other."""
     prompts = work.folder / "prompts.txt"
     guided = work.control / "00.png"
-    prompts.write_text(f"a cat --w 64 --h 64 --s 2 --d 1 --cn {guided}\na cat --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
+    prompts.write_text(
+        f"a cat --w 64 --h 64 --s 2 --d 1 --cn {guided}\na cat --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8"
+    )
     more = [
-        "--ema", "--ema_decay=0.5", "--lr_scheduler=cosine", "--max_train_steps=4", "--gradient_accumulation_steps=2",
-        f"--sample_prompts={prompts}", "--sample_every_n_steps=4", "--control_net_lr=1e-2",
-    ]  # fmt: skip
+        "--ema",
+        "--ema_decay=0.5",
+        "--lr_scheduler=cosine",
+        "--max_train_steps=4",
+        "--gradient_accumulation_steps=2",
+        f"--sample_prompts={prompts}",
+        "--sample_every_n_steps=4",
+        "--control_net_lr=1e-2",
+    ]
     caches = [word for word in work.case.caches(on_disk=True) if not word.startswith("--network")]
     data = work.dataset(dataset_keys="validation_split = 0.25", subset_keys="flip_aug = true")
     first = work.train("first", *more, dataset=data)
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Stopped):
-            work.train("parts", *more, *caches, "--gradient_checkpointing", "--save_every_n_steps=2", "--save_state", dataset=data)
+            work.train(
+                "parts",
+                *more,
+                *caches,
+                "--gradient_checkpointing",
+                "--save_every_n_steps=2",
+                "--save_state",
+                dataset=data,
+            )
     again = work.train("parts", *more, *caches, "--resume=latest", dataset=data)
     for stem in ("lora", "lora-ema"):
         files = [path.with_name(f"{stem}.safetensors") for path in (first, again)]
@@ -141,9 +165,7 @@ def shows(page: Image.Image, picture: Image.Image) -> bool:
     """Whether a picture is on a page at three times its size."""
     pixels, small = np.asarray(page.convert("RGB")), np.asarray(picture.convert("RGB"))
     found = np.argwhere((pixels == small[0, 0]).all(axis=2))
-    return any(
-        np.array_equal(pixels[top : top + 192 : 3, left : left + 192 : 3], small) for top, left in found
-    )
+    return any(np.array_equal(pixels[top : top + 192 : 3, left : left + 192 : 3], small) for top, left in found)
 
 
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
@@ -187,10 +209,24 @@ def test_every_layout_is_a_start(name: str, tinies: Tinies, tmp_path: Path) -> N
 WAYS = {
     "flux": [
         ("--mixed_precision=bf16", "--full_bf16", "--blockwise_fused_optimizers", "--max_grad_norm=0"),
-        ("--mixed_precision=bf16", "--fp8_base", "--gradient_checkpointing", "--cpu_offload_checkpointing", "--cache_latents"),
+        (
+            "--mixed_precision=bf16",
+            "--fp8_base",
+            "--gradient_checkpointing",
+            "--cpu_offload_checkpointing",
+            "--cache_latents",
+        ),
         ("--apply_t5_attn_mask", "--cache_text_encoder_outputs", "--cache_latents", "--fused_backward_pass"),
     ],
-    "sd1": [("--mixed_precision=bf16", "--full_bf16", "--bf16_update=kahan", "--weighted_captions", "--conditioning_range=legacy")],
+    "sd1": [
+        (
+            "--mixed_precision=bf16",
+            "--full_bf16",
+            "--bf16_update=kahan",
+            "--weighted_captions",
+            "--conditioning_range=legacy",
+        )
+    ],
 }
 
 
@@ -202,6 +238,25 @@ def test_ways_to_save_memory(name: str, tinies: Tinies, tmp_path: Path) -> None:
         assert all(bool(tensor.isfinite().all()) for tensor in state.values()), words
         ends = [key for key in state if key.startswith(("controlnet_blocks.", "zero_convs."))]
         assert ends and all(bool(state[key].any()) for key in ends), words
+
+
+def test_two_processes_train_like_one_with_twice_the_batch(tinies: Tinies, tmp_path: Path) -> None:
+    """With an optimizer that is linear in the gradient, and masks in the alpha channels of the images."""
+    work = work_of(tinies, "sd1", tmp_path)
+    for path in work.images.glob("*.png"):
+        with Image.open(path) as picture:
+            mask = Image.new("L", picture.size)
+            mask.paste(255, (0, 0, 32, 64))
+            picture.putalpha(mask)
+            picture.save(path)
+    words = ["--max_train_steps=2", "--optimizer_type=SGDNesterov", "--save_precision=float"]
+    plain = work.train("plain", *words, dataset=work.dataset(4))
+    one = work.train("one", *words, dataset=work.dataset(4, subset_keys="alpha_mask = true", name="four.toml"))
+    argv = work.argv("two", *words, dataset=work.dataset(2, subset_keys="alpha_mask = true", name="two.toml"))
+    caches = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    run_ranks(2, lambda: cli.run("sd", "control_net", argv), tmp_path / "told", caches)
+    assert largest_difference(one, work.folder / "two" / "lora.safetensors") < 1e-6
+    assert largest_difference(one, plain) > 1e-5
 
 
 def refused(work: ControlWork, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
@@ -222,33 +277,57 @@ def test_what_cannot_be(
     """All of it in one message: options, files, conditioning images that are not there or of another size."""
     work = work_of(tinies, "sd1", tmp_path)
     other = tmp_path / "other.safetensors"
-    save_file_atomic({"controlnet_blocks.0.weight": torch.zeros(1), "double_blocks.0.img_attn.proj.bias": torch.zeros(1)}, other)
+    save_file_atomic(
+        {"controlnet_blocks.0.weight": torch.zeros(1), "double_blocks.0.img_attn.proj.bias": torch.zeros(1)}, other
+    )
     for number in (1, 3):
         (work.control / f"{number:02d}.png").unlink()
     Image.new("RGB", (32, 64)).save(work.control / "00.png")
-    message = refused(work, work.argv(
-        "out", "--masked_loss", "--learning_rate=0", "--control_net_lr=0", "--fused_backward_pass",
-        "--gradient_accumulation_steps=2", "--save_model_as=pt", f"--controlnet_model_name_or_path={other}",
-    ), monkeypatch, capsys)  # fmt: skip
+    message = refused(
+        work,
+        work.argv(
+            "out",
+            "--masked_loss",
+            "--learning_rate=0",
+            "--control_net_lr=0",
+            "--fused_backward_pass",
+            "--gradient_accumulation_steps=2",
+            "--save_model_as=pt",
+            f"--controlnet_model_name_or_path={other}",
+        ),
+        monkeypatch,
+        capsys,
+    )
     for told in (
-        "--masked_loss is True; it is not available here: the conditioning images are what the ControlNet sees",
-        "every learning rate is 0", "gradients are gone after each backward pass", "in which no program looks for a model",
-        f"--controlnet_model_name_or_path is {other}: this is a FLUX.1 ControlNet; needed: a ControlNet of Stable Diffusion 1",
+        "--masked_loss is True; it is not available here: the conditioning images are what the net sees",
+        "every learning rate is 0",
+        "gradients are gone after each backward pass",
+        "in which no program looks for a model",
+        f"--controlnet_model_name_or_path is {other}: this is a FLUX.1 ControlNet; needed: a ControlNet of Stable",
         "00.png is 32x64, its image is 64x64",
         *(f"{work.images / f'{number:02d}.png'} has no image named {number:02d}" for number in (1, 3)),
-    ):  # fmt: skip
+    ):
         assert told in message, (told, message)
 
 
-@pytest.mark.parametrize("words, told", [
-    (["--network_dim=4"], "--network_dim is an option of other scripts"),
-    (["--control_net_lr=-1"], "--control_net_lr is -1.0; needed: 0"),
-    (["--controlnet_model_name_or_path=none.safetensors"], "there is no such file"),
-    (["--blocks_to_swap=1"], "has no row of equal blocks"), (["--strict", "--bf16_update=kahan"], "--bf16_update"),
-    (["--fused_optimizer_groups=2"], "--fused_backward_pass does it here"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--network_dim=4"], "--network_dim is an option of other scripts"),
+        (["--control_net_lr=-1"], "--control_net_lr is -1.0; needed: 0"),
+        (["--controlnet_model_name_or_path=none.safetensors"], "there is no such file"),
+        (["--blocks_to_swap=1"], "has no row of equal blocks"),
+        (["--strict", "--bf16_update=kahan"], "--bf16_update"),
+        (["--fused_optimizer_groups=2"], "--fused_backward_pass does it here"),
+    ],
+)
 def test_options_that_mean_nothing(
-    words: list[str], told: str, tinies: Tinies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    words: list[str],
+    told: str,
+    tinies: Tinies,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     work = work_of(tinies, "sd1", tmp_path)
     assert told in refused(work, work.argv("out", *words), monkeypatch, capsys)
@@ -260,7 +339,9 @@ def test_files_of_another_size_and_families_without_control_nets(
     """A net of the right kind for a model of other widths; a variant, and a family, that has none; plain data."""
     work = work_of(tinies, "sdxl", tmp_path)
     state = load_safetensors(work.train("out", "--max_train_steps=1"))
-    narrow = {key: tensor[:8].clone() if key.startswith("controlnet_mid_block") else tensor for key, tensor in state.items()}
+    narrow = {
+        key: tensor[:8].clone() if key.startswith("controlnet_mid_block") else tensor for key, tensor in state.items()
+    }
     save_file_atomic(narrow, tmp_path / "narrow.safetensors")
     words = work.argv("next", f"--controlnet_model_name_or_path={tmp_path / 'narrow.safetensors'}")
     message = refused(work, words, monkeypatch, capsys)

@@ -410,8 +410,8 @@ def test_a_denoiser_in_scaled_8_bit_numbers_is_multiplied_out(tmp_path):
 
 
 def test_a_denoiser_of_another_family_to_a_folder_and_back(tmp_path):
-    """HunyuanImage 2.1, distilled: diffusers loads the folder and gives our output. A file that ComfyUI has saved becomes
-    the same file and the same folder."""
+    """HunyuanImage 2.1, distilled: diffusers loads the folder and gives our output. A file that ComfyUI has saved
+    becomes the same file and the same folder."""
     from diffusers import HunyuanImageTransformer2DModel
 
     from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams

@@ -1,6 +1,6 @@
-"""Denoisers between one file in the original layout and the `transformer` of a diffusers folder, tensor by tensor; other
-parts that are rewritten alone, such as autoencoders, likewise. Where a family has a pipeline, the other parts of a file
-of all make one.
+"""Denoisers between one file in the original layout and the `transformer` of a diffusers folder, tensor by tensor;
+other parts that are rewritten alone, such as autoencoders, likewise. Where a family has a pipeline, the other parts of
+a file of all make one.
 
 The rules are those of the family (DenoiserLayouts). What the folder has no place for goes into `REST` beside
 `transformer`, with the file's metadata, from where the way back takes it, so that this gives the same tensors.

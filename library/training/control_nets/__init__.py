@@ -17,7 +17,8 @@ _FILES = "files are safetensors unless --save_model_as says otherwise, and are w
 _SWAP = "the blocks of this denoiser are not swapped"
 FOREIGN = {
     "conditioning_range": "every program gives nets of this model pictures in one range, which is taken here too",
-    "fused_optimizer_groups": _FUSED, "blockwise_fused_optimizers": _FUSED, "use_safetensors": _FILES, "mem_eff_save": _FILES,
+    "fused_optimizer_groups": _FUSED, "blockwise_fused_optimizers": _FUSED,
+    "use_safetensors": _FILES, "mem_eff_save": _FILES,
     "skip_latents_validity_check": "--skip_cache_check is its name here", **dict.fromkeys(OLD, _SWAP),
 }  # fmt: skip
 """options of the group that not every family's script has: name -> reason"""
@@ -32,13 +33,13 @@ class ControlNetOptions(TrainedWeightsOptions):
     )
     control_net_lr: float | None = option(
         None,
-        help="learning rate of the layers that the base model does not have (those over the picture, and the last ones);"
+        help="learning rate of the layers that the base model does not have (those over the picture, the last ones);"
         " --learning_rate when not given; 0 = not trained",
     )
     conditioning_range: str = option(
         "standard", choices=RANGES,
-        help="values of the conditioning images: standard = 0 to 1, as every program uses these nets; legacy = -1 to 1, for"
-        " nets that were trained so by sd-scripts",
+        help="values of the conditioning images: standard = 0 to 1, as every program uses these nets; legacy = -1 to"
+        " 1, for nets that were trained so by sd-scripts",
     )
 
     def __post_init__(self) -> None:

@@ -316,7 +316,8 @@ class SampleHook(Hook):
         name = sample_suffix(at, run.progress.epoch if at == "epoch" else run.progress.global_step)
         stem = f"{saving.output_name}_{name}" if saving.output_name else name
         title = f"{saving.output_name or 'samples'}, step {run.progress.global_step}"
-        columns = 2 * math.ceil(math.sqrt(len(made) / 2)) if len(cells) == 2 * len(made) else None  # pairs stay together
+        pairs = len(cells) == 2 * len(made)  # which stay together
+        columns = 2 * math.ceil(math.sqrt(len(made) / 2)) if pairs else None
         sheet = image_grid(cells, title=title, columns=columns)
         grid = write_picture(sheet, Path(saving.output_dir) / "sample" / f"{stem}_grid.png")
         self.sheet.guides = guides

@@ -143,7 +143,9 @@ class ControlNetTrainable(WeightsTrainable):
     def notices(self) -> list[str]:
         lines = super().notices()
         if self.opts.conditioning_range == "legacy":
-            lines.append("conditioning images are -1 to 1 (--conditioning_range legacy); programs that use the net give it 0 to 1")
+            lines.append(
+                "conditioning images are -1 to 1 (--conditioning_range legacy); programs that use the net give 0 to 1"
+            )
         elif "conditioning_range" in self.family.record.scripts[self.name].options:
             lines.append(
                 "conditioning images are 0 to 1, as programs that use the net give them (-1 to 1 in known trainers);"
@@ -165,7 +167,7 @@ class ControlNetTrainable(WeightsTrainable):
         if not path.endswith(".ckpt"):
             save_file_atomic(state, path, {**metadata, **self.nets.file_metadata(self.net)})
             return
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:  # given a name, torch writes it into the file
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:  # given a name, torch would write that too
             torch.save(state, file)
 
     def _save_folder(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str], is_pickled: bool) -> None:

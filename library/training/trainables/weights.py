@@ -1,4 +1,5 @@
-"""What training of all weights of a module has in common: rates, updates inside the backward pass, weights in bfloat16."""
+"""What training of all weights of a module has in common: rates, updates inside the backward pass, weights in
+bfloat16."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 
 class WeightsTrainable(Trainable):
-    """The base of trainables whose parameters are weights of a model. `family` and `models` are there after attach()."""
+    """The base of trainables whose parameters are weights of a model. `family` and `models` are there after
+    attach()."""
 
     opts: TrainedWeightsOptions
     rate_options: str
@@ -87,7 +89,9 @@ class WeightsTrainable(Trainable):
             yield f"{option} is for one process: gradients of several are summed before the step; leave it out"
         choice = self._steps_singly()
         if choice:
-            yield f"{option}: {choice} needs the gradients of all weights at once; use AdamW or AdaFactor, or leave it out"
+            yield (
+                f"{option}: {choice} needs the gradients of all weights at once; use AdamW or AdaFactor, or leave it out"
+            )
 
     def _steps_singly(self) -> str | None:
         """None, or the name of an optimizer that has to see all weights together."""
@@ -109,8 +113,8 @@ class WeightsTrainable(Trainable):
                 return  # told by the check of the optimizer
             if built.schedule_free:
                 yield (
-                    f"--full_bf16 with --optimizer_type {built.choice.name}, which moves between two sets of weights that"
-                    " bfloat16 cannot tell apart; leave one of them out"
+                    f"--full_bf16 with --optimizer_type {built.choice.name}, which moves between two sets of weights"
+                    " that bfloat16 cannot tell apart; leave one of them out"
                 )
         if self.config[SavingOptions].save_model_as == "pt":
             yield "--save_model_as is pt, in which no program looks for a model; use safetensors or ckpt"
@@ -137,12 +141,12 @@ class WeightsTrainable(Trainable):
             choice = choose(self.config[OptimizerOptions])
             if choice.one_rate_for_all_groups and self.opts.bf16_update == "stochastic":
                 lines.append(
-                    f"{choice.name} finds its rate by how far weights went, which chance blurs at first; --bf16_update kahan"
-                    " keeps it exact"
+                    f"{choice.name} finds its rate by how far weights went, which chance blurs at first; --bf16_update"
+                    " kahan keeps it exact"
                 )
         if self._is_fused and self.config[OptimizerOptions].max_grad_norm:
             lines.append(
-                f"--max_grad_norm {self.config[OptimizerOptions].max_grad_norm:g}: each tensor is clipped by its own norm,"
-                " because updates inside the backward pass never see all gradients; 0 clips nothing"
+                f"--max_grad_norm {self.config[OptimizerOptions].max_grad_norm:g}: each tensor is clipped by its own"
+                " norm, because updates inside the backward pass never see all gradients; 0 clips nothing"
             )
         return lines

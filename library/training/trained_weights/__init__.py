@@ -13,8 +13,8 @@ OLD = ("double_blocks_to_swap", "single_blocks_to_swap")
 BF16_NOTICES = {
     "stochastic": "weights in bfloat16 are rounded stochastically after each step, so that small updates count"
     " (--bf16_update stochastic)",
-    "kahan": "weights in bfloat16 are summed with what rounding cuts off, 2 bytes per weight in the optimizer's state, so"
-    " that small updates count (--bf16_update kahan)",
+    "kahan": "weights in bfloat16 are summed with what rounding cuts off, 2 bytes per weight in the optimizer's state,"
+    " so that small updates count (--bf16_update kahan)",
 }
 """values of --bf16_update, and what the page at start says of them"""
 
@@ -33,7 +33,8 @@ class TrainedWeightsOptions:
         " weight",
     )
     fused_optimizer_groups: int | None = option(
-        None, help="1 or more: the same as --fused_backward_pass, which updates each tensor as soon as its gradient is there"
+        None,
+        help="1 or more: the same as --fused_backward_pass, which updates each tensor as soon as its gradient is there",
     )
     blockwise_fused_optimizers: bool = option(False, help="the same as --fused_backward_pass")
     use_safetensors: bool = equivalent_option(

@@ -45,7 +45,8 @@ def draw(folder: Path, alpha: int | None = None) -> None:
 def toml(folder: Path, keys: str = "", head: str = "") -> Path:
     path = folder / "data.toml"
     path.write_text(
-        f"[[datasets]]\nresolution = 64\nbatch_size = 1\nenable_bucket = true\nmin_bucket_reso = 32\nbucket_reso_steps = 16\n{head}\n"
+        "[[datasets]]\nresolution = 64\nbatch_size = 1\nenable_bucket = true\nmin_bucket_reso = 32\n"
+        f"bucket_reso_steps = 16\n{head}\n"
         f"[[datasets.subsets]]\nimage_dir = '{folder / 'images'}'\nconditioning_data_dir = '{folder / 'control'}'\n"
         f"caption_extension = '.txt'\nnum_repeats = 8\n{keys}\n",
         encoding="utf-8",
@@ -116,8 +117,9 @@ def test_keys_of_control_pictures_and_of_masks(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_blueprint(options, architecture=FLUX, script="train_network")
     assert [problem.rpartition(".")[2].split(":")[0].split()[0] for problem in caught.value.problems] == [
-        "alpha_mask", "random_crop"
-    ]  # fmt: skip
+        "alpha_mask",
+        "random_crop",
+    ]
 
 
 def test_missing_control_pictures_are_all_named(tmp_path):
@@ -137,9 +139,11 @@ def test_missing_control_pictures_are_all_named(tmp_path):
 def test_folders_on_the_command_line(tmp_path):
     draw(tmp_path)
     options = DatasetOptions(
-        train_data_dir=str(tmp_path / "images"), conditioning_data_dir=str(tmp_path / "control"), resolution=(64, 64),
+        train_data_dir=str(tmp_path / "images"),
+        conditioning_data_dir=str(tmp_path / "control"),
+        resolution=(64, 64),
         caption_extension=".txt",
-    )  # fmt: skip
+    )
     blueprint, scanned = load_datasets(options, architecture=FLUX, script="train_control_net")
     assert blueprint.datasets[0].holds_control and len(scanned.train[0]) == 4
     assert all(item.cond_path and item.caption == "a cat" for item in scanned.train[0])
