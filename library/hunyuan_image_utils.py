@@ -40,7 +40,7 @@ from library.components.ldm_utils import (
 )
 from library.components.llm_encoder_utils import inspect_qwen25_vl, load_qwen25_vl
 from library.components.text_encoder_utils import inspect_t5xxl, load_t5xxl
-from library.core.errors import CheckpointError, Problems
+from library.core.errors import Problems
 from library.core.lazy_names import homes, lazy_names
 from library.custom_offloading_utils import stream_swap_problem
 from library.fp8_optimization_utils import (
@@ -239,9 +239,9 @@ def fitting_problems(
     model: str,
     blocks_to_swap: int,
 ) -> list[str]:
-    """What is wrong with each file, sizes of text encoders and autoencoder against the denoiser's, and a block swap that
-    its depth does not allow, from headers. Each part is (option, path), no vae = not checked; `denoiser` reads the
-    header of `model`."""
+    """What is wrong with each file, sizes of text encoders and autoencoder against the denoiser's, and a block swap
+    that its depth does not allow, from headers. Each part is (option, path), no vae = not checked; `denoiser` reads
+    the header of `model`."""
     problems = Problems()
     params = problems.attempt(denoiser)
     sizes = [

@@ -341,8 +341,10 @@ def embedding_widths(base: str | os.PathLike, given: Mapping[str, str | None]) -
     """Widths of the vectors that the text encoders take, by the names of files of textual inversions; None for T5 that
     is left out. `given`: as for `part_paths`."""
     paths = part_paths(base, given)
-    sizes = {slot: inspect_encoder(slot, paths[slot]) for slot in ENCODER_SLOTS if slot in paths}
-    return {slot: sizes[slot].get("width", sizes[slot].get("d_model")) if slot in sizes else None for slot in ENCODER_SLOTS}
+    names = {"clip_l": "width", "clip_g": "width", "t5xxl": "d_model"}
+    return {
+        slot: inspect_encoder(slot, paths[slot])[names[slot]] if slot in paths else None for slot in ENCODER_SLOTS
+    }
 
 
 def file_problems(

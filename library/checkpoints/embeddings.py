@@ -1,4 +1,4 @@
-"""Files of textual inversions: vectors of new words, for each text encoder of a family, or for each layer of a U-Net."""
+"""Files of textual inversions: vectors of new words, for each text encoder of a family or for each layer of a U-Net."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def read_word(path: str, word: str, widths: Widths, option: str) -> WordVectors:
 
 
 def read_layered(path: str, word: str, layers: Sequence[str], option: str, width: int | None = None) -> WordVectors:
-    """A file with vectors of its own for each of the `layers` with cross-attention, in their order; `width` None: of any
-    width. CheckpointError."""
+    """A file with vectors of its own for each of the `layers` with cross-attention, in their order; `width` None: of
+    any width. CheckpointError."""
     tensors = _read(path)
     lacking = [name for name in layers if name not in tensors]
     if lacking:
         raise CheckpointError(
-            f"--{option}: {path} holds {_held(tensors)}; vectors for each layer with cross-attention are needed, it lacks "
-            f"{', '.join(lacking)}"
+            f"--{option}: {path} holds {_held(tensors)}; vectors for each layer with cross-attention are needed, it "
+            f"lacks {', '.join(lacking)}"
         )
     rows = {name: _as_rows(tensors[name], path) for name in layers}
     return WordVectors(word, rows, f"--{option}: {path}").checked({} if width is None else dict.fromkeys(layers, width))
@@ -88,8 +88,8 @@ def bundle_of(word: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def bundled_words(path: str, widths: Widths, option: str) -> list[WordVectors]:
-    """The words that an adapter file was trained with; none where it has none. CheckpointError when one does not fit the
-    text encoders."""
+    """The words that an adapter file was trained with; none where it has none. CheckpointError when one does not fit
+    the text encoders."""
     return [
         _word_of(tensors, path, word, widths, f"--{option}: the word '{word}' in {path}")
         for word, tensors in _bundles(path).items()

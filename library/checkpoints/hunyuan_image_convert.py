@@ -117,8 +117,8 @@ def denoiser_rules(keys: Mapping[str, object]) -> Iterator[Rule]:
 
 
 def comfy_rules(keys: Mapping[str, object]) -> Iterator[Rule]:
-    """Every tensor of a denoiser under ComfyUI's names that is called otherwise there, of which names alone differ; none
-    of a denoiser in another layout."""
+    """Every tensor of a denoiser under ComfyUI's names that is called otherwise there; names alone differ. None of a
+    denoiser in another layout."""
     if not is_comfy_denoiser(keys):
         return
     yield from with_kinds("", "", _COMFY_TOP)

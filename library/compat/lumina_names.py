@@ -93,7 +93,8 @@ class LoRANetwork(KnownNetwork):
         conv_lora_dim: int | None = None,
         conv_alpha: float | None = None, module_class: type = LoRAModule, modules_dim: Mapping[str, int] | None = None,
         modules_alpha: Mapping[str, float] | None = None, train_blocks: str | None = None,
-        type_dims: Sequence[int | None] | None = None, embedder_dims: Sequence[int] | None = None, verbose: bool = False,
+        type_dims: Sequence[int | None] | None = None, embedder_dims: Sequence[int] | None = None,
+        verbose: bool = False,
     ) -> None:
         """`type_dims` in the order of PARTS."""
         pairs = {

@@ -140,7 +140,8 @@ def get_noisy_model_input_and_timesteps(
     the family, drawn from torch's global generator."""
     shift = getattr(args, "training_shift", None)
     options = dataclasses.replace(
-        options_of(args, TimestepOptions), timestep_sampling="whole", discrete_flow_shift=1.0 if shift is None else shift
+        options_of(args, TimestepOptions), timestep_sampling="whole",
+        discrete_flow_shift=1.0 if shift is None else shift,
     )
     return noisy_by(options, args, latents, noise, device, dtype)
 

@@ -5,7 +5,6 @@ Which autoencoder a family needs, with which scale and shift, is the family's to
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

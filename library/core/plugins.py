@@ -17,8 +17,8 @@ def import_plugins(modules: Iterable[str]) -> None:
         if is_path(module):
             name = module.partition(":")[0]
             problems.add(
-                f"--plugins is {module}, a path of one thing; needed: the module, --plugins {name}, which registers what"
-                f" it has; the path itself belongs to the option that chooses the thing, e.g. --loss_type {module}"
+                f"--plugins is {module}, a path of one thing; needed: the module, --plugins {name}, which registers"
+                f" what it has; the path itself belongs to the option that chooses the thing, e.g. --loss_type {module}"
             )
             continue
         problems.attempt(lambda module=module: import_outside(module, "--plugins"))

@@ -56,8 +56,9 @@ def _tell_what_is_left(adapter: AdapterFile, network: Any, tensors: Any) -> None
     held, made = len(by_module(tensors)), len(network.unet_loras) + len(network.text_encoder_loras)
     if made < held:
         logger.warning(
-            "%s: %s finds %d of its %d layers, the others change nothing; where their names are those of another program,"
-            " tools/convert_lora.py --to kohya gives them the ones that it knows", adapter.path, adapter.module, made, held,
+            "%s: %s finds %d of its %d layers, the others change nothing; where their names are those of another"
+            " program, tools/convert_lora.py --to kohya gives them the ones that it knows",
+            adapter.path, adapter.module, made, held,
         )  # fmt: skip
 
 

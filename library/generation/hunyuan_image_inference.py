@@ -89,7 +89,7 @@ def _without_effect(config: Config) -> list[str]:
     if not inspect_hunyuan_image(path).params.guidance_embed:
         return []
     named = ", ".join(f"--{name}" for name in given)
-    return [f"{named}: no effect; {path} is a distilled model, which follows --guidance_scale as an embedded guidance alone"]
+    return [f"{named}: no effect; {path} is a distilled model, which has --guidance_scale embedded in it"]
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

@@ -84,8 +84,8 @@ class PromptWords:
 def read_words(
     files: Iterable[str], bundles: Iterable[tuple[str, str]], widths: Widths, option: str
 ) -> list[WordVectors]:
-    """The words of embedding files, each under the name of its file, and those of adapter files (option, path), of which
-    an embedding file replaces one of the same name. ConfigError with everything that is wrong."""
+    """The words of embedding files, each under the name of its file, and those of adapter files (option, path), of
+    which an embedding file replaces one of the same name. ConfigError with everything that is wrong."""
     problems, found, own = Problems(), {}, {}
     for name, path in bundles:
         for vectors in problems.attempt(lambda: bundled_words(path, widths, name)) or ():

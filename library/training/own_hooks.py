@@ -71,8 +71,8 @@ LIKE = 0.8
 
 
 def names_never_called(cls: type[Hook]) -> list[str]:
-    """A line for every method that a hook adds under a name much like one that a run calls, or that begins with `on_` as
-    those do: such a one is probably misspelled, and never called."""
+    """A line for every method that a hook adds under a name much like one that a run calls, or that begins with `on_`
+    as those do: such a one is probably misspelled, and never called."""
     known = [name for name in vars(Hook) if not name.startswith("_")]
     bases = cls.__mro__[: cls.__mro__.index(Hook)]
     own = dict.fromkeys(name for base in bases for name, value in vars(base).items() if inspect.isfunction(value))
@@ -81,10 +81,11 @@ def names_never_called(cls: type[Hook]) -> list[str]:
         near = difflib.get_close_matches(name, known, n=1, cutoff=LIKE)
         if name.startswith("_") or name in known or not (near or name.startswith("on_")):
             continue
-        meant = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(n for n in known if n.startswith('on_'))}."
+        points = ", ".join(point for point in known if point.startswith("on_"))
+        meant = f"; did you mean {near[0]}?" if near else f"; known: {points}."
         lines.append(
-            f"the hook {cls.__name__} has a method {name}, which a run never calls{meant} Give a method of its own another"
-            " name, or one that begins with _"
+            f"the hook {cls.__name__} has a method {name}, which a run never calls{meant} Give a method of its own"
+            " another name, or one that begins with _"
         )
     return lines
 

@@ -115,7 +115,8 @@ def test_texts_without_the_head_of_the_released_template(tiny, qwen):
 def test_steps_along_the_schedule():
     timesteps, sigmas = hunyuan_image_utils.get_timesteps_sigmas(4, 5.0, "cpu")
     wanted = [5 * u / (1 + 4 * u) for u in (1, 0.75, 0.5, 0.25, 0)]
-    assert sigmas.tolist() == pytest.approx(wanted) and timesteps.tolist() == pytest.approx([1000 * s for s in wanted[:4]])
+    assert sigmas.tolist() == pytest.approx(wanted)
+    assert timesteps.tolist() == pytest.approx([1000 * sigma for sigma in wanted[:4]])
     clean, noise = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
     latents = noise.bfloat16().float()
     for number in range(4):

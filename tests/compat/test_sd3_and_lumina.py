@@ -48,7 +48,7 @@ def same(model, other) -> bool:
     return all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
 
-# -- Stable Diffusion 3 --------------------------------------------------------------------------------------------------
+# -- Stable Diffusion 3 ------------------------------------------------------------------------------------------------
 
 
 def test_a_denoiser_of_tensors_in_memory(sd3, mmdit):
@@ -56,7 +56,8 @@ def test_a_denoiser_of_tensors_in_memory(sd3, mmdit):
     assert same(sd3_utils.load_mmdit(whole, "float32", "cpu", attn_mode="sdpa"), mmdit)
     assert sd3_utils.load_mmdit(whole, torch.bfloat16, "cpu").dtype == torch.bfloat16
     prefix = "model.diffusion_model."
-    assert sd3_utils.analyze_state_dict_state(whole, prefix) == sd3.params == sd3_utils.analyze_checkpoint_state(sd3.whole)
+    assert sd3_utils.analyze_state_dict_state(whole, prefix) == sd3.params
+    assert sd3_utils.analyze_checkpoint_state(sd3.whole) == sd3.params
     made = sd3_models.create_sd3_mmdit(sd3.params)
     assert made.state_dict().keys() == mmdit.state_dict().keys()
 
@@ -70,10 +71,12 @@ def test_parts_of_files_and_of_tensors_in_memory(sd3):
     generator = torch.Generator().manual_seed(1)  # of sizes that their shapes tell
     clip = clip_state(generator, width=128, layers=1, vocab=9)
     loaded = sd3_utils.load_clip_l(None, torch.float32, "cpu", False, clip)
-    assert torch.equal(loaded.text_model.embeddings.token_embedding.weight, clip["text_model.embeddings.token_embedding.weight"])
+    name = "text_model.embeddings.token_embedding.weight"
+    assert torch.equal(loaded.state_dict()[name], clip[name])
     vae = AutoEncoder(AutoEncoderParams(ch=32, ch_mult=(1, 1), num_res_blocks=1))
     assert same(sd3_utils.load_vae(None, None, None, state_dict=vae.state_dict()), vae)
-    assert same(sd3_utils.load_vae(str(sd3.whole), torch.float32, "cpu"), sd3_utils.load_vae_sd3(sd3.model, None, "cpu"))
+    own = sd3_utils.load_vae_sd3(sd3.model, None, "cpu")
+    assert same(sd3_utils.load_vae(str(sd3.whole), torch.float32, "cpu"), own)
 
 
 def test_noise_levels_of_a_shifted_flow():
@@ -99,7 +102,8 @@ def test_a_picture_is_that_of_the_pipeline(sd3, mmdit):
     request = Sd3Request(prompt="", width=64, height=48, steps=3, seed=5, cfg_scale=4.0)
     with torch.no_grad():
         wanted = Sd3Pipeline(mmdit, None).latents(request, one, other)
-    given = [(sd3_train_utils.joined_context(text["lg_out"], text["t5_out"]), text["lg_pooled"]) for text in (one, other)]
+    join = sd3_train_utils.joined_context
+    given = [(join(text["lg_out"], text["t5_out"]), text["lg_pooled"]) for text in (one, other)]
     sampled = [48, 64, torch.ones(1, 16, 6, 8), 5, *given, mmdit, 3, 4.0, torch.float32, "cpu"]
     torch.testing.assert_close(sd3_train_utils.do_sample(*sampled), wanted)
 
@@ -124,7 +128,8 @@ def test_saving_the_parts(sd3, mmdit, tmp_path):
     path = tmp_path / "model.safetensors"
     sd3_train_utils.save_models(str(path), mmdit, vae, clip_l, None, t5xxl, {"modelspec.title": "x"}, torch.float32)
     assert same(sd3_utils.load_sd3(path, None, "cpu"), mmdit) and read_header(path)[1] == {"modelspec.title": "x"}
-    assert {file.name for file in tmp_path.iterdir()} == {f"model{part}.safetensors" for part in ("", "_clip_l", "_t5xxl")}
+    wanted = {f"model{part}.safetensors" for part in ("", "_clip_l", "_t5xxl")}
+    assert {file.name for file in tmp_path.iterdir()} == wanted
     assert same(sd3_utils.load_t5xxl(tmp_path / "model_t5xxl.safetensors", None, "cpu"), t5xxl)
     written = load_safetensors(tmp_path / "model_clip_l.safetensors")
     assert all(torch.equal(tensor, written[key]) for key, tensor in clip_l.state_dict().items())
@@ -140,7 +145,9 @@ def test_options_of_both():
 
 
 def test_networks_by_their_constructors(mmdit, nextdit):
-    own = lora.create_network(0.5, 4, 2.0, None, [], mmdit, x_attn_dim=2, emb_dims="[1,1,1,1,0,0]", train_block_indices="1")
+    own = lora.create_network(
+        0.5, 4, 2.0, None, [], mmdit, x_attn_dim=2, emb_dims="[1,1,1,1,0,0]", train_block_indices="1"
+    )
     mine = lora_sd3.LoRANetwork(
         [], mmdit, 0.5, 4, 2.0, type_dims=[None, None, None, 2, None, None], emb_dims=[1, 1, 1, 1, 0, 0],
         train_block_indices=[False, True, False],
@@ -154,7 +161,7 @@ def test_networks_by_their_constructors(mmdit, nextdit):
     assert lora_sd3.LoRAModule is lora_lumina.LoRAModule is lora.LoRAModule
 
 
-# -- Lumina-Image 2.0 ----------------------------------------------------------------------------------------------------
+# -- Lumina-Image 2.0 --------------------------------------------------------------------------------------------------
 
 
 def test_loading_and_saving_lumina(lumina, nextdit, tmp_path):

@@ -97,4 +97,5 @@ def test_occasions(case):
 def test_token_vectors():
     case = behaviour(FILE)["token_vectors"]
     prompt = SamplePrompt(prompt=case["prompt"], negative_prompt=case["negative_prompt"])
-    assert sampling_prompts.replace_words(prompt, case["token"], vector_words(case["token"], case["count"])).to_dict() == case["expected"]
+    words = vector_words(case["token"], case["count"])
+    assert sampling_prompts.replace_words(prompt, case["token"], words).to_dict() == case["expected"]

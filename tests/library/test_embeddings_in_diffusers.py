@@ -105,7 +105,9 @@ def test_diffusers_computes_the_states_of_training_and_image_scripts(name, tmp_p
     assert any(not torch.equal(states, without[key]) for key, states in theirs.items())
 
 
-@pytest.mark.parametrize("form", behaviour("textual_inversion.json")["diffusers_loading"], ids=lambda form: form["form"])
+@pytest.mark.parametrize(
+    "form", behaviour("textual_inversion.json")["diffusers_loading"], ids=lambda form: form["form"]
+)
 def test_every_recorded_form_is_read_as_diffusers_reads_it(form, tmp_path):
     """Names of tokens and vectors, with and without the argument `token`."""
     from library.tiny_models import build_tiny

@@ -95,8 +95,8 @@ def test_autoencoder(size: tuple[int, int], blocks: int) -> None:
 
 
 def test_tiles_of_the_autoencoder() -> None:
-    """Two tiles in a row are decoded as by diffusers, which begins a third one behind them, of the latents that the second
-    has already; what is no larger than a tile is what it is without."""
+    """Two tiles in a row are decoded as by diffusers, which begins a third one behind them, of the latents that the
+    second has already; what is no larger than a tile is what it is without."""
     torch.manual_seed(4)
     sizes = {"block_out_channels": (32,) * 6, "layers_per_block": 1, "latent_channels": 16}
     theirs = diffusers.AutoencoderKLHunyuanImage(

@@ -271,7 +271,7 @@ def test_another_autoencoder_is_told_apart(tmp_path: Path) -> None:
 
     ldm = replace(VAE, ch_mult=(1, 1, 2, 2))
     save_file_atomic(random_state(AutoEncoder(ldm), torch.Generator().manual_seed(1)), tmp_path / "ae.safetensors")
-    with pytest.raises(CheckpointError, match="holds no HunyuanImage 2.1 autoencoder .it lacks decoder.up.0.upsample.conv.weight"):
+    with pytest.raises(CheckpointError, match="no HunyuanImage 2.1 autoencoder .it lacks decoder.up.0.upsample.conv"):
         hunyuan_image_utils.inspect_vae(tmp_path / "ae.safetensors", {"norm_groups": VAE.norm_groups})
 
 

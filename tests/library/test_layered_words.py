@@ -1,5 +1,5 @@
-"""Words with vectors for each layer (XTI): what each cross-attention of the U-Net attends to, computed by hand, in training
-and in gen_img; names and rows against the reference file."""
+"""Words with vectors for each layer (XTI): what each cross-attention of the U-Net attends to, computed by hand, in
+training and in gen_img; names and rows against the reference file."""
 
 from __future__ import annotations
 
@@ -138,8 +138,11 @@ def test_files_that_do_not_fit(tiny, layers, vectors, tmp_path):
         save_file_atomic(tensors, path)
     argv = ["--prompt=a", f"--outdir={tmp_path}", "--XTI_embeddings", *paths]
     with pytest.raises(ConfigError) as error:
-        gen_img.run([f"--ckpt={tiny.model}", f"--clip_tokenizer={tiny.tokenizer}", *argv])
+        gen_img.run([
+            f"--ckpt={tiny.model}", f"--clip_tokenizer={tiny.tokenizer}", *argv, "--textual_inversion_embeddings", paths[0],
+        ])  # fmt: skip
     told = "\n".join(error.value.problems)
+    assert "both give the word 'single'" in told
     assert "single.safetensors holds emb_params; vectors for each layer" in told and "it lacks MID" in told
     assert "wide.safetensors holds vectors of" in told and "1 in MID" in told
     sdxl = build_tiny("sdxl", tmp_path / "sdxl")

@@ -170,6 +170,24 @@ def test_names_of_installed_packages_are_read_from_their_entry_points(monkeypatc
         registry.installed_points.cache_clear()
 
 
+def test_the_page_names_every_group_of_entry_points():
+    import re
+    from pathlib import Path
+
+    import library
+    from library.training.adapters import NETWORKS
+    from library.training.own_hooks import HOOKS
+    from library.training.parser_common import TRAINABLES
+
+    tables = [
+        library.LOSSES, library.LOSS_WEIGHTS, library.TIMESTEP_SAMPLERS, library.INFERENCE_SAMPLERS, library.SCHEDULERS,
+        library.OPTIMIZERS, NETWORKS, TRAINABLES, HOOKS,
+    ]  # fmt: skip
+    text = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`atelier\.(\w+)`", text[text.index("The groups are") :])
+    assert sorted(listed) == sorted([*(table.group for table in tables), "families"])
+
+
 def test_plugins_are_told_together_when_they_cannot_be_imported(outside):
     from library.core.plugins import PluginOptions, plugins_on
 

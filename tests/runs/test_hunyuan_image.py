@@ -208,8 +208,9 @@ def test_files_that_lack_tensors_are_told_at_start(work: Work, tmp_path: Path) -
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     cases = {
         "denoiser": (work.tiny.denoiser, "double_blocks.0.img_mlp.fc2.bias"),
-        "vae": (work.tiny.vae, "encoder.mid.attn_1.proj_out.bias"), "folder": (weights, "decoder.up_blocks.3.conv1.bias"),
-    }  # fmt: skip
+        "vae": (work.tiny.vae, "encoder.mid.attn_1.proj_out.bias"),
+        "folder": (weights, "decoder.up_blocks.3.conv1.bias"),
+    }
     for name, (path, key) in cases.items():
         state = load_file(path)
         del state[key]

@@ -182,7 +182,7 @@ library.register_family(RECORD)
 
 
 def test_what_a_plugin_registers_by_a_call_is_known_to_the_checks(tinies, tmp_path, monkeypatch) -> None:
-    """A sampler in a family that takes none of the built-in ones, from the line and from a file; a variant of a family."""
+    """A sampler in a family that takes none of the built-in ones, from the line and from a file; a variant."""
     (tmp_path / "calls_plugin.py").write_text(CALLS)
     monkeypatch.syspath_prepend(str(tmp_path))
     samplers = library.TIMESTEP_SAMPLERS._entries
@@ -203,7 +203,8 @@ def test_what_a_plugin_registers_by_a_call_is_known_to_the_checks(tinies, tmp_pa
 
 def test_a_path_behind_plugins_is_refused_with_the_right_form(work: Work, monkeypatch, capsys) -> None:
     message = refused_run("flux", work.argv("out", f"--plugins={FORMULAS}:charbonnier"), monkeypatch, capsys)
-    assert f"--plugins is {FORMULAS}:charbonnier, a path of one thing; needed: the module, --plugins {FORMULAS}" in message
+    told = f"--plugins is {FORMULAS}:charbonnier, a path of one thing; needed: the module, --plugins {FORMULAS}"
+    assert told in message
 
 
 def test_a_plugin_that_cannot_be_imported_ends_the_run(work: Work, monkeypatch, capsys) -> None:

@@ -178,7 +178,8 @@ def test_masks_and_weighted_captions_count(work: WordWork) -> None:
 
 
 def test_captions_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    work = WordWork(tmp_path, build_tiny("sd1", tmp_path / "tiny"), draw_pictures(tmp_path / "images", 3), case=CASES["sd1"])
+    tiny, images = build_tiny("sd1", tmp_path / "tiny"), draw_pictures(tmp_path / "images", 3)
+    work = WordWork(tmp_path, tiny, images, case=CASES["sd1"])
     for path, caption in zip(sorted(work.images.glob("*.txt")), ("a zyx", "a zyxland", "zyx in zyxland"), strict=True):
         path.write_text(caption, encoding="utf-8")
     work.prepare("out")
@@ -225,8 +226,8 @@ def test_a_family_without_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("name", ["flux", "sd1"])
 def test_sample_prompts_know_words_of_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A word whose vectors are those of a known one makes the picture of that: beside cached captions, and beside a word
-    that learns. Captions do not know it."""
+    """A word whose vectors are those of a known one makes the picture of that: beside cached captions, and beside a
+    word that learns. Captions do not know it."""
     case, tiny = CASES[name], build_tiny(name, tmp_path / "tiny")
     work = (Work if name == "flux" else WordWork)(tmp_path, tiny, draw_pictures(tmp_path / "images", 2), case=case)
     family = import_target(record_of(case.family).family)
@@ -234,9 +235,8 @@ def test_sample_prompts_know_words_of_files(name: str, tmp_path: Path, capsys: p
     loaded = family(config)
     runtime = SimpleNamespace(weight_dtype=torch.float32, text_encoder_dtype=torch.float32, device="cpu")
     vectors = {}
-    for key, tokenizer, encoder in zip(
-        FAMILIES[case.family].embedding_keys, loaded.strategies().tokenize.tokenizers, loaded.load_text_encoders(runtime)
-    ):  # fmt: skip
+    keys, tokenizers = FAMILIES[case.family].embedding_keys, loaded.strategies().tokenize.tokenizers
+    for key, tokenizer, encoder in zip(keys, tokenizers, loaded.load_text_encoders(runtime), strict=True):
         (number,) = tokenizer("cat", add_special_tokens=False).input_ids
         vectors[key] = encoder.get_input_embeddings().weight[number][None].detach().clone()
     save_file_atomic(vectors, tmp_path / "qux.safetensors")

@@ -469,7 +469,8 @@ def words_of(paths: Iterable[str]) -> dict[str, torch.Tensor]:
             if owners.setdefault(word, path) == path:
                 kept[key] = tensor
             elif key in kept and not kept[key].equal(tensor):
-                logger.warning("the word '%s' is in %s and %s; its vectors are those of the first", word, owners[word], path)
+                first = owners[word]
+                logger.warning("the word '%s' is in %s and %s; its vectors are those of the first", word, first, path)
     if owners:
         logger.info("words in the result, with their vectors as they are: %s", ", ".join(owners))
     return kept

@@ -1,6 +1,6 @@
-"""Denoisers between one file in the original layout and the `transformer` of a diffusers folder, tensor by tensor; other
-parts that are rewritten alone, such as autoencoders, likewise. Where a family has a pipeline, the other parts of a file
-of all make one.
+"""Denoisers between one file in the original layout and the `transformer` of a diffusers folder, tensor by tensor;
+other parts that are rewritten alone, such as autoencoders, likewise. Where a family has a pipeline, the other parts of
+a file of all make one.
 
 The rules are those of the family (DenoiserLayouts). What the folder has no place for goes into `REST` beside
 `transformer`, with the file's metadata, from where the way back takes it, so that this gives the same tensors.
@@ -32,9 +32,9 @@ PLACES = "original_places"
 
 
 def single_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None) -> SinglePlan:
-    """From a folder, its `transformer`, one of the shards or a file, or from a file in a further layout. A pipeline folder
-    that was made of a file of all parts gives that again; see `PipelineLayout.places` for others. CheckpointError when
-    tensors are missing."""
+    """From a folder, its `transformer`, one of the shards or a file, or from a file in a further layout. A pipeline
+    folder that was made of a file of all parts gives that again; see `PipelineLayout.places` for others.
+    CheckpointError when tensors are missing."""
     info = layouts.inspect(source)
     metas = _metas(info, dtype)
     further = list(layouts.further(metas))
@@ -151,8 +151,8 @@ def joined(items: Iterable[tuple[str, Tensor]], rules: Iterable[Rule]) -> Iterat
 def _around(
     source: str, file: str, layouts: DenoiserLayouts
 ) -> tuple[dict[str, Tensor], dict[str, str], Mapping[str, str]]:
-    """(tensors, metadata, places) that belong to the file into which a denoiser goes: what a conversion has kept, and what
-    stands before the names of each sub-folder. Of a sub-folder or a shard alone the denoiser is meant."""
+    """(tensors, metadata, places) that belong to the file into which a denoiser goes: what a conversion has kept, and
+    what stands before the names of each sub-folder. Of a sub-folder or a shard alone the denoiser is meant."""
     kept, metadata = _read_rest(file, layouts.part)
     if layouts.pipeline is None:
         return kept, metadata, {}

@@ -44,9 +44,11 @@ Steer = Callable[[ControlledPredict], Predict]
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def guide_problems(options: GenerationControlOptions, family: str, inspect: Callable[[], UNetInfo]) -> list[str]:
+def guide_problems(
+    options: GenerationControlOptions, family: str, inspect: Callable[[], UNetInfo | None]
+) -> list[str]:
     """What is wrong with files of nets for the model of a family, and with guide pictures, from headers. `inspect` reads
-    the model's; where it raises a CheckpointError, that is told elsewhere."""
+    the model's; where it gives None or raises a CheckpointError, what is wrong is told elsewhere."""
     problems = Problems()
     try:
         info = inspect()

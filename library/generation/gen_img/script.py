@@ -138,8 +138,9 @@ def all_problems(config: Config) -> list[str]:
     model_found = model_problems(model)
     found = [*refused_problems(config), *model_found, *network_problems(networks, model.family)]
     found += guide_problems(
-        config[GenerationControlOptions], model.family, lambda: pipeline_class(model.family).inspect(model)[0]
-    )
+        config[GenerationControlOptions], model.family,
+        lambda: None if model_found else pipeline_class(model.family).inspect(model)[0],
+    )  # fmt: skip
     found += format_problems({"--fp16" if model.fp16 else "--bf16": model.dtype})
     found += word_problems(model, networks, has_model=not model_found)
     if config[GenerationPictureOptions].use_original_file_name and not sources.image_path:
@@ -165,7 +166,12 @@ def word_problems(model: GenerationModelOptions, networks: GenerationNetworkOpti
     if not has_model:
         names = ("textual_inversion_embeddings", "XTI_embeddings")
         return [problem for name in names for problem in missing_files(getattr(networks, name) or (), name)]
-    return [*problems_of(lambda: words_of(model, networks)), *problems_of(lambda: layered_words_of(model, networks))]
+    plain, layered = networks.textual_inversion_embeddings or (), networks.XTI_embeddings or ()
+    twice = sorted({Path(path).stem for path in plain} & {Path(path).stem for path in layered})
+    return [
+        *problems_of(lambda: words_of(model, networks)), *problems_of(lambda: layered_words_of(model, networks)),
+        *(f"--XTI_embeddings, --textual_inversion_embeddings: both give the word '{word}'; rename one" for word in twice),
+    ]
 
 
 def model_problems(options: GenerationModelOptions) -> list[str]:

@@ -64,8 +64,8 @@ class AddedWordOptions(TextualInversionOptions):
     )
     embedding_files: str = option(
         "both",
-        help="where the vectors are written: bundle = into the adapter's file, separate = into a file of their own beside "
-        "it, or both",
+        help="where the vectors are written: bundle = into the adapter's file, separate = into a file of their own "
+        "beside it, or both",
         choices=("both", "bundle", "separate"),
     )
 
@@ -76,8 +76,8 @@ class AddedWordOptions(TextualInversionOptions):
             problems.add(f"--embedding_lr is {self.embedding_lr}; needed: 0 or more")
         if self.token_string and "." in self.token_string and self.is_bundled:
             problems.add(
-                f"--token_string is '{self.token_string}'; a word in an adapter's file cannot have a dot: choose another, "
-                "or give --embedding_files separate"
+                f"--token_string is '{self.token_string}'; a word in an adapter's file cannot have a dot: choose "
+                "another, or give --embedding_files separate"
             )
         problems.raise_if_any()
 

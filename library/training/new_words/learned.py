@@ -176,8 +176,8 @@ class LearnedWord:
             group.set_replacements(replacements)
 
     def _tell_captions(self, data: DataGroups) -> None:
-        """Captions without the word teach nothing about it (its place may be a prefix or suffix of the subset), and in a
-        longer word it is another."""
+        """Captions without the word teach nothing about it (its place may be a prefix or suffix of the subset), and in
+        a longer word it is another."""
         token, pattern = self.opts.token_string or "", whole_word(self.opts.token_string or "")
         without, longer = [], []
         for item in data.train.items:

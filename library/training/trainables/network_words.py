@@ -35,7 +35,8 @@ class NetworkWithWords(NetworkTrainable):
         options = config[AddedWordOptions] if AddedWordOptions in config else None
         self.word = AddedWord(options, self.opts.network_weights) if options and options.token_string else None
         if self.word is not None:
-            self.keeps_text_still = "the text encoders read the vectors of --token_string, so leave that out,"  # type: ignore[misc]
+            reason = "the text encoders read the vectors of --token_string, so leave that out,"
+            self.keeps_text_still = reason  # type: ignore[misc]  # of this run
 
     def check(self, family: ModelFamily) -> None:
         problems = Problems()

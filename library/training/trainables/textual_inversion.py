@@ -122,6 +122,6 @@ class LayeredTextualInversion(TextualInversion):
         if self.opts.num_vectors_per_token == 1 or not self.opts.init_word or self.opts.weights:
             return []
         return [
-            "--init_word: each vector starts from its own token of it in every layer; train_textual_inversion_XTI.py of "
-            "sd-scripts takes one token for 16 rows in turn"
+            "--init_word: each vector starts from its own token of it in every layer; train_textual_inversion_XTI.py "
+            "of sd-scripts takes one token for 16 rows in turn"
         ]

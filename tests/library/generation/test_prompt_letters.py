@@ -33,7 +33,8 @@ def test_letters_of_guidance(family: str, caplog) -> None:
 
 def test_the_embedded_guidance_of_lines_changes_nothing_where_there_is_none(caplog) -> None:
     line = "a cat --g 2.5 --l 3 --s 4"
-    flux = LineReader(flux_options.LINE_OPTIONS, 16).read(line, flux_options.FluxRequest(prompt="", width=64, height=64))
+    asked = flux_options.FluxRequest(prompt="", width=64, height=64)
+    flux = LineReader(flux_options.LINE_OPTIONS, 16).read(line, asked)
     assert (flux.guidance, flux.cfg_scale) == (2.5, 3.0)
     default = chroma_options.ChromaRequest(prompt="", width=64, height=64)
     with caplog.at_level(logging.WARNING):

@@ -1,5 +1,5 @@
-"""Words of embedding files in the image scripts of families with several text encoders: the pictures, every form of file,
-what is refused."""
+"""Words of embedding files in the image scripts of families with several text encoders: the pictures, every form of
+file, what is refused."""
 
 from __future__ import annotations
 
