@@ -1,5 +1,5 @@
-"""Folders in the layout of diffusers: the configuration files of U-Nets, autoencoders and text encoders, made of what our
-loaders know of a model."""
+"""Folders in the layout of diffusers: the configuration files of U-Nets, autoencoders and text encoders, made of what
+our loaders know of a model."""
 
 from __future__ import annotations
 
@@ -85,8 +85,9 @@ def t5_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of T5EncoderModel, from inspect_t5xxl."""
     return {
         "architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": values["vocab_size"],
-        "d_model": values["d_model"], "d_kv": values["d_kv"], "d_ff": values["d_ff"], "num_layers": values["num_layers"],
-        "num_heads": values["num_heads"], "relative_attention_num_buckets": values["buckets"],
+        "d_model": values["d_model"], "d_kv": values["d_kv"], "d_ff": values["d_ff"],
+        "num_layers": values["num_layers"], "num_heads": values["num_heads"],
+        "relative_attention_num_buckets": values["buckets"],
         "relative_attention_max_distance": values["max_distance"], "layer_norm_epsilon": values["eps"],
         "feed_forward_proj": "gated-gelu", "dropout_rate": 0.1, "is_encoder_decoder": True, "pad_token_id": 0,
         "eos_token_id": 1, "decoder_start_token_id": 0, "tie_word_embeddings": False,

@@ -233,8 +233,8 @@ class FamilyRecord:
 
     model_kinds: tuple[ModelKind, ...] = ()
     autoencoders: Mapping[str, str] = field(default_factory=dict)
-    """kind of autoencoder, by its shapes -> the name of the family's own, where others have another one of these shapes;
-    only a file with the denoiser in it tells them apart"""
+    """kind of autoencoder, by its shapes -> the name of the family's own, where others have another one of these
+    shapes; only a file with the denoiser in it tells them apart"""
     wanted_denoiser: str = ""
     """what a slot needs that takes every kind of the family's denoisers, in fewer words than one by one"""
     layouts: str = ""

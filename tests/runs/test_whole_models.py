@@ -108,14 +108,6 @@ def test_a_whole_model_learns_and_resumes_in_the_same_bytes(
     assert losses_of(again, "validation")[-1] == pytest.approx(losses_of(whole, "validation")[-1], rel=1e-5)
 
 
-def test_the_loss_falls(tinies: Tinies, tmp_path: Path) -> None:
-    """The same pictures at one noise level again and again."""
-    work = tinies.work("sd1", tmp_path)
-    words = ["--max_train_steps=16", "--min_timestep=500", "--max_timestep=501", "--learning_rate=3e-3"]
-    losses = losses_of(train(work, "dreambooth", "out", *words))
-    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
-
-
 @pytest.mark.parametrize("more", [
     ("--optimizer_type=AdamW", "--max_grad_norm=0"),
     ("--optimizer_type=AdaFactor", "--optimizer_args", "relative_step=False", "scale_parameter=False", "--max_grad_norm=0"),

@@ -236,9 +236,8 @@ def test_a_file_of_all_models_is_a_pipeline_and_back(name, tmp_path):
     assert type(pipeline).__name__ == {"flux": "FluxPipeline", "chroma": "ChromaPipeline"}[name]
     ids = torch.randint(0, 50, (1, 7), generator=torch.Generator().manual_seed(0))
     latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    t5, tokenizer = (
-        (pipeline.text_encoder_2, pipeline.tokenizer_2) if name == "flux" else (pipeline.text_encoder, pipeline.tokenizer)
-    )
+    number = "_2" if name == "flux" else ""
+    t5, tokenizer = (getattr(pipeline, f"{part}{number}") for part in ("text_encoder", "tokenizer"))
     with torch.no_grad():
         pairs = [(load_t5xxl(source, *HOW)(ids)[0], t5(ids)[0])]
         raw = latents / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor

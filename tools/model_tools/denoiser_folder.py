@@ -32,9 +32,9 @@ PLACES = "original_places"
 
 
 def single_plan(source: str, layouts: DenoiserLayouts, dtype: torch.dtype | None) -> SinglePlan:
-    """From a folder, its `transformer`, one of the shards or a file, or from a file in a further layout. A pipeline folder
-    that was made of a file of all parts gives that again; see `PipelineLayout.places` for others. CheckpointError when
-    tensors are missing."""
+    """From a folder, its `transformer`, one of the shards or a file, or from a file in a further layout. A pipeline
+    folder that was made of a file of all parts gives that again; see `PipelineLayout.places` for others.
+    CheckpointError when tensors are missing."""
     info = layouts.inspect(source)
     metas = _metas(info, dtype)
     further = list(layouts.further(metas))
@@ -151,8 +151,8 @@ def joined(items: Iterable[tuple[str, Tensor]], rules: Iterable[Rule]) -> Iterat
 def _around(
     source: str, file: str, layouts: DenoiserLayouts
 ) -> tuple[dict[str, Tensor], dict[str, str], Mapping[str, str]]:
-    """(tensors, metadata, places) that belong to the file into which a denoiser goes: what a conversion has kept, and what
-    stands before the names of each sub-folder. Of a sub-folder or a shard alone the denoiser is meant."""
+    """(tensors, metadata, places) that belong to the file into which a denoiser goes: what a conversion has kept, and
+    what stands before the names of each sub-folder. Of a sub-folder or a shard alone the denoiser is meant."""
     kept, metadata = _read_rest(file, layouts.part)
     if layouts.pipeline is None:
         return kept, metadata, {}

@@ -99,8 +99,8 @@ def _tensors_of(
 def add_pipeline(
     plan: FolderPlan, pipeline: PipelineLayout, params: Any, source: str, tokenizer: str | None, cache_dir: str | None
 ) -> None:
-    """Tokenizers of the text encoders that are there, schedule and model_index.json: what makes a pipeline of the parts.
-    ConfigError for a CLIP tokenizer that is given and has no CLIP."""
+    """Tokenizers of the text encoders that are there, schedule and model_index.json: what makes a pipeline of the
+    parts. ConfigError for a CLIP tokenizer that is given and has no CLIP."""
     wanting = [part for part in pipeline.parts if part.tokenizer is not None and part.folder in plan.parts]
     if tokenizer and not any(part.tokenizer.class_name == CLIP_TOKENIZER for part in wanting):
         raise ConfigError(f"--tokenizer is {tokenizer}, and {source} holds no CLIP text encoder; leave it out")

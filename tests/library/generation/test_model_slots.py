@@ -104,7 +104,8 @@ def test_a_file_of_all_models_is_taken_in_every_slot(family: str, tmp_path: Path
     tables = BUNDLES[family].items()
     shapes = {p + name.removeprefix("net."): shape for p, table in tables for name, shape in key_table(table).items()}
     write_header_only(path, shapes)
-    options = [f"--{OUT.get(family, 'output_dir')}={tmp_path}", f"--{ADAPTER.get(family, 'lora_weights')}=none.safetensors"]
+    adapter = f"--{ADAPTER.get(family, 'lora_weights')}=none.safetensors"
+    options = [f"--{OUT.get(family, 'output_dir')}={tmp_path}", adapter]
     with pytest.raises(ConfigError) as caught:  # the adapter ends it before anything is loaded
         script.run([*chosen, *(f"--{slot}={path}" for slot in slots), *options, "--prompt=a"])
     problems = [text for text in caught.value.problems if "none.safetensors" not in text]
@@ -117,7 +118,8 @@ def test_files_beside_the_usual_slots_are_told_with_the_others(tmp_path: Path) -
 
     path = quantised(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        script_of("anima").run([*(f"--{slot}={path}" for slot in (*SLOTS["anima"][1], "llm_adapter_path")), "--save_path=x"])
+        slots = (*SLOTS["anima"][1], "llm_adapter_path")
+        script_of("anima").run([*(f"--{slot}={path}" for slot in slots), "--save_path=x"])
     assert [text for text in caught.value.problems if text.startswith("--llm_adapter_path: ") and "GGUF" in text]
     assert len([text for text in caught.value.problems if "GGUF" in text]) == 4
     with pytest.raises(ConfigError) as caught:
