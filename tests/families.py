@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
+
 from library.dataset.architectures import ARCHITECTURES
 from library.tiny_models import TinyEntry, tiny_entry
 
@@ -66,3 +68,8 @@ CASES = {
         FamilyCase("lumina", "lumina2", ("lora_te_",)),
     )
 }
+
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    """Of a case in tests of what is learned, which are alike for families of the same classes."""
+    return [pytest.mark.full] if name in CASES and CASES[name].like else []

@@ -23,7 +23,7 @@ from library.training.loop import fit
 from library.training.run import Run
 from library.training.trainables.control_net import ControlNetTrainable
 from library.training.trainer_base import Trainer
-from tests.families import CASES
+from tests.families import CASES, marks_of
 from tests.forked import run_ranks
 from tests.runs.conftest import Stopped, Work, largest_difference, read_parts, sample_pictures, stop_after
 from tests.runs.families import Tinies
@@ -79,7 +79,7 @@ def work_of(tinies: Tinies, name: str, folder: Path) -> ControlWork:
     return work
 
 
-@pytest.fixture(params=SETS)
+@pytest.fixture(params=[pytest.param(name, marks=marks_of(name)) for name in SETS])
 def work(request: pytest.FixtureRequest, tinies: Tinies, tmp_path: Path) -> ControlWork:
     return work_of(tinies, request.param, tmp_path)
 

@@ -24,7 +24,7 @@ from library.training.loop import fit
 from library.training.run import Run
 from library.training.trainables.textual_inversion import LayeredTextualInversion, TextualInversion
 from library.training.trainer_base import Trainer
-from tests.families import CASES
+from tests.families import CASES, marks_of
 from tests.runs.conftest import Stopped, Work, draw_pictures, fingerprint, read_parts, sample_pictures, stop_after
 
 SETS = {
@@ -68,7 +68,7 @@ class WordWork(Work):
         return run
 
 
-@pytest.fixture(scope="module", params=SETS)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=marks_of(name)) for name in SETS])
 def tiny_set(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     name, trainable = SETS[request.param]
     return name, trainable, build_tiny(name, tmp_path_factory.mktemp(name))

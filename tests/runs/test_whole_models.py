@@ -16,7 +16,7 @@ from library.families.registry import FAMILIES
 from library.safetensors_utils import load_pickled_tensors, load_safetensors
 from library.training import cli
 from library.training.updaters.bf16_weights import COMPENSATION
-from tests.families import CASES
+from tests.families import CASES, marks_of
 from tests.runs.conftest import Stopped, Work, fingerprint, losses_of, stop_after
 from tests.runs.families import Tinies, without
 
@@ -32,7 +32,7 @@ TEXT = {
 VALIDATED = ("--validation_split=0.5", "--validate_every_n_steps=4")
 UNET, TEXT_PARTS = "model.diffusion_model.", ("cond_stage_model.", "conditioner.embedders.")
 CELLS = [
-    pytest.param(case.name, trainable, id=f"{case.name}-{trainable}")
+    pytest.param(case.name, trainable, id=f"{case.name}-{trainable}", marks=marks_of(case.name))
     for case in CASES.values() for trainable in FAMILIES[case.family].scripts
     if trainable in ("full", "dreambooth") and (case.name, trainable) != ("sd2", "dreambooth")
 ]
