@@ -47,7 +47,9 @@ TOLD_AT_RUN_TIME = {
 """trainable -> options whose values need files of their own; tests of these trainables have them"""
 COMBINED = {
     "--fused_backward_pass with --fused_optimizer_groups": ("--fused_backward_pass", "--fused_optimizer_groups=2"),
-    "--fused_backward_pass with --blockwise_fused_optimizers": ("--fused_backward_pass", "--blockwise_fused_optimizers"),
+    "--fused_backward_pass with --blockwise_fused_optimizers": (
+        "--fused_backward_pass", "--blockwise_fused_optimizers",
+    ),
     "--block_lr with --learning_rate 0": ("--learning_rate=0", f"--block_lr={','.join(['1e-4'] * 23)}"),
     "--learning_rate_te1 or te2 without --train_text_encoder": ("--learning_rate_te1=1e-4",),
     "--learning_rate_te1/2/3 without --train_text_encoder": ("--learning_rate_te3=1e-4",),

@@ -1,4 +1,4 @@
-"""What every script of whole models does with data, processes and steps; families and scripts take part by their records."""
+"""What every script of whole models does with data, processes and steps; families take part by their records."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def base_of(work: FamilyWork) -> Path:
 def test_the_loss_falls(name: str, trainable: str, tinies: Tinies, tmp_path: Path) -> None:
     """The same pictures at one noise level again and again."""
     work = tinies.work(name, tmp_path)
-    words = ["--max_train_steps=16", "--min_timestep=500", "--max_timestep=501", "--learning_rate=3e-3", "--cache_latents"]
-    losses = losses_of(run(work, trainable, "out", *words))
+    words = ["--max_train_steps=16", "--min_timestep=500", "--max_timestep=501", "--learning_rate=3e-3"]
+    losses = losses_of(run(work, trainable, "out", *words, "--cache_latents"))
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
 
@@ -106,9 +106,8 @@ def test_weights_in_captions_count(name: str, trainable: str, tinies: Tinies, tm
 def test_text_encoders_stop(name: str, trainable: str, tinies: Tinies, tmp_path: Path) -> None:
     """After the step that is given they keep their bytes, and the denoiser learns on."""
     work = tinies.work(name, tmp_path)
-    last = run(
-        work, trainable, "out", *text_options(work, trainable), "--stop_text_encoder_training=1", "--save_every_n_steps=1",
-    )  # fmt: skip
+    words = ["--stop_text_encoder_training=1", "--save_every_n_steps=1"]
+    last = run(work, trainable, "out", *text_options(work, trainable), *words)
     first = last.with_name("lora-step00000001.safetensors")
     moved = changed(first, last)
     assert moved and all(key.startswith("model.diffusion_model.") for key in moved)
@@ -117,7 +116,7 @@ def test_text_encoders_stop(name: str, trainable: str, tinies: Tinies, tmp_path:
 
 
 def test_masks_leave_out_what_is_black(tinies: Tinies, tmp_path: Path) -> None:
-    """With a mask that is black everywhere nothing is learned; half of a picture trains another model than all of it."""
+    """With a mask that is black everywhere nothing is learned; half of a picture trains another model than all."""
     import numpy as np
     from PIL import Image
 
