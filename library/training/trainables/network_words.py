@@ -72,6 +72,9 @@ class NetworkWithWords(NetworkTrainable):
     def _rates(self, family: ModelFamily) -> list[float]:
         return [*super()._rates(family), *([self._word_rate] if self.word is not None else [])]
 
+    def _has_a_rate(self, family: ModelFamily) -> bool:
+        return super()._has_a_rate(family) or (self.word is not None and bool(self._word_rate))
+
     # -- the word in captions, prompts, tokenizers and text encoders ---------------------------------------------------
 
     def prepare_tokenizers(self, family: ModelFamily, strategies: StrategySet) -> None:
@@ -93,12 +96,13 @@ class NetworkWithWords(NetworkTrainable):
     # -- training ------------------------------------------------------------------------------------------------------
 
     def param_groups(self) -> list[ParamGroup]:
-        groups = super().param_groups()
         if self.word is None:
-            return groups
+            return super().param_groups()
         rate, rows = self._word_rate, list(self.word.rows.values())
         self.word.rows.requires_grad_(bool(rate))
-        return [*groups, {"params": rows, "lr": rate, "name": "embeddings"}] if rate else groups
+        if not rate:
+            return super().param_groups()
+        return [*self.adapter_groups(), {"params": rows, "lr": rate, "name": "embeddings"}]
 
     def modules(self) -> dict[str, nn.Module]:
         return {**super().modules(), **({"embeddings": self.word.rows} if self.word is not None else {})}
