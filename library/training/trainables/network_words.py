@@ -56,7 +56,8 @@ class NetworkWithWords(NetworkTrainable):
         return [*found, *unused_words(self.opts.network_weights, self.word and self.word.opts.token_string)]
 
     def fixed_settings(self, family: ModelFamily) -> dict[str, Plain]:
-        return {**super().fixed_settings(family), **(self.word.fixed_settings() if self.word else {})}
+        word = self.word.fixed_settings() if self.word is not None else {"token_string": None}
+        return {**super().fixed_settings(family), **word}
 
     def follows_text_encoders(self, family: ModelFamily) -> list[bool]:
         if self.word is None:
@@ -79,6 +80,7 @@ class NetworkWithWords(NetworkTrainable):
     def prepare_tokenizers(self, family: ModelFamily, strategies: StrategySet) -> None:
         if self.word is not None:
             self.word.prepare_tokenizers(family.record.embedding_keys, strategies.tokenize.tokenizers)
+            self.word.check_length(strategies.tokenize)
 
     def prepare_data(self, data: DataGroups) -> None:
         if self.word is not None:
