@@ -52,18 +52,13 @@ def inspect_flux_file(path: str | os.PathLike) -> StreamModelInfo:
     return inspect_stream_model(path, None, _FILES)
 
 
-def check_stream_params(params: StreamParams) -> None:
-    """CheckpointError for hyper-parameters that the classes of diffusers do not have."""
+def stream_config(params: StreamParams) -> dict[str, Any]:
+    """What config.json says of any denoiser of this make. CheckpointError for what its class does not have."""
     if params.mlp_ratio != FEED_FORWARD or params.theta != THETA or not params.qkv_bias:
         raise CheckpointError(
             f"mlp_ratio is {params.mlp_ratio:g}, theta {params.theta:g}, qkv_bias {params.qkv_bias}; the class of"
             f" diffusers has {FEED_FORWARD}, {THETA} and True"
         )
-
-
-def stream_config(params: StreamParams) -> dict[str, Any]:
-    """What config.json says of any denoiser of this make. CheckpointError for what its class does not have."""
-    check_stream_params(params)
     return {
         "patch_size": 1, "in_channels": params.in_channels, "num_layers": params.depth,
         "num_single_layers": params.depth_single_blocks, "attention_head_dim": params.head_dim,

@@ -176,22 +176,35 @@ def load_pickled_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     Old checkpoints hold objects of the framework that wrote them beside the weights (callbacks, settings): those are
     left out.
     """
+    state = load_pickled(path)
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors")
+    return tensors
+
+
+def load_pickled(path: str | os.PathLike, containers: Sequence[type] = ()) -> Any:
+    """What a PyTorch file holds; nothing in it is executed. `containers`: classes of torch that it may hold beside
+    tensors. CheckpointError when it is damaged or holds code."""
     if not os.path.isfile(path):
         raise CheckpointError(f"{path} does not exist")
     is_zip = zipfile.is_zipfile(path)
     with open(path, "rb") as file:
         if file.read(4) == b"PK\x03\x04" and not is_zip:
             raise CheckpointError(f"{path} is truncated: the table at its end is not there; fetch it again")
+    known = {f"{kind.__module__}.{kind.__qualname__}" for kind in containers}
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        foreign = [name for name in foreign if name not in known]
         code = [name for name in foreign if not name.startswith(_FRAMEWORKS) and name not in _HARMLESS]
         if code:
             raise CheckpointError(
                 f"{path} holds more than weights: opening it in the usual way would call {', '.join(sorted(code)[:3])}."
                 " Nothing of it was run; get the safetensors version"
             )
-        with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
-            state = _load_pickle(path, mapped=is_zip)
+        with torch.serialization.safe_globals([*((_Inert, name) for name in foreign), *containers]):
+            return _load_pickle(path, mapped=is_zip)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -202,11 +215,6 @@ def load_pickled_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} cannot be read as a file of weights ({_first_line(error)}); fetch it again"
         ) from error
-    state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors")
-    return tensors
 
 
 def _load_pickle(path: str | os.PathLike, *, mapped: bool) -> Any:

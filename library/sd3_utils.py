@@ -445,7 +445,7 @@ def save_encoder(
     """Write a text encoder as a file of its own, under the names of transformers. `base`: where it was read, which
     tells what shapes do not."""
     source = open_checkpoint(base)
-    own = source.model_config.get(slot, source.model_config)
+    own = source.config_of(slot)
     told = {"model_config": json.dumps(own, sort_keys=True)} if own else {}
     state = {**_encoder_state(slot, model), **_tokenizer_blob(slot, source)}
     save_file_atomic(cast_all(state, dtype), path, {"format": "pt", **told})

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.checkpoints.adapter_tensors import holds_layered_word
+from library.checkpoints.kinds import describe_checkpoint
 from library.core.errors import CheckpointError
 from library.families.registry import FAMILIES
-from library.safetensors_utils import load_pickled_tensors, load_safetensors, read_header
+from library.safetensors_utils import load_pickled, load_pickled_tensors, load_safetensors, read_header
 
 OLD_KEYS = ("emb_params", "*")
 """names of the vectors in files for a single text encoder"""
@@ -21,6 +22,11 @@ BUNDLED = "bundle_emb."
 _WEB_UI = "string_to_param"
 _OTHER_NAMES = {"t5": "t5xxl"}
 """what some bundles call the vectors of an encoder -> our key"""
+
+_SHOWN = 16
+"""tensors that a message names: those of a word for the layers of a U-Net"""
+_NO_TENSORS = ("text", "empty", "damaged", "folder", "gguf")
+"""kinds of files that hold no vectors under any name"""
 
 Widths = Mapping[str, "int | None"]
 """of the vectors of each text encoder of a family, under the name that its files have for it; None for one that is left
@@ -185,13 +191,16 @@ def _as_rows(tensor: Tensor, path: str) -> Tensor:
     rows = tensor[None] if tensor.ndim == 1 else tensor
     if rows.ndim != 2 or not len(rows) or not rows.is_floating_point():
         raise CheckpointError(f"{path} holds tensors that are no rows of vectors")
+    rows = rows.float() if rows.element_size() == 1 else rows  # 8 bits are for storage: torch does not compute in them
     if not bool(torch.isfinite(rows).all()):
         raise CheckpointError(f"{path} holds vectors that are not finite; the training of this file failed")
     return rows
 
 
 def _held(tensors: Mapping[str, Tensor]) -> str:
-    return ", ".join(sorted(tensors)) or "nothing"
+    names = sorted(tensors)
+    more = f" and {len(names) - _SHOWN} more tensors" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}" if names else "nothing"
 
 
 def _known_keys() -> list[tuple[str, ...]]:
@@ -200,21 +209,24 @@ def _known_keys() -> list[tuple[str, ...]]:
 
 
 def _read(path: str) -> dict[str, Tensor]:
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise CheckpointError(f"{path}: there is no such file")
-    return load_safetensors(path, device="cpu") if path.endswith(".safetensors") else _pickled_inversion(path)
+    if path.endswith(".safetensors") and Path(path).is_file():
+        return load_safetensors(path, device="cpu")
+    found = describe_checkpoint(path)
+    if found.kind in _NO_TENSORS:
+        raise CheckpointError(f"{path} is {found.detail}; needed: a file with the vectors of a word")
+    return _pickled_inversion(path)
 
 
 def _pickled_inversion(path: str) -> dict[str, Tensor]:
-    """A .pt file: tensors, or the older form with string_to_param around them."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle can fail in any way
-        raise CheckpointError(f"{path} cannot be read as tensors alone: {error}") from error
-    if isinstance(content, dict) and _WEB_UI in content:
+    """A .pt file: tensors, or the older form with string_to_param around them, whose first writers kept them in a
+    container of torch."""
+    content = load_pickled(path, containers=[nn.ParameterDict])
+    if isinstance(content, Mapping) and _WEB_UI in content:
         content = dict(content[_WEB_UI])
     return (
         {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, dict)
+        if isinstance(content, Mapping)
         else {}
     )

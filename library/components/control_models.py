@@ -8,7 +8,7 @@ arXiv 2302.05543.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +70,7 @@ class HintConvolutions(nn.Module):
         return self.conv_out(x)
 
 
-def start_values(shapes: Iterator[tuple[str, Tensor]] | Sequence[tuple[str, Tensor]], generator: torch.Generator):
+def start_values(shapes: Iterable[tuple[str, Tensor]], generator: torch.Generator) -> dict[str, Tensor]:
     """name -> float32 start values of layers that are neither copied nor zero, as torch starts linear layers and
     convolutions: uniform within 1 / sqrt(inputs). `shapes`: (name, tensor) pairs, a bias after its weight."""
     found: dict[str, Tensor] = {}

@@ -62,21 +62,21 @@ TRAINABLES: Registry[type] = Registry(
     group="trainables",
     takes=("config",),
     info={
-        "options": None, "ignored": None, "refused": None, "foreign": None, "defaults": None, "stands_for": None,
-        "following": None,
+        "options": None, "beside": None, "ignored": None, "refused": None, "foreign": None, "defaults": None,
+        "stands_for": None, "following": None,
     },
     wanted="a subclass of library.training.trainables.base.Trainable whose options are a dataclass",
     is_a=lambda found: (
         isinstance(found, type) and all(hasattr(found, name) for name in ("options", "attach", "param_groups", "save"))
     ),
 )
-"""What is learned, by the name that a script gives. `options`: its group, importable without torch; `beside`: a function
-of the family's record that gives further groups; `ignored`: shared
+"""What is learned, by the name that a script gives. `options`: its group, importable without torch; `ignored`: shared
 options without meaning for this kind of training, name -> reason, or a function as `foreign` is; `refused`: those
 without which the result would be another, or such a function; `foreign`: a function of the family's record and the
-name that tells which options of the group the family's script lacks; `defaults`: of shared options, where they differ;
-`stands_for`: as ModelFamily has it; `following`: a function of the family's class and the values given, for defaults that
-follow from these. One from outside says the first two in its class."""
+name that tells which options of the group the family's script lacks; `beside`: a function of the record that gives
+further groups; `defaults`: of shared options, where they differ; `stands_for`: as ModelFamily has it; `following`: a
+function of the family's class and the values given, for defaults that follow from these. One from outside says the
+first two in its class."""
 TRAINABLES.add(
     "network",
     "library.training.trainables.network_words:NetworkWithWords",
@@ -213,7 +213,7 @@ def script(family: str, trainable: str) -> Script:
         import_target(table)(record, trainable) if isinstance(table, str) else table or {}
         for table in (said["ignored"], said["refused"])
     )
-    beside = import_target(said["beside"])(record) if said.get("beside") else ()
+    beside = import_target(said["beside"])(record) if said["beside"] else ()
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
     further = (group for group in family_class.further_options if not {*option_fields(group)} & {*option_fields(options)})

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from library.training.wiring.base import ModelFamily
 
 SETTINGS_FILE = "settings.json"
+LEARNED = "learned"
+"""among fixed settings: what a state is of"""
 NOT_ABOUT_LEARNING = (
     CachingOptions,
     SamplerOptions,
@@ -85,7 +87,10 @@ def read_settings(folder: str | Path) -> RunSettings | None:
 
 def fixed_settings(config: Config, family: ModelFamily, trainable: Trainable) -> dict[str, Plain]:
     """What a state is bound to, by option; the seed is in train_state.json."""
-    return plain({**trainable.fixed_settings(family), "optimizer_type": choose(config[OptimizerOptions]).class_path})
+    return plain({
+        LEARNED: f"{trainable.state_kind or trainable.name} of {family.name}", **trainable.fixed_settings(family),
+        "optimizer_type": choose(config[OptimizerOptions]).class_path,
+    })  # fmt: skip
 
 
 def settings_of(
@@ -166,7 +171,8 @@ def fixed_problems(
     begins_with: str,
 ) -> list[str]:
     """Settings that a state is bound to and that this run has otherwise. `state`: content of train_state.json; `seed`:
-    None takes that of the state; `own`: `fixed_settings` of this run; `begins_with`: that of its trainable."""
+    None takes that of the state; `own`: `fixed_settings` of this run; `begins_with`: that of its trainable. A state of
+    another training is told alone: nothing of it fits."""
     problems = []
     if seed is not None and "seed" in state and state["seed"] != seed:
         problems.append(
@@ -178,6 +184,11 @@ def fixed_problems(
         if recorded is None or name not in recorded.fixed or recorded.fixed[name] == value:
             continue
         earlier = recorded.fixed[name]
+        if name == LEARNED:
+            return [
+                f"--resume is {folder}, the state of another training ({earlier}); this one is {value}: resume with the "
+                "script, and the kind of model, of the interrupted run"
+            ]
         if isinstance(value, dict) and isinstance(earlier, dict):
             problems += [
                 f"--{name} has {_written(key, value)}; the run of --resume {folder} has {_written(key, earlier)}, and "

@@ -37,10 +37,32 @@ def saved(path: Path, content: object) -> str:
     ("a.bin", {"<zyx>": torch.ones(2, 4)}),
     ("web.pt", {"name": "zyx", "string_to_param": {"*": torch.ones(2, 4)}}),
     ("row.bin", {"zyx": torch.ones(4)}),
+    ("first.pt", {"string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.ones(2, 4))})}),
+    ("eighth.safetensors", {"emb_params": torch.ones(2, 4, dtype=torch.float8_e4m3fn)}),
 ])  # fmt: skip
 def test_files_for_one_encoder(tmp_path, name, content):
     (rows,) = read_inversion(saved(tmp_path / name, content), SD)
     assert rows.shape == (1 if name == "row.bin" else 2, 4) and bool((rows == 1).all())
+
+
+@pytest.mark.parametrize("name, content, needle", [
+    ("a.pt", "hello", "a text file"),
+    ("a.safetensors", None, "a folder"),
+    ("b.pt", {"step": print}, "holds more than weights"),
+    ("c.pt", {f"layer{number:02}": torch.ones(2) for number in range(30)}, "layer15 and 14 more tensors"),
+    ("d.pt", None, "no such file"),
+])  # fmt: skip
+def test_wrong_files_are_named_in_a_line(tmp_path, name, content, needle):
+    path = tmp_path / name
+    if isinstance(content, str):
+        path.write_text(content)
+    elif content is not None:
+        saved(path, content)
+    elif needle == "a folder":
+        path.mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        read_inversion(str(path), SD)
+    assert needle in str(caught.value) and str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
 def test_files_for_several_encoders(tmp_path):

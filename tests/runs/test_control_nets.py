@@ -3,6 +3,7 @@ samples, what is refused."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from library.checkpoints.kinds import describe_checkpoint
 from library.components.control_nets import control_nets_of
+from library.core.errors import TrainingError
 from library.core.registry import import_target
 from library.families.registry import FAMILIES, record_of
 from library.generation.picture_files import read_frames
@@ -96,11 +98,12 @@ def test_a_net_learns_and_nothing_else_does(work: ControlWork) -> None:
             return run.step(batch).loss_sum.item()
 
     def alone(run: Run) -> float:
-        with pytest.MonkeyPatch.context() as patch, torch.no_grad(), run.weights_for_eval():
-            patch.setattr(run.trainable, "inputs", lambda *_: {})
-            return run.step(batch).loss_sum.item()
+        with run.trainable.disabled():
+            return loss(run)
 
     (part,) = run.trainable.inputs(batch, None, {})["control"].parts
+    with pytest.raises(TrainingError, match="no conditioning images"):
+        run.trainable.inputs(dataclasses.replace(batch, conditions={}), None, {})
     darkest = -1.0 if work.case.family == "flux" else 0.0
     assert darkest <= float(part.picture.min()) < darkest + 0.02 and 0.98 < float(part.picture.max()) <= 1
     frozen = {name: p.detach().clone() for name, p in run.models.denoiser.named_parameters()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, TrainingError
 from library.core.registry import import_target
 from library.families.registry import FAMILIES, record_of
 from library.generation.picture_files import read_frames
@@ -89,6 +90,8 @@ def test_the_modules_learn_and_nothing_else(work: ControlWork) -> None:
             with run.trainable.disabled():
                 return run.step(batch).loss_sum.item()
 
+    with pytest.raises(TrainingError, match="no conditioning images"):
+        run.trainable.inputs(dataclasses.replace(batch, conditions={}), None, {})
     base = {name: p.detach().clone() for name, p in run.models.denoiser.named_parameters()}
     start = loss(run)
     fit(run)

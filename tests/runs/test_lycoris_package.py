@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.tiny_models.chroma_tiny import build_tiny_chroma
+from library.training.parser_common import parse
+from library.training.trainables.network import NetworkTrainable
+from library.training.wiring.chroma import ChromaFamily
 from networks.lora import create_network_from_weights
 from tests.runs.test_adapters import family as family  # a fixture
 from tests.runs.test_adapters import losses_of, read_parts, train
@@ -45,6 +49,14 @@ def test_a_file_of_the_package_gives_its_output_in_ours(way: tuple[str, ...], fa
     with torch.no_grad():
         ours.merge_to(encoders, run.models.denoiser, tensors)
     assert losses_of(run, few) == pytest.approx(after[:2], rel=1e-4)
+
+
+def test_a_variant_whose_whole_models_keep_a_part_still_takes_the_package(tmp_path: Path) -> None:
+    """What stays as it is in training of whole models is no rate that the package would have to know."""
+    tiny = build_tiny_chroma(tmp_path)
+    argv = [*tiny.arguments(), "--model_type=chroma", "--network_module=lycoris.kohya", "--network_train_unet_only"]
+    config = parse([*argv, "--learning_rate=1e-4", "--network_args", "algo=lora"], "chroma", "network")
+    NetworkTrainable(config).check(ChromaFamily(config))
 
 
 @pytest.mark.parametrize("family", ["sd"], indirect=True)

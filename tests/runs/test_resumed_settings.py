@@ -190,6 +190,7 @@ FIXED = {
     "--network_module=networks.loha": "--network_module is networks.loha; the run of --resume",
     "--optimizer_type=SGDNesterov": "--optimizer_type is torch.optim.SGD; the run of --resume",
     "--seed=6": "--seed is 6; the run of --resume",
+    "--token_string=zyx": "--token_string is zyx; the run of --resume",
     "--network_args=train_blocks=double": "--network_args has train_blocks=double; the run of --resume",
 }
 
@@ -202,6 +203,12 @@ def test_what_cannot_change_is_told_before_models_are_loaded(
         told = refused_run("flux", work.argv("second", *BRIEF, f"--resume={state}", option), monkeypatch, capsys)
         assert message in told, told
     (state / SUMS_FILE).unlink()
+    recorded = json.loads((state / "settings.json").read_text(encoding="utf-8"))
+    assert recorded["fixed"]["learned"] == "network of flux"
+    recorded["fixed"]["learned"] = "full of sdxl"
+    (state / "settings.json").write_text(json.dumps(recorded), encoding="utf-8")
+    told = refused_run("flux", work.argv("second", *BRIEF, f"--resume={state}", "--network_dim=8"), monkeypatch, capsys)
+    assert "another training (full of sdxl); this one is network of flux" in told and "--network_dim" not in told
     (state / "settings.json").write_text('{"fixed": [', encoding="utf-8")
     told = refused_run("flux", work.argv("second", *BRIEF, f"--resume={state}"), monkeypatch, capsys)
     assert "settings.json cannot be read" in told and "damaged" in told

@@ -198,6 +198,7 @@ def test_captions_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     (["--caption_dropout_rate=0.1"], "teaches nothing about it"),
     (["--network_dim=4"], "--network_dim"),
     (["--learning_rate=0"], "there is nothing to train"),
+    (["--num_vectors_per_token=600"], r"num_vectors_per_token is 600, and a caption has room for \d+ tokens"),
 ])  # fmt: skip
 def test_what_cannot_be(
     work: WordWork, words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -237,6 +237,8 @@ def test_a_base_in_a_folder_gives_folders(
     (["--fused_backward_pass", "--optimizer_type=Prodigy", "--learning_rate=1"], "Prodigy needs the gradients of all"),
     (["--save_model_as=pt"], "--save_model_as is pt"),
     (["--bf16_update=kahn"], "bf16_update"),
+    (["--strict", "--train_text_encoder", "--learning_rate_te1=0", "--learning_rate_te2=0"],
+     "--train_text_encoder: has no effect: the learning rate"),
     (["--strict", "--bf16_update=kahan"], "--bf16_update: has no effect"),
     (["--network_dim=4"], "--network_dim is an option of other scripts"),
 ])  # fmt: skip
@@ -247,6 +249,18 @@ def test_what_cannot_be(words: list[str], told: str, tinies: Tinies, tmp_path: P
         pytest.importorskip("prodigyopt")
     with pytest.raises(ConfigError, match=told.replace("(", r"\(")):
         cli.run("sdxl", "full", [*given, *words])
+
+
+def test_messages_name_the_options_of_the_script(tinies: Tinies, tmp_path: Path) -> None:
+    """DreamBooth has no switch that lets the text encoder learn; whole models have none that leaves out the denoiser."""
+    work = tinies.work("sd1", tmp_path)
+    still = ["--stop_text_encoder_training=-1", "--learning_rate_te=1e-5"]
+    with pytest.raises(ConfigError, match="no text encoder learns; leave out --stop_text_encoder_training -1"):
+        cli.run("sd", "dreambooth", [*argv(work, "dreambooth", "out"), *still])
+    with pytest.raises(ConfigError) as caught:
+        train(work, "full", "out", "--layer_lrs=.*=0")
+    assert "every weight is left out or has a learning rate of 0" in str(caught.value)
+    assert "--network" not in str(caught.value)
 
 
 def test_an_adapter_is_no_folder(tinies: Tinies, tmp_path: Path) -> None:

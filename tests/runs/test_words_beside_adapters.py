@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.core.errors import ConfigError
 from library.core.registry import import_target
 from library.families.registry import FAMILIES, record_of
 from library.safetensors_utils import load_safetensors, save_file_atomic
@@ -101,6 +102,29 @@ def test_both_learn_and_are_read_again(work: BothWork) -> None:
     assert loss(separate) == end
 
 
+def brief_work(folder: Path) -> BothWork:
+    """Of the smallest family."""
+    images = draw_pictures(folder / "images", 2)
+    for path in images.glob("*.txt"):
+        path.write_text("a zyx", encoding="utf-8")
+    return BothWork(folder, build_tiny("sd1", folder / "tiny"), images, case=CASES["sd1"])
+
+
+def test_the_word_learns_beside_an_adapter_that_stays(tmp_path: Path) -> None:
+    """With a rate of 0 for the adapter alone; where the word has none either, that is refused."""
+    work = brief_work(tmp_path)
+    still = ["--network_train_unet_only", "--learning_rate=0"]
+    run = work.prepare("out", *still, "--embedding_lr=0.1", "--max_train_steps=1")
+    begun = [p.detach().clone() for p in run.trainable.network.parameters()]
+    rows = {key: vectors.detach().clone() for key, vectors in run.trainable.word.rows.items()}
+    assert [group["name"] for group in run.optimizer.param_groups] == ["embeddings"]
+    fit(run)
+    assert all(torch.equal(a, b) for a, b in zip(begun, run.trainable.network.parameters(), strict=True))
+    assert all(not torch.equal(vectors, rows[key]) for key, vectors in run.trainable.word.rows.items())
+    with pytest.raises(ConfigError, match="every learning rate is 0"):
+        work.prepare("none", *still)
+
+
 def test_the_same_bytes_also_when_resumed_with_averages_and_caches_of_latents(work: BothWork) -> None:
     """Text encoders have adapters too; files of the averages hold the word, and its own file has an average."""
     around = [
@@ -127,10 +151,7 @@ def test_the_same_bytes_also_when_resumed_with_averages_and_caches_of_latents(wo
 
 def test_where_the_vectors_are_written(tmp_path: Path) -> None:
     """Into the adapter's file, or into one of their own; a pickle goes on as safetensors do."""
-    images = draw_pictures(tmp_path / "images", 2)
-    for path in images.glob("*.txt"):
-        path.write_text("a zyx", encoding="utf-8")
-    work = BothWork(tmp_path, build_tiny("sd1", tmp_path / "tiny"), images, case=CASES["sd1"])
+    work = brief_work(tmp_path)
     brief = ["--max_train_steps=1", "--network_train_unet_only"]
     separate = work.train("separate", *brief, "--embedding_files=separate")
     assert not any(key.startswith("bundle_emb") for key in load_safetensors(str(separate)))

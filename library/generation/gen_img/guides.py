@@ -211,10 +211,11 @@ def prepared(image: Image.Image, size_wh: tuple[int, int], thresholds: tuple[int
 
 
 def first_resting(timesteps: Sequence[float], ratio: float) -> float:
-    """The timestep below which a net rests: those of the first `ratio` of the steps are not below it. A step counts when
-    it ends within that part."""
+    """The timestep from which on a net rests: that of the first step behind the first `ratio` of them, -inf where there
+    is none. A step counts when it ends within that part. What a sampler predicts inside a step, below its timestep, is
+    the step's."""
     working = int(len(timesteps) * ratio + 1e-6)
-    return float(timesteps[working - 1]) - 1e-3 if working else float("inf")
+    return float(timesteps[working]) if working < len(timesteps) else float("-inf")
 
 
 @dataclass
@@ -223,12 +224,13 @@ class _Part:
 
     net: GuidedNet
     picture: Tensor
-    resting_below: float
+    resting_from: float
     stride: int
     _sizes: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def at(self, latents: Tensor, timestep: float) -> tuple[GuidedBy, ...]:
-        return self.net.follow(None if timestep < self.resting_below else self._fitting(latents))
+        is_resting = timestep <= self.resting_from + 1e-3  # samplers count in float32
+        return self.net.follow(None if is_resting else self._fitting(latents))
 
     def _fitting(self, latents: Tensor) -> Tensor:
         size = tuple(side * self.stride for side in latents.shape[2:])

@@ -104,8 +104,9 @@ def source_files(path: str, option: str) -> list[Path]:
 
 
 def open_picture(path: Path, mode: str, option: str) -> Image.Image:
-    """The picture in a mode of PIL, RGB or L, read as those of a dataset are: deep and turned ones too. ConfigError when
-    it cannot be read."""
+    """The picture in a mode of PIL, RGB or L, read as those of a dataset are: deep and turned ones too.
+
+    ConfigError when it cannot be read."""
     from PIL import Image
 
     from library.dataset.media_utils import ImageFileError, decode_image

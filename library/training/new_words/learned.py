@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from library.training.sampling_prompts import replace_words, whole_word
 
 if TYPE_CHECKING:
     from library.dataset.strategies import StrategySet
+    from library.strategy_base import TokenizeStrategy
     from library.training.accelerator_setup import Runtime
     from library.training.data_phase import DataGroups
     from library.training.protocols import Plain, TextEncoders
@@ -150,6 +152,17 @@ class LearnedWord:
         for key, tokenizer in there.items():
             self._first[key] = add_tokens(tokenizer, self.tokens, key)
         self._tell_init()
+
+    def check_length(self, tokenize: TokenizeStrategy) -> None:
+        """ConfigError when a caption has no room for all vectors of the word: the last ones would never be read. The
+        tokenizers know the word."""
+        count, words = self.opts.num_vectors_per_token, self.words
+        if tokenize.overlong(" ".join(words)):
+            room = bisect_left(range(1, count), True, key=lambda n: tokenize.overlong(" ".join(words[:n])))
+            raise ConfigError(
+                f"--num_vectors_per_token is {count}, and a caption has room for {room} tokens: the other vectors would "
+                "never be read; give fewer, or longer captions with --max_token_length where the script has it"
+            )
 
     def _tell_init(self) -> None:
         counts = {len(ids) for ids in self.init_ids.values()} - {1, self.opts.num_vectors_per_token}

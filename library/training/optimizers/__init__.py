@@ -312,8 +312,8 @@ def build(options: OptimizerOptions, param_groups: Sequence[Mapping[str, Any]]) 
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ConfigError(
-            "there is nothing to train: no parameter group is left; look at --network_train_unet_only,"
-            " --network_train_text_encoder_only and at learning rates of 0"
+            "there is nothing to train: every weight is left out or has a learning rate of 0; look at the options that "
+            "give parts, blocks and layers their rates, and at those that leave parts out"
         )
     rate: float | None = options.learning_rate
     if choice.finds_own_rate:

@@ -47,6 +47,8 @@ class Trainable(ABC):
     """whether it can be saved as a folder in the layout of diffusers, where the family has one"""
     has_own_folder: ClassVar[bool] = False
     """whether that folder is one of its own, which hangs on no other part of the family"""
+    state_kind: ClassVar[str] = ""
+    """what a state holds, where trainables of several names write the same; its name when not given"""
     spec_kind: ClassVar[str] = ""
     """what modelspec.architecture ends in: lora, textual-inversion, controlnet; "" for a full model"""
 

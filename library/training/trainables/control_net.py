@@ -14,14 +14,15 @@ from library.checkpoints.kinds import check_slot
 from library.components.control_models import Control, GuidedBy
 from library.components.control_nets import ControlNets, control_nets_of
 from library.core.atomic_file import atomic_folder, atomic_path
-from library.core.errors import CheckpointError, ConfigError, Problems, TrainingError
+from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.keyed_random import keyed_generator
 from library.core.learning_rates import Rates, parse_rates, rate_groups
-from library.generation.control_pictures import control_of_picture, open_picture
+from library.generation.control_pictures import control_of_picture
 from library.safetensors_utils import cast_all, save_file_atomic
 from library.training.checkpoint import FOLDER_FORMATS
 from library.training.control_nets import ControlNetOptions
 from library.training.option_groups import ModelOptions, SavingOptions
+from library.training.trainables.pictures import FollowsPictures
 from library.training.trainables.weights import WeightsTrainable
 
 if TYPE_CHECKING:
@@ -39,16 +40,16 @@ PART = "control_net"
 """its name among the parts of the model"""
 
 
-class ControlNetTrainable(WeightsTrainable):
+class ControlNetTrainable(FollowsPictures, WeightsTrainable):
     """All weights of a ControlNet; the denoiser stays as it is."""
 
     name, options, script = "control_net", ControlNetOptions, "train_control_net"
     spec_kind = "controlnet"
     begins_with = "--controlnet_model_name_or_path"
     writes_folders = has_own_folder = True
-    sample_reads = frozenset({"controlnet_image"})
     opts: ControlNetOptions
     rate_options = "--learning_rate, --control_net_lr and --layer_lrs"
+    _is_disabled = False
 
     # -- before models are loaded ------------------------------------------------------------------------------------
 
@@ -84,11 +85,6 @@ class ControlNetTrainable(WeightsTrainable):
         own = [] if rate is None else [(re.compile(f"^(?:{new})"), rate)]
         return [*parse_rates(self.opts.layer_lrs, "layer_lrs"), *own]
 
-    def sample_prompt(self, prompt: SamplePrompt) -> SamplePrompt:
-        if prompt.controlnet_image:
-            open_picture(prompt.controlnet_image)
-        return prompt
-
     # -- the models --------------------------------------------------------------------------------------------------
 
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
@@ -117,15 +113,20 @@ class ControlNetTrainable(WeightsTrainable):
         return LEGACY_RANGE if self.opts.conditioning_range == "legacy" else self.nets.picture_range
 
     def inputs(self, batch: Batch, sample: NoisyLatents, conditioning: Conditioning) -> dict[str, object]:
-        if batch.conditioning_images is None:
-            raise TrainingError("a batch has no conditioning images, which a ControlNet learns from")
+        if self._is_disabled:
+            return {}
         low, high = self.picture_range
-        picture = (batch.conditioning_images + 1) / 2 * (high - low) + low  # [B, 3, H, W]
+        picture = (self.pictures_of(batch) + 1) / 2 * (high - low) + low  # [B, 3, H, W]
         return {"control": Control((GuidedBy(self.net, picture),))}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        yield  # the denoiser is as it was; without `inputs` nothing guides it
+        """The denoiser is as it was; inside, nothing guides it."""
+        before, self._is_disabled = self._is_disabled, True
+        try:
+            yield
+        finally:
+            self._is_disabled = before
 
     @contextmanager
     def at_sample(self, prompt: SamplePrompt) -> Iterator[Mapping[str, object]]:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from library.core.atomic_file import atomic_path, scratch_path
 from library.core.errors import ConfigError, Problems, TrainingError
@@ -36,6 +36,7 @@ class FullTrainable(WeightsTrainable):
 
     name, options, script = "full", WholeModelOptions, "train"
     keeps_text_still = "leave out --train_text_encoder"
+    lets_text_learn: ClassVar[str] = "add --train_text_encoder"
     begins_with = "--pretrained_model_name_or_path"
     writes_folders = True
     opts: WholeModelOptions
@@ -97,7 +98,7 @@ class FullTrainable(WeightsTrainable):
         if not self._is_text_trained:
             for name in TEXT_RATES:
                 if getattr(opts, name):
-                    yield f"--{name} is {getattr(opts, name)}, and no text encoder learns; add --train_text_encoder"
+                    yield f"--{name} is {getattr(opts, name)}, and no text encoder learns; {self.lets_text_learn}"
             for name in switches:
                 if getattr(opts, name):
                     yield f"--{name} is given without --train_text_encoder, which lets text encoders learn; add it"
@@ -125,7 +126,17 @@ class FullTrainable(WeightsTrainable):
         stop = self.opts.stop_text_encoder_training
         if stop is not None and stop != -1 and not any(self.trains_text_encoders(family)):
             found += without_effect(["stop_text_encoder_training"], "no text encoder learns")
-        return found
+        return [*found, *self._idle_switches(family)]
+
+    def _idle_switches(self, family: ModelFamily) -> list[Ignored]:
+        """Switches that let text encoders learn whose rates are all 0."""
+        learn, script = self.trains_text_encoders(family), record_of(family.name).scripts.get(self.name)
+        if script is None or not self._is_text_trained:
+            return []
+        still = [name for number, name in script.text_switches.items() if getattr(self.opts, name) and not learn[number]]
+        if "train_text_encoder" in script.options and not any(learn):
+            still = ["train_text_encoder", *still]
+        return without_effect(list(dict.fromkeys(still)), "the learning rate of what it lets learn is 0")
 
     def _memory_problems(self, family: ModelFamily) -> Iterator[str]:
         if family.swaps_blocks and not self._is_fused:
@@ -270,7 +281,9 @@ class DreamBooth(FullTrainable):
     """All weights of denoiser and text encoder, which learns unless it is told not to."""
 
     name = "dreambooth"
+    state_kind = "full"
     keeps_text_still = "add --stop_text_encoder_training -1"
+    lets_text_learn = "leave out --stop_text_encoder_training -1"
 
     @property
     def _is_text_trained(self) -> bool:

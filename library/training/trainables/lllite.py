@@ -17,7 +17,7 @@ from library.core.options import Config
 from library.generation.control_pictures import open_picture, picture_tensor
 from library.training.lllite import DEFAULT_COND_DIM, DEFAULT_DIM, LLLiteOptions
 from library.training.optimizers import OptimizerOptions
-from library.training.trainables.base import Trainable
+from library.training.trainables.pictures import FollowsPictures
 from networks.files.network_files import write_adapter_file
 
 if TYPE_CHECKING:
@@ -31,14 +31,13 @@ if TYPE_CHECKING:
     from library.training.wiring.base import ModelFamily
 
 
-class LLLiteTrainable(Trainable):
+class LLLiteTrainable(FollowsPictures):
     """`net` exists after attach()."""
 
     name = "lllite"
     options = LLLiteOptions
     script = "train_control_net_lllite"
     spec_kind = "control-net-lllite"
-    sample_reads = frozenset({"controlnet_image"})
     opts: LLLiteOptions
 
     def __init__(self, config: Config) -> None:
@@ -97,11 +96,6 @@ class LLLiteTrainable(Trainable):
         cond_dim, dim = self._sizes
         return {"cond_emb_dim": cond_dim, "network_dim": dim}
 
-    def sample_prompt(self, prompt: SamplePrompt) -> SamplePrompt:
-        if prompt.controlnet_image:
-            open_picture(prompt.controlnet_image)
-        return prompt
-
     # -- the network -------------------------------------------------------------------------------------------------
 
     def attach(self, family: ModelFamily, models: Models, runtime: Runtime) -> None:
@@ -127,7 +121,7 @@ class LLLiteTrainable(Trainable):
 
     def inputs(self, batch: Batch, sample: NoisyLatents, conditioning: Conditioning) -> dict[str, object]:
         """The layers follow the pictures of the batch from here on; the denoiser itself is given nothing more."""
-        self.net.set_picture(batch.conditioning_images.to(sample.noisy_latents.device))
+        self.net.set_picture(self.pictures_of(batch).to(sample.noisy_latents.device))
         return {}
 
     @contextmanager

@@ -220,6 +220,12 @@ class NetworkTrainable(NetworkChoice):
     # -- training ----------------------------------------------------------------------------------------------------
 
     def param_groups(self) -> list[ParamGroup]:
+        groups = self.adapter_groups()
+        if not groups:
+            raise ConfigError(NO_RATE)
+        return groups
+
+    def adapter_groups(self) -> list[ParamGroup]:
         """Groups with `params`, `lr` and `name`. Parameters of groups without rate are frozen: they would collect
         gradients that nobody uses."""
         default = self.config[OptimizerOptions].learning_rate
@@ -234,8 +240,6 @@ class NetworkTrainable(NetworkChoice):
         chosen = {id(parameter) for group in groups for parameter in group["params"]}
         for parameter in self.network.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
-        if not groups:
-            raise ConfigError(NO_RATE)
         return groups
 
     def _described_groups(self, default: float | None) -> list[tuple[ParamGroup, str | None]]:

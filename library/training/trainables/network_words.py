@@ -56,7 +56,8 @@ class NetworkWithWords(NetworkTrainable):
         return [*found, *unused_words(self.opts.network_weights, self.word and self.word.opts.token_string)]
 
     def fixed_settings(self, family: ModelFamily) -> dict[str, Plain]:
-        return {**super().fixed_settings(family), **(self.word.fixed_settings() if self.word else {})}
+        word = self.word.fixed_settings() if self.word is not None else {"token_string": None}
+        return {**super().fixed_settings(family), **word}
 
     def follows_text_encoders(self, family: ModelFamily) -> list[bool]:
         if self.word is None:
@@ -71,11 +72,15 @@ class NetworkWithWords(NetworkTrainable):
     def _rates(self, family: ModelFamily) -> list[float]:
         return [*super()._rates(family), *([self._word_rate] if self.word is not None else [])]
 
+    def _has_a_rate(self, family: ModelFamily) -> bool:
+        return super()._has_a_rate(family) or (self.word is not None and bool(self._word_rate))
+
     # -- the word in captions, prompts, tokenizers and text encoders ---------------------------------------------------
 
     def prepare_tokenizers(self, family: ModelFamily, strategies: StrategySet) -> None:
         if self.word is not None:
             self.word.prepare_tokenizers(family.record.embedding_keys, strategies.tokenize.tokenizers)
+            self.word.check_length(strategies.tokenize)
 
     def prepare_data(self, data: DataGroups) -> None:
         if self.word is not None:
@@ -91,12 +96,13 @@ class NetworkWithWords(NetworkTrainable):
     # -- training ------------------------------------------------------------------------------------------------------
 
     def param_groups(self) -> list[ParamGroup]:
-        groups = super().param_groups()
         if self.word is None:
-            return groups
+            return super().param_groups()
         rate, rows = self._word_rate, list(self.word.rows.values())
         self.word.rows.requires_grad_(bool(rate))
-        return [*groups, {"params": rows, "lr": rate, "name": "embeddings"}] if rate else groups
+        if not rate:
+            return super().param_groups()
+        return [*self.adapter_groups(), {"params": rows, "lr": rate, "name": "embeddings"}]
 
     def modules(self) -> dict[str, nn.Module]:
         return {**super().modules(), **({"embeddings": self.word.rows} if self.word is not None else {})}

@@ -70,6 +70,7 @@ class TextualInversion(Trainable):
 
     def prepare_tokenizers(self, family: ModelFamily, strategies: StrategySet) -> None:
         self.word.prepare_tokenizers(family.record.embedding_keys, strategies.tokenize.tokenizers)
+        self.word.check_length(strategies.tokenize)
 
     def text_strategies(self, strategies: StrategySet) -> StrategySet:
         return self.word.text_strategies(strategies)

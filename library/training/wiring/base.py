@@ -356,9 +356,6 @@ class ModelFamily(ABC):
                 f"of {self.name} models {', '.join(known)} can be written; {', '.join(others)} cannot"
             )
 
-    def new_control_net(self, models: Models) -> torch.nn.Module:
-        raise UnsupportedCombination(f"{self.name} has no ControlNet training")
-
     def embedding_widths(self) -> Widths:
         """Widths of the vectors that its text encoders take, from headers, for the `embedding_keys` of its record."""
         raise UnsupportedCombination(f"{self.name} has no textual inversion: no words can be added to its text")

@@ -96,9 +96,9 @@ class ChromaFamily(FluxFamily):
         return []
 
     def layer_rates(self) -> Mapping[str, float]:
-        """The approximator was distilled from the modulations of a larger model, and is no part of what known trainers
-        train: it stays as it is."""
-        return {APPROXIMATOR: 0.0}
+        """Of a whole model that learns: the approximator was distilled from the modulations of a larger one, and is no
+        part of what known trainers train, so it stays as it is."""
+        return {APPROXIMATOR: 0.0} if WholeModelOptions in self.config else {}
 
     @cached_property
     def _denoiser_info(self) -> StreamModelInfo:

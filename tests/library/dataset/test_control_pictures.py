@@ -155,7 +155,8 @@ def test_a_folder_that_is_not_given_is_the_only_problem(tmp_path):
         folders = {name: folder for name, folder in given.items() if name not in lacking}
         with pytest.raises(ConfigError) as caught:
             load_datasets(DatasetOptions(**folders, resolution=(64, 64)), architecture=FLUX, script="train_control_net")
-        assert list(caught.value.problems) == [f"{name}: --{name} is needed (or a --dataset_config)" for name in lacking]
+        told = [f"{name}: --{name} is needed (or a --dataset_config)" for name in lacking]
+        assert list(caught.value.problems) == told
 
 
 def test_folders_on_the_command_line(tmp_path):

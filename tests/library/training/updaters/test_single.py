@@ -49,7 +49,7 @@ def trained(
         {"params": parameters[:2], "lr": 1e-2, "name": "a"}, {"params": [*parameters[2:], unused], "lr": 1e-3, "name": "b"},
     ]  # fmt: skip
     run: Any = SimpleNamespace(
-        optimizer=build(options, groups).optimizer, max_grad_norm=clip,
+        optimizer=build(options, groups).optimizer, max_grad_norm=clip, models=SimpleNamespace(of_step=[net]),
         lr_scheduler=SimpleNamespace(step=lambda: None), hooks=SimpleNamespace(on_gradients_ready=lambda run: None),
         step=SimpleNamespace(seed=7), progress=SimpleNamespace(global_step=0),
         runtime=SimpleNamespace(
