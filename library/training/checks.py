@@ -218,7 +218,9 @@ def prompt_word_problems(config: Config, family: ModelFamily, *, has_model: bool
 
     files = config[SamplingOptions].textual_inversion_embeddings
     if files and not family.record.embedding_keys:
-        return [f"--textual_inversion_embeddings: {family.name} has no textual inversion: no words can be added to its text"]
+        return [
+            f"--textual_inversion_embeddings: {family.name} has no textual inversion: no words can be added to its text"
+        ]
     if not has_model:
         return missing_files(files or (), "textual_inversion_embeddings")
     return problems_of(lambda: prompt_words(config, family))
