@@ -92,7 +92,8 @@ class RMSNorm(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Latents [B, C, H, W] -> patches [B, h, w, hidden]. Odd sides are mirrored to full patches."""
+    """Latents [B, C, H, W] -> patches [B, h, w, hidden]. Odd sides are mirrored to full patches; a single row or column,
+    which has nothing to mirror, is repeated."""
 
     def __init__(self, params: SD3Params) -> None:
         super().__init__()
@@ -101,7 +102,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % self.patch_size, 0, -height % self.patch_size), mode="reflect")
+        lacking = (0, -width % self.patch_size, 0, -height % self.patch_size)
+        for dim, padding in ((width, (*lacking[:2], 0, 0)), (height, (0, 0, *lacking[2:]))):
+            x = F.pad(x, padding, mode="reflect" if max(padding) < dim else "replicate")
         return self.proj(x).permute(0, 2, 3, 1)
 
 

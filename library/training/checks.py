@@ -219,7 +219,9 @@ def prompt_word_problems(config: Config, family: ModelFamily, *, has_model: bool
 
     files = config[SamplingOptions].textual_inversion_embeddings
     if files and not family.record.embedding_keys:
-        return [f"--textual_inversion_embeddings: {family.name} has no textual inversion: no words can be added to its text"]
+        return [
+            f"--textual_inversion_embeddings: {family.name} has no textual inversion: no words can be added to its text"
+        ]
     learned = learned_word(config)
     twice = [
         f"--textual_inversion_embeddings: {path} gives the word '{learned}', which this run learns (--token_string); "

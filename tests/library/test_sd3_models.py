@@ -146,6 +146,16 @@ def test_odd_sides_are_mirrored_and_cut_off() -> None:
 
 
 @torch.no_grad()
+def test_a_single_row_or_column_is_repeated() -> None:
+    model = model_of()
+    for height, width in ((1, 1), (1, 7), (5, 1)):
+        given = inputs(height, width)
+        whole = {**given, "x": given["x"].repeat(1, 1, 2 if height == 1 else 1, 2 if width == 1 else 1)}
+        expected = model(**whole)[:, :, :height, :width]
+        assert torch.equal(model(**given), expected), (height, width)
+
+
+@torch.no_grad()
 def test_a_crop_of_the_table_of_each_sample() -> None:
     model, given = model_of(), inputs()
     middle = torch.tensor([[(12 - 3) // 2, (12 - 5) // 2]] * 2)

@@ -172,3 +172,6 @@ def test_a_t5_that_is_not_there_does_not_learn(tinies: Tinies, tmp_path: Path) -
     given = without(argv(work, "full", "out"), "t5xxl", "t5xxl_tokenizer")
     with pytest.raises(ConfigError, match="there is no T5"):
         cli.run("sd3", "full", [*given, "--train_text_encoder", "--train_t5xxl"])
+    given = without(work.argv("adapter"), "t5xxl", "t5xxl_tokenizer")
+    with pytest.raises(ConfigError, match="--network_args train_t5xxl=True is given, and there is no T5"):
+        cli.run("sd3", "network", [*given, "--network_args", "train_t5xxl=True"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError, Problems, did_you_mean
-from library.core.options import LARGEST_RANK, number_or_none, option
+from library.core.options import LARGEST_RANK, number_or_none, option, parse_bool
 from library.core.registry import Registry
 from library.families.registry import FAMILIES
 from library.training.keyword_args import split_items
@@ -119,6 +120,13 @@ class NetworkOptions:
     def pairs(self) -> dict[str, str]:
         """--network_args as key -> text."""
         return parse_pairs(self.network_args)
+
+    def is_on(self, name: str | None) -> bool:
+        """Whether a network argument is a switch that is set. A bad value is reported by the check of the arguments."""
+        try:
+            return parse_bool(self.pairs.get(name or "", False))
+        except argparse.ArgumentTypeError:
+            return False
 
     @property
     def module_path(self) -> str:

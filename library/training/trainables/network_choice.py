@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import re
@@ -14,7 +13,7 @@ import torch
 
 from library.core.errors import CheckpointError, ConfigError, Problems, foreign_errors
 from library.core.learning_rates import rate
-from library.core.options import Ignored, parse_bool, without_effect
+from library.core.options import Ignored, without_effect
 from library.core.patterns import pattern_values
 from library.families.registry import record_of
 from library.safetensors_utils import read_header
@@ -108,7 +107,8 @@ class NetworkChoice(Trainable):
             self._try_arguments(module, family)
 
     def _try_arguments(self, module: ModuleType, family: ModelFamily) -> None:
-        """What a module that is not ours says of its arguments, and that it can have the rates of the family's options."""
+        """What a module that is not ours says of its arguments, and that it can have the rates of the family's
+        options."""
         self._is_own, options = False, self.opts
         pairs = self._pairs(family)
         if not options.pairs or options.dim_from_weights:
@@ -192,7 +192,7 @@ class NetworkChoice(Trainable):
         if self.opts.network_train_unet_only or self.opts.module_path in DENOISER_ONLY:
             return [False] * len(targets_of_family(family.name).text_encoders)
         return [
-            encoder.switch is None or _is_on(self.opts.pairs.get(encoder.switch))
+            encoder.switch is None or self.opts.is_on(encoder.switch)
             for encoder in targets_of_family(family.name).text_encoders
         ]
 
@@ -290,10 +290,3 @@ class NetworkChoice(Trainable):
             f"look at --network_args: the network of --network_module {self.opts.network_module} cannot be made with "
             f"{' '.join(words) or 'no arguments'}",
         )
-
-
-def _is_on(text: str | None) -> bool:
-    try:
-        return text is not None and parse_bool(text)
-    except argparse.ArgumentTypeError:  # a bad value is reported by the check of the arguments
-        return False

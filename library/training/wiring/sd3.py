@@ -172,11 +172,18 @@ class Sd3Family(FlowFamily):
         if found:
             return found
         swap = row_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, self.info.params.depth)
-        if WholeModelOptions in self.config and self.config[WholeModelOptions].train_t5xxl and not self.has_t5:
-            found.append(
-                f"--train_t5xxl is given, and there is no T5: {self._denoiser_path} has none; give it with --t5xxl"
-            )
+        asked = self._t5_learns()
+        if asked and not self.has_t5:
+            found.append(f"{asked} is given, and there is no T5: {self._denoiser_path} has none; give it with --t5xxl")
         return [*found, *self._tokenizer_problems(), *([swap] if swap else [])]
+
+    def _t5_learns(self) -> str | None:
+        """The option that lets T5 learn, where it is given."""
+        if WholeModelOptions in self.config and self.config[WholeModelOptions].train_t5xxl:
+            return "--train_t5xxl"
+        if NetworkOptions in self.config and not self.config[NetworkOptions].network_train_unet_only:
+            return "--network_args train_t5xxl=True" if self.config[NetworkOptions].is_on("train_t5xxl") else None
+        return None
 
     def _slot_problems(self, part: str) -> list[str]:
         from library.sd3_utils import ENCODER_SLOTS, file_problems
@@ -232,7 +239,8 @@ class Sd3Family(FlowFamily):
         frozen = self.config[WholeModelOptions].num_last_block_to_freeze if WholeModelOptions in self.config else None
         if frozen:
             lines.append(
-                f"--num_last_block_to_freeze {frozen} freezes the last {frozen} blocks (known trainers: as many tensors)"
+                f"--num_last_block_to_freeze {frozen} freezes the last {frozen} blocks (known trainers: as many"
+                " tensors)"
             )
         if any(self._flags.values()):
             lines.append("attention masks act in captions, caches and samples alike (known trainers: in caches alone)")
