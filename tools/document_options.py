@@ -3,8 +3,8 @@
     python tools/document_options.py all                                          the pages of all scripts
     python tools/document_options.py flux network docs/flux_train_network.md      one page
 
-The tables replace what stands between the lines `<!-- options: begin -->` and `<!-- options: end -->` of the page. `all` writes
-the table of docs/trainables.md too: what each script has.
+The tables replace what stands between the lines `<!-- options: begin -->` and `<!-- options: end -->` of the page.
+`all` writes the table of docs/trainables.md too: what each script has.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def _works(what: Script, option: str) -> bool:
 
 def _forms(family: str, trainable: str) -> str:
     found = TRAINABLES.resolve(trainable)
-    has_folder = found.writes_folders and (found.has_own_folder or import_target(FAMILIES[family].family).writes_folders)
+    of_family = import_target(FAMILIES[family].family)
+    has_folder = found.writes_folders and (found.has_own_folder or of_family.writes_folders)
     return "file or folder" if has_folder else "file"
 
 

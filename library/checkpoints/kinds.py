@@ -101,8 +101,8 @@ def check_slot(
 
     A folder fits when the part that is needed lies in its usual sub-folder, where readers look first, whatever lies
     beside it; a file of several parts when one of them is of these kinds, or of those of `inside` where the file tells
-    more than shapes do. `for_pictures`: the caller makes images, so a model of another family is sent to the script that
-    makes images with it.
+    more than shapes do. `for_pictures`: the caller makes images, so a model of another family is sent to the script
+    that makes images with it.
     """
     needed = _in_words(wanted)
     if not path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +91,8 @@ def inspect_unet(path: Source, config: Mapping[str, Any] | None = None) -> UNetI
 def unet_params(
     source: CheckpointFiles, shapes: Mapping[str, Tensor], given: Mapping[str, Any]
 ) -> tuple[UNetParams, bool]:
-    """(sizes, whether it is Stable Diffusion 2) of the U-Net with these shapes (diffusers names), or of that which a net
-    of its way down belongs to. `given` overrides what the shapes tell."""
+    """(sizes, whether it is Stable Diffusion 2) of the U-Net with these shapes (diffusers names), or of that which a
+    net of its way down belongs to. `given` overrides what the shapes tell."""
     inferred = _infer(shapes, source.path)
     is_v2 = _is_v2(source, given, inferred)
     inferred |= _not_in_shapes(inferred, is_v2, given, source.path)

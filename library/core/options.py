@@ -84,7 +84,8 @@ def option(
 
     `convert` turns the text into the value (default: from the field's annotation); `flags` are further spellings;
     `least` and `most` are the smallest and the largest number that make sense. Every number is checked against them, or
-    against LARGEST_WHOLE and LARGEST_NUMBER. A list that is `repeatable` grows with each `--name value`; of others the last one counts.
+    against LARGEST_WHOLE and LARGEST_NUMBER. A list that is `repeatable` grows with each `--name value`; of others the
+    last one counts.
     """
     spec = OptionSpec(
         help,

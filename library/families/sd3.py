@@ -62,7 +62,8 @@ FAMILY = FamilyRecord(
             options=frozenset(
                 {
                     "train_text_encoder", "train_t5xxl", "use_t5xxl_cache_only",
-                    "learning_rate_te1", "learning_rate_te2", "learning_rate_te3", "stop_text_encoder_training", "num_last_block_to_freeze",
+                    "learning_rate_te1", "learning_rate_te2", "learning_rate_te3", "stop_text_encoder_training",
+                    "num_last_block_to_freeze",
                     "fused_optimizer_groups", "blockwise_fused_optimizers", "skip_latents_validity_check",
                 }
             ),

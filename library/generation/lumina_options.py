@@ -116,12 +116,14 @@ class LuminaPromptOptions:
     steps: int = option(36, help="steps", most=LARGEST_STEPS)
     guidance_scale: float = option(3.5, help="classifier-free guidance; 1 = off, else two forwards per step")
     cfg_trunc_ratio: float = option(
-        0.25, least=0, most=1, help="how far guidance lasts, as the time that runs from 0 (noise) to 1 (picture); later steps are made"
-        " without it; 1 = to the end",
+        0.25, least=0, most=1,
+        help="how far guidance lasts, as the time that runs from 0 (noise) to 1 (picture); later steps are made without"
+        " it; 1 = to the end",
     )
     renorm_cfg: float = option(
-        1.0, least=0, help="how much longer than without guidance a step may be made by it, at most; longer ones are shortened;"
-        " 0 = not bounded",
+        1.0, least=0,
+        help="how much longer than without guidance a step may be made by it, at most; longer ones are shortened; 0 ="
+        " not bounded",
     )
     discrete_flow_shift: float = option(6.0, help="how far the steps lie towards noise; 1 = evenly spaced")
     seed: int | None = option(

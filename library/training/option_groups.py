@@ -541,8 +541,8 @@ class SamplingOptions:
     sample_prompts: str | None = option(None, help="file of prompts (.txt, .toml or .json)")
     textual_inversion_embeddings: list[str] | None = option(
         None, nargs="*",
-        help="files of textual inversions whose words sample prompts may have; the name of a file without its ending is "
-        "the word. Captions do not know them"
+        help="files of textual inversions whose words sample prompts may have; the name of a file without its ending "
+        "is the word. Captions do not know them"
     )
 
     def __post_init__(self) -> None:

@@ -53,8 +53,8 @@ PATH_OPTIONS: tuple[str, ...] = (
 NEW_WORDS_LEARN = "the text encoders read the vectors that learn in every step, so that their outputs are new each time"
 
 CONTROL_IS_NO_MASK = (
-    "the conditioning images are what the net sees; masks are the alpha channels of the images, with alpha_mask = true in"
-    " the dataset"
+    "the conditioning images are what the net sees; masks are the alpha channels of the images, with alpha_mask = true"
+    " in the dataset"
 )
 
 TRAINABLES: Registry[type] = Registry(
@@ -216,7 +216,8 @@ def script(family: str, trainable: str) -> Script:
     beside = import_target(said["beside"])(record) if said["beside"] else ()
     packages = tuple(import_target(target) for target in PACKAGE_GROUPS)
     first, rest = SHARED_GROUPS[:3], SHARED_GROUPS[3:]
-    further = (group for group in family_class.further_options if not {*option_fields(group)} & {*option_fields(options)})
+    own_names = option_fields(options).keys()
+    further = (group for group in family_class.further_options if not option_fields(group).keys() & own_names)
     return Script(
         family,
         trainable,

@@ -203,7 +203,8 @@ def fixed_problems(
                 else "what learns cannot change"
             )
             problems.append(
-                f"--{name} is {value}; the run of --resume {folder} has {earlier}, and {what}: {_advice(name, begins_with)}"
+                f"--{name} is {value}; the run of --resume {folder} has {earlier}, and {what}:"
+                f" {_advice(name, begins_with)}"
             )
     return problems
 

@@ -51,9 +51,9 @@ def to_kohya_names(
         beside = [key for key in renamed if is_beside(key)]
         if beside:
             logger.info(
-                "%s: %d tensors are vectors of words (%s), which are no part of the adapter: image scripts and a training "
-                "with --token_string read them, tools that write adapter files keep them, merging into a model leaves "
-                "them out", label, len(beside), ", ".join(sorted({key.split(".")[1] for key in beside})),
+                "%s: %d tensors are vectors of words (%s), which are no part of the adapter: image scripts and a "
+                "training with --token_string read them, tools that write adapter files keep them, merging into a "
+                "model leaves them out", label, len(beside), ", ".join(sorted({key.split(".")[1] for key in beside})),
             )  # fmt: skip
         return {key: tensor for key, tensor in renamed.items() if key not in beside}
     return dict(tensors)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.core.errors import AtelierError, CheckpointError, ConfigError
+from library.core.errors import AtelierError, ConfigError
 from library.generation.gen_img import script as unet_inference
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.training.inference_samplers import SAMPLER_NAMES

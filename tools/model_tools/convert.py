@@ -130,7 +130,8 @@ def kind_of_model(source: str) -> Kind:
     from library.core.registry import import_target
     from library.families.registry import records
 
-    part = next((name for name in ("transformer", "unet", "vae", "controlnet") if (Path(source) / name).is_dir()), "unet")
+    parts = ("transformer", "unet", "vae", "controlnet")
+    part = next((name for name in parts if (Path(source) / name).is_dir()), "unet")
     files = open_checkpoint(source, part)
     found = recognise({key: tuple(tensor.shape) for key, tensor in files.shapes.items()})
     for record in records().values():

@@ -47,8 +47,8 @@ Steer = Callable[[ControlledPredict], Predict]
 def guide_problems(
     options: GenerationControlOptions, family: str, inspect: Callable[[], UNetInfo | None]
 ) -> list[str]:
-    """What is wrong with files of nets for the model of a family, and with guide pictures, from headers. `inspect` reads
-    the model's; where it gives None or raises a CheckpointError, what is wrong is told elsewhere."""
+    """What is wrong with files of nets for the model of a family, and with guide pictures, from headers. `inspect`
+    reads the model's; where it gives None or raises a CheckpointError, what is wrong is told elsewhere."""
     problems = Problems()
     try:
         info = inspect()
@@ -59,7 +59,10 @@ def guide_problems(
         if problem:
             problems.add(problem)
     if options.guides:
-        problems.attempt(lambda: [open_picture(path, "RGB", "guide_image_path") for path in picture_files(options)])
+        for place in options.guide_image_path or []:
+            for file in problems.attempt(lambda place=place: source_files(place, "guide_image_path")) or []:
+                problems.attempt(lambda file=file: open_picture(file, "RGB", "guide_image_path"))
+        problems.attempt(lambda: picture_files(options))
     return problems.messages
 
 
@@ -67,7 +70,10 @@ def file_problem(file: GuideFile, family: str, info: UNetInfo | None) -> str | N
     """What is wrong with the file of a net for this U-Net, or None."""
     record = record_of(family)
     if file.is_lllite and LLLITE not in record.scripts:
-        return f"--{file.option} is given, and the checkpoint is {record.title}; there are ControlNet-LLLites of SDXL alone"
+        return (
+            f"--{file.option} is given, and the checkpoint is {record.title}; there are ControlNet-LLLites of SDXL"
+            " alone"
+        )
     kinds = {LLLITE} if file.is_lllite else set(control_nets_of(family).kinds)
     problem = check_slot(file.path, file.option, kinds, with_pickles=True)
     if problem or info is None:
@@ -78,7 +84,7 @@ def file_problem(file: GuideFile, family: str, info: UNetInfo | None) -> str | N
         else:
             found = control_nets_of(family).check(file.path, info.params)
     except CheckpointError as error:
-        found = str(error)
+        return f"--{file.option}: {error}"
     return f"--{file.option} is {file.path}: {found}" if found else None
 
 
@@ -88,8 +94,8 @@ def picture_files(options: GenerationControlOptions) -> list[Path]:
     count = len(options.guides)
     if len(found) > 1 and len(found) % count:
         raise ConfigError(
-            f"--guide_image_path has {len(found)} pictures for {count} nets; give one for each net, as often as you like,"
-            " or a single one for all"
+            f"--guide_image_path has {len(found)} pictures for {count} nets; give one for each net, as often as you"
+            " like, or a single one for all"
         )
     return found
 

@@ -187,9 +187,9 @@ class GenerationNetworkOptions:
 
 @dataclass(frozen=True)
 class GuideFile:
-    """A net that follows guide pictures, as the options name it. `option`: the one that its file stands in; `ratio`: the
-    part of the steps, from the first one, in which it works; `edges`: thresholds of the Canny filter that the picture goes
-    through before, None = it is taken as it is."""
+    """A net that follows guide pictures, as the options name it. `option`: the one that its file stands in; `ratio`:
+    the part of the steps, from the first one, in which it works; `edges`: thresholds of the Canny filter that the
+    picture goes through before, None = it is taken as it is."""
 
     path: str
     option: str
@@ -212,8 +212,8 @@ class GenerationControlOptions:
     control_net_lllite_models: list[str] | None = option(None, nargs="*", help="files of ControlNet-LLLites; SDXL")
     guide_image_path: list[str] | None = option(
         None, nargs="*",
-        help="pictures, or folders of pictures, that the nets follow: one for each net, and in turn for the pictures that"
-        " are made; a single one is for all nets",
+        help="pictures, or folders of pictures, that the nets follow: one for each net, and in turn for the pictures"
+        " that are made; a single one is for all nets",
     )
     control_net_preps: list[str] | None = option(
         None, nargs="*",
@@ -235,8 +235,8 @@ class GenerationControlOptions:
                 continue
             if not count:
                 problems.add(
-                    f"--{name} is given without a net; name one with --control_net_models or --control_net_lllite_models,"
-                    " or leave it out"
+                    f"--{name} is given without a net; name one with --control_net_models or"
+                    " --control_net_lllite_models, or leave it out"
                 )
             elif name != "guide_image_path" and len(given) != count:
                 problems.add(f"--{name} has {len(given)} values for {count} nets; give one for each net")
@@ -279,7 +279,8 @@ def _edges_of(prep: str) -> tuple[int, int] | None:
         if lower <= upper:
             return lower, upper
     raise ConfigError(
-        f"--control_net_preps has '{prep}'; needed: none, canny, or canny_LOW_HIGH with two thresholds, e.g. canny_63_191"
+        f"--control_net_preps has '{prep}'; needed: none, canny, or canny_LOW_HIGH with two thresholds, e.g."
+        " canny_63_191"
     )
 
 
@@ -366,7 +367,9 @@ class GenerationPictureOptions:
     original_width_negative: int | None = option(None, help="SDXL: original width for the negative prompt")
     crop_top: int | None = option(None, help="SDXL: rows cropped above; 0 when not given")
     crop_left: int | None = option(None, help="SDXL: columns cropped on the left; 0 when not given")
-    pyramid_noise_prob: float | None = option(None, least=0, most=1, help="part of the pictures that start from pyramid noise")
+    pyramid_noise_prob: float | None = option(
+        None, least=0, most=1, help="part of the pictures that start from pyramid noise"
+    )
     pyramid_noise_discount_range: list[float] | None = option(
         None, nargs=2, least=0, most=1,
         help="least and largest weight of its next coarser level; 0.5 0.9 when not given",

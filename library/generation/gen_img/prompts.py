@@ -131,7 +131,8 @@ GENERATION_LINE_OPTIONS: Mapping[str, LineOption] = {
     "glt": LineOption("gradual_latent_timesteps", _TIMESTEP), "glr": LineOption("gradual_latent_ratio", _RATIO),
     "gle": LineOption("gradual_latent_every_n_steps", _AT_LEAST_ONE),
     "gls": LineOption("gradual_latent_ratio_step", _RATIO),
-    "glsn": LineOption("gradual_latent_s_noise", read_not_negative), "glus": LineOption("gradual_latent_unsharp", _unsharp),
+    "glsn": LineOption("gradual_latent_s_noise", read_not_negative),
+    "glus": LineOption("gradual_latent_unsharp", _unsharp),
 }
 
 

@@ -170,7 +170,10 @@ def word_problems(model: GenerationModelOptions, networks: GenerationNetworkOpti
     twice = sorted({Path(path).stem for path in plain} & {Path(path).stem for path in layered})
     return [
         *problems_of(lambda: words_of(model, networks)), *problems_of(lambda: layered_words_of(model, networks)),
-        *(f"--XTI_embeddings, --textual_inversion_embeddings: both give the word '{word}'; rename one" for word in twice),
+        *(
+            f"--XTI_embeddings, --textual_inversion_embeddings: both give the word '{word}'; rename one"
+            for word in twice
+        ),
     ]
 
 
@@ -310,8 +313,8 @@ def start_notices(config: Config) -> list[str]:
         )
     if len(config[GenerationControlOptions].guides) > 1:
         lines.append(
-            "several ControlNets and LLLites: all of them work in each step of their --control_net_ratios, and what they"
-            " add is summed"
+            "several ControlNets and LLLites: all of them work in each step of their --control_net_ratios, and what"
+            " they add is summed"
         )
     if config[GenerationModelOptions].sdxl and pictures.negative_scale is not None:
         lines.append("--negative_scale: three branches (negative, positive, empty prompt), for SDXL too")
@@ -406,8 +409,8 @@ class PictureFiles:
         return path
 
     def path_of(self, made: Made) -> Path:
-        """`im_{YYYYmmddHHMMSS}_{stage}{number}_{seed}.png`, with a number where another call of the same second has made
-        it; or as --f, --use_original_file_name, --sequential_file_name say, over what an earlier call made."""
+        """`im_{YYYYmmddHHMMSS}_{stage}{number}_{seed}.png`, with a number where another call of the same second has
+        made it; or as --f, --use_original_file_name, --sequential_file_name say, over what an earlier call made."""
         folder, name = Path(self.options.outdir), self._asked_name(made)
         if name is not None:
             return self._free(folder / name)

@@ -1,4 +1,4 @@
-"""ControlNet-LLLite: small networks inside the denoiser that follow a control picture are what is learned. Its options."""
+"""ControlNet-LLLite, small networks inside the denoiser that follow a control picture, is what is learned: options."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class LLLiteOptions:
     def __post_init__(self) -> None:
         problems = Problems()
         if self.cond_emb_dim is not None and (self.cond_emb_dim < 2 or self.cond_emb_dim % 2):
-            problems.add(f"--cond_emb_dim is {self.cond_emb_dim}; needed: an even number from 2, its first half is used too")
+            problems.add(
+                f"--cond_emb_dim is {self.cond_emb_dim}; needed: an even number from 2, its first half is used too"
+            )
         if self.network_dim is not None and self.network_dim < 1:
             problems.add(f"--network_dim is {self.network_dim}; needed: 1 or more")
         if self.network_dropout is not None and not 0 <= self.network_dropout < 1:

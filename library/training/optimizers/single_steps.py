@@ -30,7 +30,8 @@ def only(optimizer: Any, groups: Iterable[tuple[dict[str, Any], list[torch.nn.Pa
 
 
 class GroupCounts:
-    """What an optimizer counts by group, as steps, counts once for a step of all parameters, however many calls make it."""
+    """What an optimizer counts by group, as steps, counts once for a step of all parameters, however many calls make
+    it."""
 
     def __init__(self) -> None:
         self._before: dict[int, tuple[int, dict[str, Any]]] = {}

@@ -113,7 +113,8 @@ class FullTrainable(WeightsTrainable):
             cached = [name for name in switches if getattr(opts, name)]
             if cached:
                 yield (
-                    f"--{cached[0]} with cached outputs of text encoders: what learns is not cached; leave one of them out"
+                    f"--{cached[0]} with cached outputs of text encoders: what learns is not cached; leave one of them"
+                    " out"
                 )
             elif not opts.use_t5xxl_cache_only:
                 yield (

@@ -323,8 +323,8 @@ class NetworkTrainable(NetworkChoice):
             return []
         layer, share = self._changed_at_start
         return [
-            f"a new adapter of {self.opts.network_module} changes the model before it has learned (the output of {layer}"
-            f" by {share:.0%}): the first losses and samples are not those of the base model"
+            f"a new adapter of {self.opts.network_module} changes the model before it has learned (the output of"
+            f" {layer} by {share:.0%}): the first losses and samples are not those of the base model"
         ]
 
     def _alpha_notice(self) -> list[str]:

@@ -107,7 +107,8 @@ class NetworkChoice(Trainable):
             self._try_arguments(module, family)
 
     def _try_arguments(self, module: ModuleType, family: ModelFamily) -> None:
-        """What a module that is not ours says of its arguments, and that it can have the rates of the family's options."""
+        """What a module that is not ours says of its arguments, and that it can have the rates of the family's
+        options."""
         self._is_own, options = False, self.opts
         pairs = self._pairs(family)
         if not options.pairs or options.dim_from_weights:

@@ -90,7 +90,8 @@ class WeightsTrainable(Trainable):
         choice = self._steps_singly()
         if choice:
             yield (
-                f"{option}: {choice} needs the gradients of all weights at once; use AdamW or AdaFactor, or leave it out"
+                f"{option}: {choice} needs the gradients of all weights at once; use AdamW or AdaFactor, or leave it"
+                " out"
             )
 
     def _steps_singly(self) -> str | None:

@@ -24,7 +24,9 @@ class TrainedWeightsOptions:
     """Training of weights"""
 
     layer_lrs: str | None = option(
-        None, help="learning rates of layers of the denoiser by their path, as regex=rate,regex=rate; 0 = not trained"
+        None,
+        help="learning rates of layers of the denoiser, or of the ControlNet that learns, by their path, as"
+        " regex=rate,regex=rate; 0 = not trained",
     )
     bf16_update: str = option(
         "stochastic", choices=tuple(BF16_NOTICES),

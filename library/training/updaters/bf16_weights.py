@@ -59,5 +59,6 @@ def write_summed(
 
 
 BF16_UPDATES: dict[str, Callable[..., torch.Tensor | None]] = {"stochastic": write_rounded, "kahan": write_summed}
-"""By the values of --bf16_update: (weight in bfloat16, its float32 copy after the optimizer's step, what was kept for it,
-(seed, step, place of the parameter)) -> what is kept for the next update, in the optimizer's state under COMPENSATION."""
+"""By the values of --bf16_update: (weight in bfloat16, its float32 copy after the optimizer's step, what was kept for
+it, (seed, step, place of the parameter)) -> what is kept for the next update, in the optimizer's state under
+COMPENSATION."""

@@ -361,8 +361,8 @@ class ModelFamily(ABC):
         raise UnsupportedCombination(f"{self.name} has no textual inversion: no words can be added to its text")
 
     def text_layers(self) -> Sequence[str]:
-        """The layers for each of which a word can have vectors of its own, in the order in which they run, from headers;
-        none where it cannot."""
+        """The layers for each of which a word can have vectors of its own, in the order in which they run, from
+        headers; none where it cannot."""
         return ()
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, without_effect
-from library.dataset import CachingOptions
 from library.families.flux import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions

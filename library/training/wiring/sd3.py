@@ -239,7 +239,8 @@ class Sd3Family(FlowFamily):
         frozen = self.config[WholeModelOptions].num_last_block_to_freeze if WholeModelOptions in self.config else None
         if frozen:
             lines.append(
-                f"--num_last_block_to_freeze {frozen} freezes the last {frozen} blocks (known trainers: as many tensors)"
+                f"--num_last_block_to_freeze {frozen} freezes the last {frozen} blocks (known trainers: as many"
+                " tensors)"
             )
         if any(self._flags.values()):
             lines.append("attention masks act in captions, caches and samples alike (known trainers: in caches alone)")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from library.core.errors import CheckpointError, ConfigError
 from library.core.learning_rates import rate
 from library.core.options import option
-from library.dataset import CachingOptions
 from library.families.sdxl import FAMILY
 from library.training.optimizers import OptimizerOptions
 from library.training.option_groups import ModelOptions

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import CheckpointError, Problems
-from library.dataset import CachingOptions
 from library.training import timestep_samplers
 from library.training.inference_samplers import SamplerOptions, check_sampler, sampler_notices
 from library.training.option_groups import ModelOptions, NoiseOptions, SamplingOptions
