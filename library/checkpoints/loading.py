@@ -405,6 +405,13 @@ def check_state(
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: " + "; ".join(problems))
 
 
+def check_finite(state: Mapping[str, Tensor], path: str) -> None:
+    """CheckpointError for values that would make every output NaN. For small files: it reads all of them."""
+    for key, tensor in state.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise CheckpointError(f"{path}: {key} has values that are not finite; the training of this file failed")
+
+
 def assign_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Make the tensors of `state` the model's own; every key of the model must be there."""
     names = model.state_dict().keys()

@@ -11,7 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.loading import CheckpointFiles, assign_state, build_on_meta, check_state, open_checkpoint
+from library.checkpoints.loading import (
+    CheckpointFiles,
+    assign_state,
+    build_on_meta,
+    check_finite,
+    check_state,
+    open_checkpoint,
+)
 from library.components.control_models import start_values
 from library.core.errors import UnsupportedCombination
 from library.core.registry import import_target
@@ -68,11 +75,13 @@ class ControlNets(ABC):
         self, path: str | os.PathLike, params: Any, dtype: torch.dtype | None, device: torch.device | str,
         disable_mmap: bool = False,
     ) -> nn.Module:
-        """The net of a file or folder. CheckpointError when it does not fit."""
+        """The net of a file or folder. CheckpointError when it does not fit, or holds values that are not finite."""
         source = open_checkpoint(path, FOLDER)
         net = self.empty_net(source, params)
         tensors = source.tensors(device, disable_mmap, source.shapes, cast=source.casting(dtype))
-        return self.filled(net, self.net_state(tensors, params), source.path)
+        state = self.net_state(tensors, params)
+        check_finite(state, source.path)
+        return self.filled(net, state, source.path)
 
     @abstractmethod
     def new_net(self, base: Any) -> nn.Module:

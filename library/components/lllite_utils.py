@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from library.checkpoints.loading import check_state, strip_prefix
+from library.checkpoints.loading import check_finite, check_state, strip_prefix
 from library.checkpoints.unet_convert import diffusers_to_original
 from library.components.lllite_models import PREFIX, LLLite, LLLiteShape, shape_of_tensors
 from library.components.unet_models import UNetBase
@@ -89,9 +89,7 @@ def load_tensors(net: LLLite, tensors: Mapping[str, torch.Tensor], path: str | o
     """Copy the tensors of a file into a network of the same modules and sizes. CheckpointError for other ones, and for
     values that would make every output NaN."""
     check_state(net, tensors, str(path))
-    for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor.float()).all()):
-            raise CheckpointError(f"{path}: {key} has values that are not finite; the training of this file failed")
+    check_finite(tensors, str(path))
     net.load_state_dict(dict(tensors))
 
 

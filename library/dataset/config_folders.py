@@ -23,7 +23,7 @@ def config_from_options(
     if options.in_json is not None:
         subsets = [_metadata_subset(options, problems)]
     elif options.conditioning_data_dir is not None or kinds == {"CN"}:
-        subsets = [_conditioning_subset(options, problems)]
+        subsets = _conditioning_subsets(options, problems)
     else:
         subsets = _folder_subsets(options, problems, warnings)
     return {"datasets": [{"subsets": subsets}]}
@@ -39,15 +39,17 @@ def _metadata_subset(options: DatasetOptions, problems: ProblemList) -> dict[str
     return subset
 
 
-def _conditioning_subset(options: DatasetOptions, problems: ProblemList) -> dict[str, Any]:
+def _conditioning_subsets(options: DatasetOptions, problems: ProblemList) -> list[dict[str, Any]]:
     if options.reg_data_dir is not None:
         problems.add("reg_data_dir", "conflict", "--reg_data_dir has no use with --conditioning_data_dir")
-    subset: dict[str, Any] = {"num_repeats": 1}
-    for name, key in (("train_data_dir", "image_dir"), ("conditioning_data_dir", "conditioning_data_dir")):
-        if getattr(options, name) is None:
-            problems.add(name, "missing", f"--{name} is needed (or a --dataset_config)")
-        subset[key] = getattr(options, name) or "."
-    return subset
+    lacking = [name for name in ("train_data_dir", "conditioning_data_dir") if getattr(options, name) is None]
+    for name in lacking:
+        problems.add(name, "missing", f"--{name} is needed (or a --dataset_config)")
+    if lacking:
+        return []
+    return [{
+        "num_repeats": 1, "image_dir": options.train_data_dir, "conditioning_data_dir": options.conditioning_data_dir,
+    }]  # fmt: skip
 
 
 def _folder_subsets(options: DatasetOptions, problems: ProblemList, warnings: list[str]) -> list[dict[str, Any]]:

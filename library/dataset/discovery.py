@@ -140,13 +140,17 @@ def _from_metadata(subset: SubsetParams, scanner: Scanner) -> list[FoundImage]:
 
 
 def _paired(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> list[FoundImage]:
-    """Give every image the file with its stem in conditioning_data_dir. Extra files are only mentioned."""
+    """Give every image the file with its stem in conditioning_data_dir, the first by name where there are several.
+    Those that are not taken are only mentioned."""
     folder = subset.conditioning_data_dir
     if folder is None:
         return list(images)
     by_stem: dict[str, str] = {}
+    second: list[str] = []
     for path in _image_paths(folder, subset, scanner):
-        by_stem.setdefault(os.path.splitext(os.path.basename(path))[0], path)
+        first = by_stem.setdefault(os.path.splitext(os.path.basename(path))[0], path)
+        if first != path:
+            second.append(f"{path} ({os.path.basename(first)} is taken)")
     if not os.path.isdir(folder):
         return []
     paired, used = [], set()
@@ -158,6 +162,9 @@ def _paired(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner
         else:
             scanner.bad_image(f"{image.path} has no image named {stem} in {folder}", image.path, subset.label)
     extra = [path for stem, path in by_stem.items() if stem not in used]
+    scanner.summary_warning(
+        second, f"images in {folder} ({subset.label}) have the name of another"
+    )
     scanner.summary_warning(extra, f"images in {folder} ({subset.label}) belong to no training image")
     return paired
 

@@ -100,6 +100,7 @@ FAMILY = FamilyRecord(
             name="flux_controlnet",
             role="relative",
             wanted="a FLUX.1 ControlNet",
+            script="control_net",
             subfolder="controlnet",
             layouts="library.flux_control_net_utils:LAYOUTS",
             signatures=(

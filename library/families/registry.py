@@ -92,8 +92,11 @@ def script_name(family: str, kind: str = "train_network") -> str:
 
 def script_of_kind(kind: str, *, for_pictures: bool = False) -> str | None:
     """The script that trains adapters for a kind of model file, or makes images with it, with the option that chooses a
-    variant; None when no family here has it."""
+    variant; of a net beside a denoiser the script that trains it. None when no family here has it."""
     for name, record in FAMILIES.items():
+        trained_by = next((own.script for own in record.model_kinds if own.name == kind), "")
+        if trained_by and not for_pictures:
+            return f"{record.scripts[trained_by].name}.py"
         if kind in record.kinds:
             script = record.pictures if for_pictures else f"{script_name(name)}.py"
             chosen_by = f" --{record.variant_of[1]} {record.variant_of[2]}" if script and record.variant_of else ""

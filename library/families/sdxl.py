@@ -75,6 +75,7 @@ FAMILY = FamilyRecord(
             name="sdxl_controlnet",
             role="relative",
             wanted="a ControlNet of SDXL",
+            script="control_net",
             subfolder="controlnet",
             layouts="library.components.unet_control_net_utils:LAYOUTS",
             signatures=(

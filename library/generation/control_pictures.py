@@ -6,21 +6,20 @@ import os
 
 import numpy
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from library.components.control_models import Control, GuidedBy
 from library.core.errors import ConfigError
+from library.dataset.media_utils import ImageFileError, decode_image
 
 
 def open_picture(path: str | os.PathLike, size_wh: tuple[int, int] | None = None) -> Image.Image:
-    """RGB, resized to a size where one is given. ConfigError when it cannot be read."""
+    """RGB, read as control pictures of a dataset are (deep and turned ones too), resized to a size where one is given.
+    ConfigError when it cannot be read."""
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except FileNotFoundError as error:
-        raise ConfigError(f"the control picture {path}: there is no such file") from error
-    except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"the control picture {path} cannot be read: {error}") from error
+        image = Image.fromarray(decode_image(path))  # [H, W, 3]
+    except ImageFileError as error:
+        raise ConfigError(f"the control picture {error}") from error
     return image if size_wh in (None, image.size) else image.resize(size_wh, Image.Resampling.LANCZOS)
 
 

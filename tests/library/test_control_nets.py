@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.checkpoints.control_net_convert import control_net_to_original
-from library.checkpoints.kinds import describe_checkpoint
+from library.checkpoints.kinds import check_slot, describe_checkpoint
 from library.components.control_models import Control, GuidedBy
 from library.components.control_nets import control_nets_of
 from library.components.unet_models import UNetParams
 from library.core.errors import CheckpointError, UnsupportedCombination
+from library.families.registry import script_of_kind
 from library.flux_control_net_models import FluxControlNet
 from library.flux_models import FluxParams
 from library.flux_utils import prepare_img_ids
@@ -185,6 +186,19 @@ def test_files_that_do_not_fit(tmp_path):
         flux.check(tmp_path / "single.safetensors", PARAMS["flux"])
     with pytest.raises(UnsupportedCombination, match="no ControlNets of Chroma"):
         control_nets_of("chroma")
+    key = next(iter(state))
+    save_file({**state, key: torch.full_like(state[key], torch.nan)}, tmp_path / "nan.safetensors")
+    with pytest.raises(CheckpointError, match="nan.safetensors: .* has values that are not finite"):
+        flux.load(tmp_path / "nan.safetensors", PARAMS["flux"], torch.float32, "cpu")
+
+
+def test_a_net_of_another_family_is_told_with_the_script_that_trains_it(tmp_path):
+    scripts = {"flux": "flux_train_control_net.py", "sd": "train_control_net.py", "sdxl": "sdxl_train_control_net.py"}
+    for family, script in scripts.items():
+        assert {script_of_kind(kind) for kind in control_nets_of(family).kinds} == {script}
+    save_file(FluxControlNet(PARAMS["flux"]).state_dict(), tmp_path / "flux.safetensors")
+    told = check_slot(tmp_path / "flux.safetensors", "control_net_models", set(control_nets_of("sd").kinds))
+    assert told.endswith("; flux_train_control_net.py trains such a model")
 
 
 @pytest.mark.parametrize("kind", PARAMS)

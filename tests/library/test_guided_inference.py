@@ -13,8 +13,10 @@ from PIL import Image, ImageDraw
 from library.checkpoints.unet_convert import original_to_diffusers
 from library.components.lllite_models import LLLite, new_shapes
 from library.core.errors import ConfigError
+from library.generation.control_pictures import open_picture
 from library.generation.gen_img.guides import _Part, first_resting, prepared
 from library.generation.gen_img.options import GenerationControlOptions
+from library.generation.gen_img.sources import open_picture as opened
 from library.generation.sampling_utils import start_noise
 from library.safetensors_utils import save_file_atomic
 from library.sdxl_models import SdxlUNet2DConditionModel
@@ -259,6 +261,21 @@ def test_the_order_of_nets_and_their_preprocessors():
     ]  # fmt: skip
 
 
+def test_pictures_are_read_as_those_of_a_dataset(tmp_path):
+    """A depth map of 16 bits keeps its shades, and a turned photograph stands upright."""
+    steps = numpy.arange(0, 65536, 1024, dtype=numpy.uint16)
+    Image.fromarray(numpy.tile(steps, (4, 1))).save(tmp_path / "deep.png")
+    turned = Image.Exif()
+    turned[0x112] = 6
+    Image.new("RGB", (16, 48)).save(tmp_path / "turned.jpg", exif=turned)
+    for read in (
+        open_picture, lambda path: opened(path, "RGB", "guide_image_path"), lambda path: opened(path, "L", "mask_path"),
+    ):  # fmt: skip
+        shades = numpy.asarray(read(tmp_path / "deep.png").convert("L"))
+        assert numpy.array_equal(shades, numpy.tile(steps // 256, (4, 1)))
+        assert read(tmp_path / "turned.jpg").size == (48, 16)
+
+
 def test_files_that_do_not_fit_are_told_together(tiny, lllite, pictures, tmp_path):
     other = build_tiny_sd(tmp_path / "sd1", "sd1")
     import diffusers
@@ -268,7 +285,8 @@ def test_files_that_do_not_fit_are_told_together(tiny, lllite, pictures, tmp_pat
     wide = write_lllite(SdxlUNet2DConditionModel(tiny.params), tmp_path / "wide.safetensors")
     name = next(iter(wide)).partition(".")[0]
     save_file_atomic({**wide, **widened(name, 99)}, tmp_path / "wide.safetensors")
-    words = ["--prompt", "a", "--guide_image_path", *[str(tmp_path / "none.png")] * 2]
+    (tmp_path / "empty.png").touch()
+    words = ["--prompt", "a", "--guide_image_path", str(tmp_path / "none.png"), str(tmp_path / "empty.png")]
     with pytest.raises(ConfigError) as caught:
         made(
             tiny, tmp_path / "out", *words, "--control_net_models", str(tmp_path / "net"), "--control_net_lllite_models",
@@ -276,6 +294,7 @@ def test_files_that_do_not_fit_are_told_together(tiny, lllite, pictures, tmp_pat
         )  # fmt: skip
     told = str(caught.value)
     assert "needed: a ControlNet of SDXL" in told and "has 99 inputs" in told and "none.png" in told
+    assert "empty.png is an empty file" in told
     with pytest.raises(ConfigError, match="there are ControlNet-LLLites of SDXL alone"):
         made(other, tmp_path / "out", "--prompt", "a", *guided(lllite[:1], pictures[:1]))
     with pytest.raises(ConfigError, match="has 3 pictures for 2 nets"):

@@ -364,5 +364,5 @@ def test_sample_prompts_without_their_picture_are_left_out(
     work = work_of(tinies, "sd1", tmp_path)
     (tmp_path / "p.txt").write_text("a --w 64 --h 64 --s 1 --cn none.png\nb --w 64 --h 64 --s 1\n", encoding="utf-8")
     work.train("out", "--max_train_steps=1", f"--sample_prompts={tmp_path / 'p.txt'}", "--sample_every_n_steps=1")
-    assert "the control picture none.png: there is no such file; this sample prompt is left out" in caplog.text
+    assert "the control picture none.png does not exist; this sample prompt is left out" in caplog.text
     assert len(sample_pictures(work.folder / "out")) == 1

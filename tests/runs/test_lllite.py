@@ -169,12 +169,15 @@ def test_what_cannot_be_is_refused_at_start(work: ControlWork, tmp_path: Path, m
     save_file_atomic(tensors, file)
     foreign = tmp_path / "foreign.safetensors"
     save_file_atomic({key.replace("middle_block", "middle_block_9"): tensor for key, tensor in tensors.items()}, foreign)
+    half = tmp_path / "half.safetensors"
+    save_file_atomic(dict(list(tensors.items())[1:]), half)
     lora = tmp_path / "lora.safetensors"
     save_file_atomic({"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, lora)
     for words, message in (
         (["--cond_emb_dim=7", "--network_dim=0", "--network_dropout=1"], "--cond_emb_dim is 7.*--network_dim is 0.*--network_dropout is 1"),
         ([f"--network_weights={file}", "--network_dim=9"], "--network_dim is 9, --network_weights .* has 5"),
         ([f"--network_weights={foreign}", "--network_dim=5"], "made for another model"),
+        ([f"--network_weights={half}"], "--network_weights: .*half.safetensors: .* is incomplete"),
         ([f"--network_weights={lora}"], "a LoRA-type adapter.*; needed: a ControlNet-LLLite"),
         (["--learning_rate=0"], "nothing to train"),
         (["--fused_backward_pass"], "--fused_backward_pass"), (["--masked_loss"], "what the net sees"),

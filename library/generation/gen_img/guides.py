@@ -59,7 +59,10 @@ def guide_problems(
         if problem:
             problems.add(problem)
     if options.guides:
-        problems.attempt(lambda: [open_picture(path, "RGB", "guide_image_path") for path in picture_files(options)])
+        for place in options.guide_image_path or []:
+            for file in problems.attempt(lambda place=place: source_files(place, "guide_image_path")) or []:
+                problems.attempt(lambda file=file: open_picture(file, "RGB", "guide_image_path"))
+        problems.attempt(lambda: picture_files(options))
     return problems.messages
 
 
@@ -81,7 +84,7 @@ def file_problem(file: GuideFile, family: str, info: UNetInfo | None) -> str | N
         else:
             found = control_nets_of(family).check(file.path, info.params)
     except CheckpointError as error:
-        found = str(error)
+        return f"--{file.option}: {error}"
     return f"--{file.option} is {file.path}: {found}" if found else None
 
 

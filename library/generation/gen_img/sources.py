@@ -104,12 +104,15 @@ def source_files(path: str, option: str) -> list[Path]:
 
 
 def open_picture(path: Path, mode: str, option: str) -> Image.Image:
-    """The picture in a mode of PIL. ConfigError when it cannot be read."""
-    from library.dataset.media_utils import ImageFileError, opened_image
+    """The picture in a mode of PIL, RGB or L, read as those of a dataset are: deep and turned ones too.
+
+    ConfigError when it cannot be read."""
+    from PIL import Image
+
+    from library.dataset.media_utils import ImageFileError, decode_image
 
     try:
-        with opened_image(path) as image:
-            return image.convert(mode)
+        return Image.fromarray(decode_image(path)).convert(mode)  # [H, W, 3]
     except ImageFileError as error:
         raise ConfigError(f"--{option}: {error}") from error
 

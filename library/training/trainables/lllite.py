@@ -63,7 +63,10 @@ class LLLiteTrainable(FollowsPictures):
         problem = check_slot(path, "network_weights", {self.name}, with_pickles=True)
         if problem:
             raise ConfigError(problem)
-        self._shapes = read_shapes(path)
+        try:
+            self._shapes = read_shapes(path)
+        except CheckpointError as error:
+            raise ConfigError(f"--network_weights: {error}") from error
         for option, given, held in (
             ("cond_emb_dim", self.opts.cond_emb_dim, {shape.cond_dim for shape in self._shapes.values()}),
             ("network_dim", self.opts.network_dim, {shape.mlp_dim for shape in self._shapes.values()}),

@@ -136,6 +136,29 @@ def test_missing_control_pictures_are_all_named(tmp_path):
     assert [Path(item.absolute_path).name for item in scanned.train[0]] == ["1.png", "3.png"]
 
 
+@pytest.mark.parametrize("script, masked", [("train_control_net", False), ("train_network", True)])
+def test_a_control_picture_that_shares_its_name_is_told(tmp_path, script, masked):
+    """Of masks too: otherwise an earlier file format is silently the one that counts."""
+    draw(tmp_path)
+    Image.new("RGB", SIZES[1], 80).save(tmp_path / "control" / "1.jpg")
+    options = DatasetOptions(dataset_config=str(toml(tmp_path)), masked_loss=masked)
+    _, scanned = load_datasets(options, architecture=FLUX, script=script)
+    assert [Path(item.cond_path).name for item in scanned.train[0]] == ["0.png", "1.jpg", "2.png", "3.png"]
+    (told,) = [line for line in scanned.warnings if "have the name of another" in line]
+    assert f"{tmp_path / 'control' / '1.png'} (1.jpg is taken)" in told
+
+
+def test_a_folder_that_is_not_given_is_the_only_problem(tmp_path):
+    draw(tmp_path)
+    given = {"train_data_dir": str(tmp_path / "images"), "conditioning_data_dir": str(tmp_path / "control")}
+    for lacking in ([*given], ["train_data_dir"], ["conditioning_data_dir"]):
+        folders = {name: folder for name, folder in given.items() if name not in lacking}
+        with pytest.raises(ConfigError) as caught:
+            load_datasets(DatasetOptions(**folders, resolution=(64, 64)), architecture=FLUX, script="train_control_net")
+        told = [f"{name}: --{name} is needed (or a --dataset_config)" for name in lacking]
+        assert list(caught.value.problems) == told
+
+
 def test_folders_on_the_command_line(tmp_path):
     draw(tmp_path)
     options = DatasetOptions(
