@@ -464,13 +464,16 @@ def words_of(paths: Iterable[str]) -> dict[str, torch.Tensor]:
     kept: dict[str, torch.Tensor] = {}
     owners: dict[str, str] = {}
     for path in paths:
+        others: set[str] = set()
         for key, tensor in bundled_tensors(path).items():
             word = key.removeprefix(BUNDLED).partition(".")[0]
             if owners.setdefault(word, path) == path:
                 kept[key] = tensor
-            elif key in kept and not kept[key].equal(tensor):
-                first = owners[word]
-                logger.warning("the word '%s' is in %s and %s; its vectors are those of the first", word, first, path)
+            elif key not in kept or not kept[key].equal(tensor):
+                others.add(word)
+        for word in sorted(others):
+            first = owners[word]
+            logger.warning("the word '%s' is in %s and %s; its vectors are those of the first", word, first, path)
     if owners:
         logger.info("words in the result, with their vectors as they are: %s", ", ".join(owners))
     return kept
