@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,11 +36,13 @@ out"""
 @dataclass(frozen=True)
 class WordVectors:
     """The vectors of a word: [n, D] under the name that the family's files have for each text encoder, or under the
-    name of each layer that has vectors of its own. `source`: option and file, for messages."""
+    name of each layer that has vectors of its own. `source`: option and file, for messages; `trained_as`: the word of
+    the training, where the metadata of a file tell."""
 
     word: str
     vectors: Mapping[str, Tensor]
     source: str
+    trained_as: str = ""
 
     @property
     def count(self) -> int:
@@ -71,7 +73,12 @@ def read_inversion(path: str, keys: Sequence[str], *, partly: bool = False) -> l
 
 def read_word(path: str, word: str, widths: Widths, option: str) -> WordVectors:
     """A file of a single word, with vectors for every text encoder that is there. CheckpointError."""
-    return _word_of(_read(path), path, word, widths, f"--{option}: {path}")
+    try:
+        tensors = _read(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"--{option}: {error}") from error
+    found = _word_of(tensors, path, word, widths, f"--{option}: {path}")
+    return replace(found, trained_as=_trained_as(path))
 
 
 def read_layered(path: str, word: str, layers: Sequence[str], option: str, width: int | None = None) -> WordVectors:
@@ -85,7 +92,8 @@ def read_layered(path: str, word: str, layers: Sequence[str], option: str, width
             f"lacks {', '.join(lacking)}"
         )
     rows = {name: _as_rows(tensors[name], path) for name in layers}
-    return WordVectors(word, rows, f"--{option}: {path}").checked({} if width is None else dict.fromkeys(layers, width))
+    found = WordVectors(word, rows, f"--{option}: {path}", _trained_as(path))
+    return found.checked({} if width is None else dict.fromkeys(layers, width))
 
 
 def bundle_of(word: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,6 +225,10 @@ def _read(path: str) -> dict[str, Tensor]:
     if found.kind in _NO_TENSORS:
         raise CheckpointError(f"{path} is {found.detail}; needed: a file with the vectors of a word")
     return _pickled_inversion(path)
+
+
+def _trained_as(path: str) -> str:
+    return read_header(path)[1].get("ss_token_string", "") if path.endswith(".safetensors") else ""
 
 
 def _pickled_inversion(path: str) -> dict[str, Tensor]:

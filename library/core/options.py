@@ -352,11 +352,17 @@ class Config:
     @classmethod
     def read(cls, values: Mapping[str, Any], classes: Sequence[type]) -> Config:
         """Read every group; the problems of all groups are raised together."""
+        config, problems = cls.read_partly(values, classes)
+        problems.raise_if_any()
+        return config
+
+    @classmethod
+    def read_partly(cls, values: Mapping[str, Any], classes: Sequence[type]) -> tuple[Config, Problems]:
+        """The groups that can be read, and the problems of the others."""
         problems, groups = Problems(), {}
         for options_class in classes:
             try:
                 groups[options_class] = read_options(values, options_class)
             except ConfigError as error:
                 problems.absorb(error)
-        problems.raise_if_any()
-        return cls(groups, values.keys())
+        return cls(groups, values.keys()), problems

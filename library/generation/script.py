@@ -288,7 +288,7 @@ class ImageScript(ABC, Generic[Request]):
     def run(self, argv: Sequence[str] | None = None) -> list[Path]:
         """`main` without the handling of errors; returns the files that were written."""
         script = self.chosen(argv)
-        config = read_command(argv, script.build_parser(), script.groups)
+        config = read_command(argv, script.build_parser(), script.groups, script.check)
         tell_equivalent(config)
         tell_ignored(config)
         return script.make_all(config)

@@ -63,6 +63,11 @@ class PromptWords:
         tokens = [f"<word{self._added}.{number}>" for number in range(word.count)]
         self._tokens[word.word] = " ".join(tokens)
         logger.info("%s: '%s' stands for %d vectors", word.source, word.word, word.count)
+        if word.trained_as not in ("", word.word):
+            logger.info(
+                "%s was trained as '%s'; in prompts its word is the name of the file, '%s': rename the file for another",
+                word.source, word.trained_as, word.word,
+            )
         return tokens
 
     @staticmethod

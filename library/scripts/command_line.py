@@ -6,11 +6,12 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from library.core.console import utf8_text
 from library.core.errors import Problems
-from library.core.options import Config, add_options, option_fields
+from library.core.options import Config, MissingGroup, add_options, option_fields
 from library.training import cli
 from library.training.option_groups import ConsoleOptions
 from library.training.option_reader import OptionParser
@@ -28,14 +29,26 @@ def script_parser(description: str, classes: Sequence[type]) -> argparse.Argumen
     return parser
 
 
-def read_command(argv: Sequence[str] | None, parser: argparse.ArgumentParser, classes: Sequence[type]) -> Config:
-    """Every group, with all problems of all groups at once, and the log set up. ConfigError."""
+def read_command(
+    argv: Sequence[str] | None,
+    parser: argparse.ArgumentParser,
+    classes: Sequence[type],
+    check: Callable[[Config], None] = lambda config: None,
+) -> Config:
+    """Every group, with all problems of all groups at once, and the log set up. ConfigError.
+
+    `check` adds what else is wrong where groups could not be read, as far as it does not need them.
+    """
     values = vars(parser.parse_args(argv))
     problems = Problems()
     for name in PROMPTS & values.keys():
         values[name] = problems.attempt(lambda name=name: values[name] and utf8_text(values[name], f"--{name}"))
     problems.raise_if_any()
-    config = Config.read(values, classes)
+    config, problems = Config.read_partly(values, classes)
+    if problems.messages:
+        with suppress(MissingGroup):
+            problems.attempt(lambda: check(config))
+    problems.raise_if_any()
     cli.set_up_logging(config[ConsoleOptions])
     return config
 

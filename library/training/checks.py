@@ -25,6 +25,7 @@ from library.training.device_checks import precision_problems, precision_warning
 from library.training.earlier_runs import existing_problems, final_file, resumed_state
 from library.training.formula_checks import formula_problems
 from library.training.idle_options import strict_problems
+from library.training.new_words import learned_word
 from library.training.own_hooks import companion_endings
 from library.training.option_groups import (
     HubOptions,
@@ -221,9 +222,16 @@ def prompt_word_problems(config: Config, family: ModelFamily, *, has_model: bool
         return [
             f"--textual_inversion_embeddings: {family.name} has no textual inversion: no words can be added to its text"
         ]
+    learned = learned_word(config)
+    twice = [
+        f"--textual_inversion_embeddings: {path} gives the word '{learned}', which this run learns (--token_string); "
+        "rename the file, or give it as --weights to begin with its vectors"
+        for path in files or ()
+        if Path(path).stem == learned
+    ]
     if not has_model:
-        return missing_files(files or (), "textual_inversion_embeddings")
-    return problems_of(lambda: prompt_words(config, family))
+        return [*twice, *missing_files(files or (), "textual_inversion_embeddings")]
+    return [*twice, *problems_of(lambda: prompt_words(config, family))]
 
 
 def resume_problems(config: Config) -> list[str]:

@@ -9,10 +9,11 @@ import torch
 
 from library.checkpoints.embeddings import read_inversion, read_word
 from library.components.tokenizers import load_clip_tokenizer
-from library.core.errors import CheckpointError
+from library.core.errors import CheckpointError, ConfigError
 from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.families.registry import FAMILIES
 from library.generation.prompt_encoder import PromptEncoder
+from library.generation.words import PromptWords, read_words
 from library.safetensors_utils import save_file_atomic
 from library.sd_utils import load_text_encoder_sd
 from library.strategy_sd import SdTextEncodingStrategy, SdTokenizeStrategy
@@ -63,6 +64,26 @@ def test_wrong_files_are_named_in_a_line(tmp_path, name, content, needle):
     with pytest.raises(CheckpointError) as caught:
         read_inversion(str(path), SD)
     assert needle in str(caught.value) and str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_file_tells_the_word_that_it_was_trained_for(tmp_path, caplog):
+    """The name of a file is its word in prompts; `cat-zyx` is how a training of an adapter names that of zyx."""
+    kept, renamed, pickled = tmp_path / "zyx.safetensors", tmp_path / "cat-zyx.safetensors", tmp_path / "abc.pt"
+    for path in (kept, renamed):
+        write_adapter_file(str(path), {"emb_params": torch.ones(1, 4)}, None, {"ss_token_string": "zyx"})
+    saved(pickled, {"emb_params": torch.ones(1, 4)})
+    files = [str(path) for path in (kept, renamed, pickled)]
+    found = read_words(files, (), {"emb_params": 4}, "textual_inversion_embeddings")
+    assert [(word.word, word.trained_as) for word in found] == [("zyx", "zyx"), ("cat-zyx", "zyx"), ("abc", "")]
+    words = PromptWords([None], [None], SD)
+    with caplog.at_level("INFO"):
+        for word in found:
+            words.add(word)
+    (told,) = [message for message in caplog.messages if "was trained as" in message]
+    assert f"{renamed} was trained as 'zyx'" in told and "'cat-zyx'" in told
+    pickled.write_text("hello")
+    with pytest.raises(ConfigError, match=r"^--textual_inversion_embeddings: .*abc.pt is a text file"):
+        read_words([str(pickled)], (), {"emb_params": 4}, "textual_inversion_embeddings")
 
 
 def test_files_for_several_encoders(tmp_path):

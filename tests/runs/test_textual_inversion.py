@@ -4,6 +4,7 @@ with it, what is refused."""
 from __future__ import annotations
 
 import re
+import shutil
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,6 +199,7 @@ def test_captions_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     (["--caption_dropout_rate=0.1"], "teaches nothing about it"),
     (["--network_dim=4"], "--network_dim"),
     (["--learning_rate=0"], "there is nothing to train"),
+    (["--textual_inversion_embeddings={zyx}"], r"zyx.safetensors gives the word 'zyx', which this run learns"),
     (["--num_vectors_per_token=600"], r"num_vectors_per_token is 600, and a caption has room for \d+ tokens"),
 ])  # fmt: skip
 def test_what_cannot_be(
@@ -206,11 +208,12 @@ def test_what_cannot_be(
     """One message, before a model is loaded."""
     other = work.folder / "other.safetensors"
     save_file_atomic({key: torch.zeros(3, 4) for key in work.file_keys}, other)
+    zyx = Path(shutil.copy(other, other.with_name("zyx.safetensors")))
     family = import_target(record_of(work.case.family).family)
     for name in ("load_vae", "load_text_encoders", "load_denoiser"):
         monkeypatch.setattr(family, name, lambda *_: pytest.fail("a model is loaded"))
     with pytest.raises(SystemExit):
-        cli.main(work.case.family, work.trainable.name, work.argv("out", *(word.format(other=other) for word in words)))
+        cli.main(work.case.family, work.trainable.name, work.argv("out", *(word.format(other=other, zyx=zyx) for word in words)))
     message = capsys.readouterr().err
     assert re.search(told, message) and message.count("error: ") == 1 and "Traceback" not in message
 

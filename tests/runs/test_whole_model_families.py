@@ -13,8 +13,9 @@ from torch import Tensor
 from library.core.errors import ConfigError
 from library.safetensors_utils import load_pickled_tensors, load_safetensors
 from library.training import cli
-from library.training.checkpoint import DEFAULT_FORMAT
+from library.training.checkpoint import DEFAULT_FORMAT, Saving
 from library.training.earlier_runs import is_output_of
+from library.training.hooks.checkpoint import planned_lines
 from library.training.option_groups import SavingOptions
 from tests.option_sets import SCRIPTS
 from tests.runs.conftest import Work
@@ -92,6 +93,8 @@ def test_which_files_a_run_writes_beside_a_model() -> None:
     names = ("a_clip_l", "a-ema_clip_l", "a-step00000007_clip_l", "a_clip_g", "b_clip_l", "a_clip_l-ema")
     found = [is_output_of(f"{name}.{DEFAULT_FORMAT}", saving, ("-ema",), ("_clip_l",)) for name in names]
     assert found == [True, True, True, False, False, False]
+    lines = planned_lines([Saving("end", 7, "a.ckpt", None)], ["-ema", "-own"], ["_clip_l"])
+    assert lines == ["a.ckpt", "a-ema.ckpt", "a-own.ckpt", "a_clip_l.safetensors", "a-ema_clip_l.safetensors"]
 
 
 def test_the_approximator_of_chroma_learns_with_a_rate_of_its_own(tinies: Tinies, tmp_path: Path) -> None:

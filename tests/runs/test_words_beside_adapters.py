@@ -173,6 +173,7 @@ def test_where_the_vectors_are_written(tmp_path: Path) -> None:
     (["--embedding_lr=-1"], "--embedding_lr is -1.0; needed: 0 or more"),
     (["--cache_text_encoder_outputs", "--network_train_unet_only"], "so leave that out|are encoded in the step"),
     (["--token_string=z.x"], "cannot have a dot"),
+    (["--textual_inversion_embeddings=zyx.pt"], "zyx.pt gives the word 'zyx', which this run learns"),
     (["--caption_dropout_rate=2", "--init_word= ", "--weights={other}"], "--init_word is empty"),
 ])  # fmt: skip
 def test_what_cannot_be(

@@ -34,14 +34,22 @@ def side_path(path: Path, ending: str) -> Path:
     return path.with_name(side_name(path.name, ending))
 
 
+def holds_model(ending: str) -> bool:
+    """Whether the companions of this ending are models like the one they stand beside, with parts in files of their
+    own."""
+    return ending == AVERAGED
+
+
 def planned_lines(savings: Sequence[Saving], companions: Sequence[str], sides: Sequence[str] = ()) -> list[str]:
     """What the start page says of the files of several occasions: the first, the last and how many; those removed later
     too."""
     if not savings:
         return []
     names = [saving.file for saving in savings]
-    models = [names, *([companion_name(name, ending) for name in names] for ending in companions)]
-    lines = [*models, *([side_name(name, ending) for name in model] for model in models for ending in sides)]
+    beside = {ending: [companion_name(name, ending) for name in names] for ending in companions}
+    models = [names, *(files for ending, files in beside.items() if holds_model(ending))]
+    lines = [names, *beside.values()]
+    lines += [[side_name(name, ending) for name in model] for model in models for ending in sides]
     lines.append([f"{saving.state}/" for saving in savings if saving.state is not None])
     removed = sum(bool(saving.remove) for saving in savings)
     note = f", {removed} of them removed again" if removed else ""
@@ -172,16 +180,17 @@ class CheckpointHook(Hook):
 
     def _write_file(self, run: Run, path: Path, is_last: bool) -> None:
         metadata, dtype = self._metadata(run), SAVE_DTYPES[run.config[SavingOptions].save_precision]
-        written = [path]
+        written, models = [path], [path]
         clamp = run.config[SavingOptions].clamp_overflow
         with run.weights_for_eval(averaged=False), clamping(clamp):
             run.trainable.save(str(path), dtype, metadata)
         for hook in run.hooks:
             for ending in hook.companions:
                 written.append(companion_path(path, ending))
+                models += written[-1:] if holds_model(ending) else []
                 with clamping(clamp):
                     hook.save_companion(run, ending, str(written[-1]), dtype, metadata)
-        written += [side_path(model, ending) for model in written for ending in self._sides(run)]
+        written += [side_path(model, ending) for model in models for ending in self._sides(run)]
         self._files.update(dict.fromkeys(map(str, written)))
         logger.info("saved %s", " and ".join(map(str, written)))
         run.hooks.on_post_save(run, str(path), metadata)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from library.core.errors import Problems
-from library.core.options import option
+from library.core.options import Config, option
 from library.families.record import FamilyRecord
 
 
@@ -91,6 +91,12 @@ class AddedWordOptions(TextualInversionOptions):
         if not self.token_string or self.embedding_files == "bundle":
             return ()
         return ("-" + re.sub(r"[^\w-]", "_", self.token_string),)
+
+
+def learned_word(config: Config) -> str | None:
+    """The word that a run learns, alone or beside an adapter."""
+    groups = (TextualInversionOptions, AddedWordOptions)
+    return next((config[group].token_string or None for group in groups if group in config), None)
 
 
 def groups_beside_adapter(record: FamilyRecord) -> tuple[type, ...]:

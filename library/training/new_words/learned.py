@@ -161,7 +161,8 @@ class LearnedWord:
             room = bisect_left(range(1, count), True, key=lambda n: tokenize.overlong(" ".join(words[:n])))
             raise ConfigError(
                 f"--num_vectors_per_token is {count}, and a caption has room for {room} tokens: the other vectors would "
-                "never be read; give fewer, or longer captions with --max_token_length where the script has it"
+                "never be read; give fewer, or a larger --max_token_length or --t5xxl_max_token_length where the "
+                "script has it"
             )
 
     def _tell_init(self) -> None:

@@ -98,6 +98,15 @@ def test_a_wrong_file_is_named_in_every_slot(family: str, make, word: str, tmp_p
         assert word in told and "needed" in told or slot == "vae" and "holds no" in told, told
 
 
+@pytest.mark.parametrize("family", sorted(SLOTS.keys() - OUT.keys()))  # the others' slots hang on what is written
+def test_a_wrong_file_is_told_beside_a_wrong_number(family: str, tmp_path: Path) -> None:
+    (chosen, slots), path = SLOTS[family], quantised(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        script_of(family).run([*chosen, f"--{slots[0]}={path}", "--steps=0", f"--output_dir={tmp_path}"])
+    for word in ("--steps is 0", f"--{slots[0]} is {path}"):
+        assert [text for text in caught.value.problems if text.startswith(word)], (word, caught.value.problems)
+
+
 @pytest.mark.parametrize("family", SLOTS)
 def test_a_file_of_all_models_is_taken_in_every_slot(family: str, tmp_path: Path) -> None:
     script, (chosen, slots), path = script_of(family), SLOTS[family], tmp_path / "all.safetensors"
