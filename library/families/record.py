@@ -95,7 +95,8 @@ class ModelKind:
     family's), vae, text_encoder or other. `wanted`: what a slot needs, in words; `subfolder`: its place in a pipeline
     folder of diffusers; `base_version` and `modelspec`: ss_base_model_version and modelspec.architecture of adapters
     that are made without training, `metadata` what else they say. `layouts`: the DenoiserLayouts by which files of a
-    kind that is no denoiser are rewritten, each for itself. `script`: which of the family's `scripts` trains a relative.
+    kind that is no denoiser are rewritten, each for itself. `script`: which of the family's `scripts` trains a
+    relative.
     """
 
     name: str

@@ -294,6 +294,13 @@ def test_no_model_is_one_message(tmp_path, capsys):
     assert convert_model.main([str(tmp_path / "a.safetensors"), str(tmp_path / "out"), "--to", "diffusers"]) == 2
     assert convert_model.main([str(tmp_path / "none"), str(tmp_path / "b.safetensors"), "--to", "single"]) == 2
     assert "does not exist" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    for key, told in (
+        ("lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_k.conditioning1.0.weight", "a ControlNet-LLLite"),
+        ("lora_unet_x.lora_down.weight", "a LoRA-type adapter"),
+    ):
+        save_file({key: torch.ones(2, 2)}, tmp_path / "net.safetensors")
+        assert convert_model.main([str(tmp_path / "net.safetensors"), str(tmp_path / "out"), "--to", "diffusers"]) == 2
+        assert f"net.safetensors is {told}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -106,6 +106,10 @@ def check(config: Config, source: str, target: str) -> None:
     problems.raise_if_any()
 
 
+PAGE = "docs/convert_model.md"
+"""names all that is rewritten"""
+
+
 @dataclass(frozen=True)
 class Kind:
     """`name`: sd1, sd2, sdxl, or the title of a family with `layouts`, whose denoiser is rewritten, alone or with the
@@ -125,7 +129,7 @@ def foreign_options(kind: Kind) -> tuple[str, ...]:
 def kind_of_model(source: str) -> Kind:
     """What is to be rewritten. CheckpointError for models of other kinds."""
     from library.checkpoints.loading import open_checkpoint
-    from library.checkpoints.recognition import recognise
+    from library.checkpoints.recognition import denoiser_kinds, recognise
     from library.components.unet_utils import inspect_unet
     from library.core.registry import import_target
     from library.families.registry import records
@@ -140,6 +144,8 @@ def kind_of_model(source: str) -> Kind:
         for kind in record.model_kinds:
             if found is not None and kind.layouts and found.kind == kind.name:
                 return Kind(f"the {kind.subfolder} of {record.title}", import_target(kind.layouts))
+    if found is not None and found.kind not in denoiser_kinds():
+        raise CheckpointError(f"{source} is {found.title}; needed: a model, or a part of one, that is named in {PAGE}")
     info = inspect_unet(source)  # its errors name what the file is
     return Kind("sdxl" if info.is_sdxl else "sd2" if info.is_v2 else "sd1")
 
