@@ -3,6 +3,7 @@ are used."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,14 +61,17 @@ class AdapterChoice:
 
 
 def parse_adapter_argument(text: str, option: str = "lora_weights") -> AdapterFile:
-    """`path` or `path;multiplier`; ConfigError when the multiplier is no number."""
+    """`path` or `path;multiplier`; ConfigError when the multiplier is no finite number."""
     path, separator, multiplier = text.rpartition(";")
     if not separator:
         return AdapterFile(text)
     try:
-        return AdapterFile(path, float(multiplier))
+        strength = float(multiplier)
     except ValueError:
-        raise ConfigError(f'--{option} has "{text}"; the text after ; is the multiplier, a number') from None
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise ConfigError(f'--{option} has "{text}"; the text after ; is the multiplier, a number')
+    return AdapterFile(path, strength)
 
 
 def adapter_problems(texts: Sequence[str] | None, family: str, option: str = "lora_weights") -> list[str]:

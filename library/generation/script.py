@@ -298,6 +298,8 @@ class ImageScript(ABC, Generic[Request]):
         requests = planned_requests(config[SessionOptions], first, reader, lambda: self._check_all(config))
         for line in self.notices(config):
             logger.info(line)
+        if config[self.adapters].merge_lora_weights and not config[self.adapters].num_adapters:
+            logger.warning("--merge_lora_weights has no effect: there are no adapters")
         maker = self.load(config)
         self._add_words(maker, config)
         return make_each(requests, lambda request, index: self.make_picture(maker, config, request, index))

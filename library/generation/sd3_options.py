@@ -100,9 +100,7 @@ class Sd3PromptOptions:
     output_dir: str = option(".", help="folder of the pictures; made when missing")
 
     def __post_init__(self) -> None:
-        problems = too_small_problems(
-            self, ("width", 2 * SIZE_STEP), ("height", 2 * SIZE_STEP), ("steps", 1), ("seed", DRAWN)
-        )
+        problems = too_small_problems(self, ("width", SIZE_STEP), ("height", SIZE_STEP), ("steps", 1), ("seed", DRAWN))
         if problems:
             raise ConfigError(problems)
 

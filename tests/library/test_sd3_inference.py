@@ -103,6 +103,15 @@ def test_a_whole_model_needs_no_other_file_and_t5_may_be_absent(tiny, tmp_path) 
     assert pixels_of([without])[0] != pixels_of([whole])[0]
 
 
+def test_the_smallest_picture_by_option_and_by_line(tiny, tmp_path, caplog) -> None:
+    (tmp_path / "lines.txt").write_text("the dog --w 8 --h 8\n", encoding="utf-8")
+    lines = sd3_inference.run(arguments(tiny, tmp_path / "a", f"--from_file={tmp_path / 'lines.txt'}", "--seed=5"))
+    more = ("--width=8", "--height=8", "--seed=5", "--prompt=the dog", "--merge_lora_weights")
+    assert pixels_of(lines) == pixels_of(sd3_inference.run(arguments(tiny, tmp_path / "b", *more)))
+    assert Image.open(lines[0]).size == (8, 8)
+    assert "--merge_lora_weights has no effect: there are no adapters" in caplog.text
+
+
 def test_an_adapter_hooked_and_merged(tiny, adapter, tmp_path) -> None:
     base, hooked = picture(tiny, tmp_path), picture(tiny, tmp_path, "--lora_weights", f"{adapter};0.8")
     merged = picture(tiny, tmp_path, "--lora_weights", f"{adapter};0.8", "--merge_lora_weights")

@@ -12,6 +12,7 @@ import pytest
 from library import generation
 from library.checkpoints.kinds import check_slot
 from library.core.errors import ConfigError
+from library.generation.adapter_files import AdapterFile, parse_adapter_argument
 from tests.runs.families import key_table, write_header_only
 
 SLOTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -120,6 +121,13 @@ def test_a_file_of_all_models_is_taken_in_every_slot(family: str, tmp_path: Path
     problems = [text for text in caught.value.problems if "none.safetensors" not in text]
     assert len(problems) < len(caught.value.problems)
     assert all("tokenizer" in problem for problem in problems), problems  # none is here for models of this size
+
+
+def test_the_strength_of_an_adapter_is_a_finite_number() -> None:
+    assert parse_adapter_argument("a;b.safetensors;-0.5") == AdapterFile("a;b.safetensors", -0.5)
+    for word in ("x", "", "nan", "inf"):
+        with pytest.raises(ConfigError, match="--lora_weights has .* is the multiplier"):
+            parse_adapter_argument(f"a.safetensors;{word}")
 
 
 def test_files_beside_the_usual_slots_are_told_with_the_others(tmp_path: Path) -> None:
