@@ -22,7 +22,8 @@ from networks.operations.lora_merge import own_change
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 _ENCODER = re.compile(r"(?:lora_)?(te\d?|text_encoder(?:_\d)?)(?=[_.])")
 _BLOCK = re.compile(
-    r"((?:double|single|joint|input|output|down|up|transformer|single_transformer)_blocks|middle_block|mid_block|blocks|layers|block)"
+    r"((?:double|single|joint|input|output|down|up|transformer|single_transformer)_blocks|middle_block|mid_block|blocks"
+    r"|(?:noise|context)_refiner|layers|block)"
     r"(?:[._](\d+))?(?=[._])"
 )
 

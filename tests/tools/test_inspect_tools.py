@@ -82,6 +82,13 @@ def test_what_is_wrong_with_a_file(lora, tmp_path, capsys):
     assert check_lora.main([]) == 2
 
 
+def test_refiners_are_blocks_of_their_own() -> None:
+    names = ("noise_refiner_0_attention_out", "context_refiner_1_attention_out", "final_layer_linear")
+    parts = {"lora_down.weight": torch.ones(1, 4), "lora_up.weight": torch.ones(4, 1)}
+    found = report({f"lora_unet_{name}.{part}": parts[part] for name in names for part in parts}, "lumina").layers
+    assert sorted(layer.block for layer in found) == ["context_refiner 1", "noise_refiner 0", "other"]
+
+
 def test_a_control_net_lllite(tmp_path, capsys):
     """Its modules by block, its sizes, and what is wrong with it."""
     unet = SdxlUNet2DConditionModel(tiny_params("sdxl"))
