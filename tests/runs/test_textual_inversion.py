@@ -30,7 +30,7 @@ from tests.runs.conftest import Stopped, Work, draw_pictures, fingerprint, read_
 
 SETS = {
     **{name: (name, TextualInversion) for name, case in CASES.items() if FAMILIES[case.family].embedding_keys},
-    "sd1 by layers": ("sd1", LayeredTextualInversion),
+    "sd1 by layers": ("sd1", LayeredTextualInversion), "sd2 by layers": ("sd2", LayeredTextualInversion),
 }
 """name -> (tiny set, what is learned)"""
 WORDS = ["--token_string=zyx", "--num_vectors_per_token=2", "--init_word=cat", "--save_model_as=safetensors"]
@@ -69,7 +69,7 @@ class WordWork(Work):
         return run
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=marks_of(name)) for name in SETS])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=marks_of(case)) for name, (case, _) in SETS.items()])
 def tiny_set(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     name, trainable = SETS[request.param]
     return name, trainable, build_tiny(name, tmp_path_factory.mktemp(name))

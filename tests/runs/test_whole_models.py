@@ -34,7 +34,7 @@ UNET, TEXT_PARTS = "model.diffusion_model.", ("cond_stage_model.", "conditioner.
 CELLS = [
     pytest.param(case.name, trainable, id=f"{case.name}-{trainable}", marks=marks_of(case.name))
     for case in CASES.values() for trainable in FAMILIES[case.family].scripts
-    if trainable in ("full", "dreambooth") and (case.name, trainable) != ("sd2", "dreambooth")
+    if trainable in ("full", "dreambooth")
 ]
 
 
