@@ -135,7 +135,8 @@ def losses_of(path: Path, column: str = "loss") -> list[float]:
 
 @pytest.fixture
 def scaled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """The scaling of gradients that fp16 has on a GPU, on the CPU; whether each step was left out."""
+    """The scaling of gradients that fp16 has on a GPU, on the CPU; whether each step was left out. The factor grows
+    with every step until one is."""
     import torch
 
     from library.training import loop, trainer_base
@@ -144,7 +145,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     def with_scaler(config):
         runtime = prepare(config)
-        runtime.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
+        runtime.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_factor=4.0, growth_interval=1)
         runtime.accelerator.native_amp = True
         return runtime
 

@@ -22,7 +22,7 @@ KINDS = {
         "lora_unet_",
     ),
     "boft": (
-        ["--network_dim=10", "--network_alpha=0", "--network_args", "enable_all_linear=True"],
+        ["--network_dim=14", "--network_alpha=0", "--network_args", "enable_all_linear=True"],
         "networks.boft",
         "lora_unet_",
     ),

@@ -52,7 +52,7 @@ def test_weights_that_overflow_are_never_saved(work: Work) -> None:
 def test_weights_that_overflow_in_the_precision_of_the_file_are_never_saved(work: Work) -> None:
     """Finite in float32, infinite in float16."""
     options = [
-        "--learning_rate=1e6",
+        "--learning_rate=1e8",
         "--optimizer_type=SGD",
         "--max_grad_norm=0",
         "--save_precision=fp16",
