@@ -149,9 +149,6 @@ class Trainer:
         )
         self.trainable.attach(self.family, models, runtime)
         self.arm(models, trained)
-        self.on_main(
-            runtime, lambda: keep_earlier_files(self.config)
-        )  # now that inputs among them (--network_weights) are read
         return self.assemble(runtime, data, models, strategies, trained, prompts, text, state)
 
     def release(self) -> None:
@@ -326,7 +323,7 @@ class Trainer:
         self, runtime: Runtime, data: DataGroups, models: Models, strategies: StrategySet, trained: list[bool],
         prompts: list[SamplePrompt], text: TextPhase, state: Path | None,
     ) -> Run:
-        """Optimizer, schedule, loaders, hooks and step; resume; the complete Run."""
+        """Optimizer, schedule, loaders, hooks and step; resume; the complete Run, for whose files there is room."""
         batches = self.loader(data, runtime)
         progress = self.new_progress(batches)
         data.train.set_max_train_steps(progress.max_train_steps)
@@ -361,6 +358,8 @@ class Trainer:
             updater=self.trainable.updater(),
         )
         resume(run, state)
+        # Now that inputs among them (--network_weights) are read, and nothing more can be refused.
+        self.on_main(runtime, lambda: keep_earlier_files(self.config))
         if runtime.is_main_process:
             print_start(run, built, data)
         return run

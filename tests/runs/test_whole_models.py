@@ -165,6 +165,16 @@ def test_a_text_encoder_stops_and_one_learns_alone(tinies: Tinies, tmp_path: Pat
     assert any(key.startswith(TEXT_PARTS) for key in changed(work.tiny.model, stopped))
 
 
+def test_a_run_that_is_refused_after_loading_leaves_earlier_files(tinies: Tinies, tmp_path: Path) -> None:
+    """Which weights a pattern freezes is known when they are there."""
+    work = tinies.work("lumina", tmp_path)
+    train(work, "full", "out", "--max_train_steps=1")
+    before = {path.name: path.read_bytes() for path in (work.folder / "out").iterdir() if path.is_file()}
+    with pytest.raises(ConfigError, match="nothing to train"):
+        train(work, "full", "out", "--layer_lrs", ".*=0")
+    assert {path.name: path.read_bytes() for path in (work.folder / "out").iterdir() if path.is_file()} == before
+
+
 def test_layouts_of_files(tinies: Tinies, tmp_path: Path) -> None:
     """A ckpt and a folder hold what the file holds; diffusers reads the folder, which is a base too."""
     work = tinies.work("sd1", tmp_path)
