@@ -290,6 +290,12 @@ def find_key(
     return next((key for key in infos if key.startswith(starts_with or "") and key.endswith(ends_with or "")), None)
 
 
+def save_pickled_atomic(value: Any, path: str | os.PathLike) -> None:
+    """Write a PyTorch file that is either whole or not there."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:  # given a name, torch would write that too
+        torch.save(value, file)
+
+
 def save_file_atomic(
     tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
 ) -> None:

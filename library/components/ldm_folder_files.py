@@ -43,6 +43,7 @@ from library.safetensors_utils import (
     load_safetensors,
     read_header,
     save_file_atomic,
+    save_pickled_atomic,
     stream_file_atomic,
 )
 
@@ -218,8 +219,7 @@ def write_folder(
             own.save_pretrained(work / slot.subfolder.replace("text_encoder", "tokenizer"))
         for path in sorted(work.glob("*/*.safetensors")) if pickled else ():
             stem = "pytorch_model" if path.parent.name.startswith("text_encoder") else path.stem
-            with open(path.with_name(f"{stem}.bin"), "wb") as file:  # given a name, torch writes it into the file
-                torch.save(load_safetensors(path, "cpu", disable_mmap=True), file)
+            save_pickled_atomic(load_safetensors(path, "cpu", disable_mmap=True), path.with_name(f"{stem}.bin"))
             path.unlink()
         if folder.rest or folder.metadata:
             save_file_atomic(

@@ -12,9 +12,14 @@ import torch
 from library.checkpoints.adapter_tensors import no_adapter, outside_endings
 from library.checkpoints.hashes import adapter_hashes
 from library.checkpoints.number_formats import narrowed_all
-from library.core.atomic_file import atomic_path
 from library.core.errors import CheckpointError
-from library.safetensors_utils import load_pickled_tensors, load_safetensors, read_header, save_file_atomic
+from library.safetensors_utils import (
+    load_pickled_tensors,
+    load_safetensors,
+    read_header,
+    save_file_atomic,
+    save_pickled_atomic,
+)
 from networks.files.peft_config import configs_of, with_alphas
 from networks.kinds.targets import NetworkTargets
 
@@ -125,11 +130,7 @@ def write_adapter_file(
     content, other endings are a torch pickle without metadata. The file appears complete or not at all."""
     ready = {key: tensor.contiguous() for key, tensor in narrowed_all(_for_file(tensors, dtype)).items()}
     if os.path.splitext(path)[1] != ".safetensors":
-        with (
-            atomic_path(path) as temporary,
-            open(temporary, "wb") as file,
-        ):  # given a name, torch writes it into the file
-            torch.save(ready, file)
+        save_pickled_atomic(ready, path)
         return
     metadata = dict(metadata or {})
     if metadata:

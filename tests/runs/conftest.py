@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from library.families.registry import record_of
 from library.tiny_models import TinySet
 from library.training import cli, parser_common
 from library.training.hooks.base import Hook
+from library.training.run import Run
 from library.training.trainables.network import NetworkTrainable
 from library.training.trainer_base import Trainer
 from tests.families import CASES, FamilyCase
@@ -68,6 +69,7 @@ class Work:
     tiny: TinySet
     images: Path
     case: FamilyCase = field(default=CASES["flux"], kw_only=True)
+    trainable: ClassVar[type[Any]] = NetworkTrainable
 
     def dataset(
         self, batch_size: int = 2, dataset_keys: str = "", subset_keys: str = "", name: str = "data.toml"
@@ -92,7 +94,7 @@ class Work:
 
     def train(self, out: str, *more: str, dataset: Path | None = None) -> Path:
         """Train in this process; the path of the final file."""
-        cli.run(self.case.family, "network", self.argv(out, *more, dataset=dataset))
+        cli.run(self.case.family, self.trainable.name, self.argv(out, *more, dataset=dataset))
         return self.folder / out / "lora.safetensors"
 
     def trainer(
@@ -100,9 +102,35 @@ class Work:
         family: type[Any] | None = None
     ) -> Trainer:
         """A trainer for the same run that has not begun; `family` replaces the class of the family."""
-        config = parser_common.parse_command(self.argv(out, *more, dataset=dataset), self.case.family, "network").config
+        argv = self.argv(out, *more, dataset=dataset)
+        config = parser_common.parse_command(argv, self.case.family, self.trainable.name).config
         family = family or import_target(record_of(self.case.family).family)
-        return Trainer(config, family(config), NetworkTrainable(config), hooks)
+        return Trainer(config, family(config), self.trainable(config), hooks)
+
+    def prepare(self, out: str, *more: str, dataset: Path | None = None) -> Run:
+        """A run that has not begun, with its name free for others."""
+        trainer = self.trainer(out, *more, dataset=dataset)
+        run = trainer.prepare()
+        trainer.release()
+        return run
+
+
+class ControlWork(Work):
+    """The short run on pictures with control pictures, for what learns from them."""
+
+    @property
+    def control(self) -> Path:
+        return self.folder / "control"
+
+    def dataset(
+        self, batch_size: int = 2, dataset_keys: str = "", subset_keys: str = "", name: str = "data.toml"
+    ) -> Path:
+        keys = f"conditioning_data_dir = '{self.control}'\n{subset_keys}"
+        return super().dataset(batch_size, dataset_keys, keys, name)
+
+    def argv(self, out: str, *more: str, dataset: Path | None = None) -> list[str]:
+        words = super().argv(out, dataset=dataset)
+        return [*(word for word in words if not word.startswith("--network_")), *more]
 
 
 @pytest.fixture

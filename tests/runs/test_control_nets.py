@@ -20,50 +20,20 @@ from library.core.registry import import_target
 from library.families.registry import FAMILIES, record_of
 from library.generation.picture_files import read_frames
 from library.safetensors_utils import load_safetensors, save_file_atomic
-from library.training import cli, parser_common
+from library.training import cli
 from library.training.loop import fit
 from library.training.run import Run
 from library.training.trainables.control_net import ControlNetTrainable
-from library.training.trainer_base import Trainer
 from tests.families import CASES, marks_of
 from tests.forked import run_ranks
-from tests.runs.conftest import Stopped, Work, largest_difference, read_parts, sample_pictures, stop_after
+from tests.runs.conftest import ControlWork, Work, Stopped, largest_difference, read_parts, sample_pictures, stop_after
 from tests.runs.families import Tinies
 
 SETS = [name for name, case in CASES.items() if FAMILIES[case.family].control_nets]
 
 
-class ControlWork(Work):
-    """The short run of a family on pictures with control pictures."""
-
-    @property
-    def control(self) -> Path:
-        return self.folder / "control"
-
-    def dataset(
-        self, batch_size: int = 2, dataset_keys: str = "", subset_keys: str = "", name: str = "data.toml"
-    ) -> Path:
-        keys = f"conditioning_data_dir = '{self.control}'\n{subset_keys}"
-        return super().dataset(batch_size, dataset_keys, keys, name)
-
-    def argv(self, out: str, *more: str, dataset: Path | None = None) -> list[str]:
-        words = super().argv(out, dataset=dataset)
-        return [*(word for word in words if not word.startswith("--network_")), *more]
-
-    def train(self, out: str, *more: str, dataset: Path | None = None) -> Path:
-        cli.run(self.case.family, "control_net", self.argv(out, *more, dataset=dataset))
-        return self.folder / out / "lora.safetensors"
-
-    def prepare(self, out: str, *more: str, dataset: Path | None = None) -> Run:
-        config = parser_common.parse_command(
-            self.argv(out, *more, dataset=dataset), self.case.family, "control_net"
-        ).config
-        trainer = Trainer(
-            config, import_target(record_of(self.case.family).family)(config), ControlNetTrainable(config)
-        )
-        run = trainer.prepare()
-        trainer.release()
-        return run
+class NetWork(ControlWork):
+    trainable = ControlNetTrainable
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +41,9 @@ def tinies(tmp_path_factory: pytest.TempPathFactory) -> Tinies:
     return Tinies(tmp_path_factory)
 
 
-def work_of(tinies: Tinies, name: str, folder: Path) -> ControlWork:
+def work_of(tinies: Tinies, name: str, folder: Path) -> NetWork:
     plain = tinies.work(name, folder)
-    work = ControlWork(folder, plain.tiny, plain.images, case=plain.case)
+    work = NetWork(folder, plain.tiny, plain.images, case=plain.case)
     work.control.mkdir()
     random = np.random.RandomState(9)
     for path in sorted(work.images.glob("*.png")):
@@ -82,11 +52,11 @@ def work_of(tinies: Tinies, name: str, folder: Path) -> ControlWork:
 
 
 @pytest.fixture(params=[pytest.param(name, marks=marks_of(name)) for name in SETS])
-def work(request: pytest.FixtureRequest, tinies: Tinies, tmp_path: Path) -> ControlWork:
+def work(request: pytest.FixtureRequest, tinies: Tinies, tmp_path: Path) -> NetWork:
     return work_of(tinies, request.param, tmp_path)
 
 
-def test_a_net_learns_and_nothing_else_does(work: ControlWork) -> None:
+def test_a_net_learns_and_nothing_else_does(work: NetWork) -> None:
     """A new one changes nothing; then the loss of a batch falls; the file, read again, gives the same loss."""
     run = work.prepare(
         "out", "--max_train_steps=8", "--learning_rate=4e-3", "--save_precision=float", "--control_net_lr=4e-3"
@@ -119,7 +89,7 @@ def test_a_net_learns_and_nothing_else_does(work: ControlWork) -> None:
     assert loss(work.prepare("next", f"--controlnet_model_name_or_path={file}")) == end
 
 
-def test_the_same_command_writes_the_same_bytes_also_when_resumed(work: ControlWork) -> None:
+def test_the_same_command_writes_the_same_bytes_also_when_resumed(work: NetWork) -> None:
     """With caches, validation, samples, averages and checkpointed activations in one of them and not in the other."""
     prompts = work.folder / "prompts.txt"
     guided = work.control / "00.png"
@@ -262,7 +232,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(tinies: Tinies, tmp_p
     assert largest_difference(one, plain) > 1e-5
 
 
-def refused(work: ControlWork, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
+def refused(work: NetWork, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
     """The one message of a run that ends before a model is loaded."""
     family = import_target(record_of(work.case.family).family)
     for name in ("load_vae", "load_text_encoders", "load_denoiser"):

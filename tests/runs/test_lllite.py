@@ -17,13 +17,12 @@ from library.core.registry import import_target
 from library.families.registry import FAMILIES, record_of
 from library.generation.picture_files import read_frames
 from library.safetensors_utils import load_safetensors, save_file_atomic
-from library.training import cli, parser_common
 from library.training.loop import fit
 from library.training.run import Run
 from library.training.trainables.lllite import LLLiteTrainable
-from library.training.trainer_base import Trainer
 from tests.families import CASES
 from tests.runs.conftest import (
+    ControlWork,
     Stopped,
     Work,
     draw_pictures,
@@ -39,28 +38,11 @@ FAMILIES_WITH_IT = [name for name, case in CASES.items() if "lllite" in FAMILIES
 SIZES = ("--network_dim=8", "--cond_emb_dim=6")
 
 
-class ControlWork(Work):
-    """The short run of a family on pictures with control pictures."""
-
-    def dataset(self, **keys: object) -> Path:
-        keys["subset_keys"] = f"conditioning_data_dir = '{self.folder / 'control'}'\n{keys.get('subset_keys', '')}"
-        return super().dataset(**keys)
+class LLLiteWork(ControlWork):
+    trainable = LLLiteTrainable
 
     def argv(self, out: str, *more: str, dataset: Path | None = None) -> list[str]:
-        words = super().argv(out, *SIZES, "--max_train_steps=4", *more, dataset=dataset)
-        return [word for word in words if not word.startswith(("--network_module", "--network_dim=4"))]
-
-    def train(self, out: str, *more: str, dataset: Path | None = None) -> Path:
-        cli.run(self.case.family, "lllite", self.argv(out, *more, dataset=dataset))
-        return self.folder / out / "lora.safetensors"
-
-    def prepare(self, out: str, *more: str) -> Run:
-        config = parser_common.parse_command(self.argv(out, *more), self.case.family, "lllite").config
-        family = import_target(record_of(self.case.family).family)
-        trainer = Trainer(config, family(config), LLLiteTrainable(config))
-        run = trainer.prepare()
-        trainer.release()
-        return run
+        return super().argv(out, *SIZES, "--max_train_steps=4", *more, dataset=dataset)
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +51,16 @@ def tinies(tmp_path_factory: pytest.TempPathFactory) -> Tinies:
 
 
 @pytest.fixture(params=FAMILIES_WITH_IT)
-def work(request: pytest.FixtureRequest, tinies: Tinies, tmp_path: Path) -> ControlWork:
+def work(request: pytest.FixtureRequest, tinies: Tinies, tmp_path: Path) -> LLLiteWork:
     """Control pictures are what is learned from: the pictures, darker."""
     images = draw_pictures(tmp_path / "images", 4)
     (tmp_path / "control").mkdir()
     for path in images.glob("*.png"):
         Image.fromarray(np.asarray(Image.open(path)) // 2).save(tmp_path / "control" / path.name)
-    return ControlWork(tmp_path, tinies[request.param], images, case=CASES[request.param])
+    return LLLiteWork(tmp_path, tinies[request.param], images, case=CASES[request.param])
 
 
-def test_the_modules_learn_and_nothing_else(work: ControlWork) -> None:
+def test_the_modules_learn_and_nothing_else(work: LLLiteWork) -> None:
     """The loss of a batch with its own noise falls; the base stays to the bit; the file gives the same loss."""
     run = work.prepare("out", "--max_train_steps=12", "--save_precision=float")
     batch = next(run.data.batches(1))
@@ -108,7 +90,7 @@ def test_the_modules_learn_and_nothing_else(work: ControlWork) -> None:
     assert loss(again) == end
 
 
-def test_the_same_command_writes_the_same_bytes_also_when_resumed(work: ControlWork) -> None:
+def test_the_same_command_writes_the_same_bytes_also_when_resumed(work: LLLiteWork) -> None:
     """With dropout, validation, averages, accumulation, caches, masks, samples and checkpointed activations. Samples
     follow the picture of their prompt."""
     prompts = work.folder / "prompts.txt"
@@ -135,7 +117,7 @@ def test_the_same_command_writes_the_same_bytes_also_when_resumed(work: ControlW
         assert fingerprint(first.with_name(f"{stem}.safetensors")) == fingerprint(resumed.with_name(f"{stem}.safetensors"))
 
 
-def test_caches_live_encoding_and_accumulated_batches_learn_the_same(work: ControlWork) -> None:
+def test_caches_live_encoding_and_accumulated_batches_learn_the_same(work: LLLiteWork) -> None:
     """Control pictures are flipped with their pictures, cached or not; dropout is drawn by sample."""
     drops = "--network_dropout=0.4"
     data = work.dataset(subset_keys="flip_aug = true")
@@ -153,7 +135,7 @@ def test_caches_live_encoding_and_accumulated_batches_learn_the_same(work: Contr
     assert max(float((plain[key].float() - first[key].float()).abs().max()) for key in first) > 5e-3
 
 
-def refused(work: ControlWork, words: Sequence[str], monkeypatch: pytest.MonkeyPatch, **more: Path) -> str:
+def refused(work: LLLiteWork, words: Sequence[str], monkeypatch: pytest.MonkeyPatch, **more: Path) -> str:
     """The message of a run that ends before a model is loaded."""
     for name in ("load_vae", "load_text_encoders", "load_denoiser"):
         family = import_target(record_of(work.case.family).family)
@@ -163,7 +145,7 @@ def refused(work: ControlWork, words: Sequence[str], monkeypatch: pytest.MonkeyP
     return str(ended.value)
 
 
-def test_what_cannot_be_is_refused_at_start(work: ControlWork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_refused_at_start(work: LLLiteWork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "net.safetensors"
     tensors = work.prepare("net", "--network_dim=5").trainable.net.state_dict()
     save_file_atomic(tensors, file)
@@ -190,6 +172,6 @@ def test_what_cannot_be_is_refused_at_start(work: ControlWork, tmp_path: Path, m
 
 
 def test_other_families_have_none(tmp_path: Path, tinies: Tinies) -> None:
-    work = ControlWork(tmp_path, tinies["sd1"], draw_pictures(tmp_path / "images", 2), case=CASES["sd1"])
+    work = LLLiteWork(tmp_path, tinies["sd1"], draw_pictures(tmp_path / "images", 2), case=CASES["sd1"])
     with pytest.raises(ConfigError, match="no ControlNet-LLLites of Stable Diffusion"):
         work.train("out", dataset=Work.dataset(work))

@@ -24,7 +24,6 @@ from library.training import cli, parser_common
 from library.training.loop import fit
 from library.training.run import Run
 from library.training.trainables.textual_inversion import LayeredTextualInversion, TextualInversion
-from library.training.trainer_base import Trainer
 from tests.families import CASES, marks_of
 from tests.runs.conftest import Stopped, Work, draw_pictures, fingerprint, read_parts, sample_pictures, stop_after
 
@@ -39,7 +38,7 @@ WORDS = ["--token_string=zyx", "--num_vectors_per_token=2", "--init_word=cat", "
 class WordWork(Work):
     """The short run of a family, with a word in its captions."""
 
-    trainable: type[TextualInversion] = TextualInversion
+    trainable = TextualInversion
 
     @property
     def file_keys(self) -> list[str]:
@@ -55,18 +54,6 @@ class WordWork(Work):
     def argv(self, out: str, *more: str, dataset: Path | None = None) -> list[str]:
         words = super().argv(out, *WORDS, dataset=dataset)
         return [*(word for word in words if not word.startswith(("--network_module", "--network_dim"))), *more]
-
-    def train(self, out: str, *more: str, dataset: Path | None = None) -> Path:
-        cli.run(self.case.family, self.trainable.name, self.argv(out, *more, dataset=dataset))
-        return self.folder / out / "lora.safetensors"
-
-    def prepare(self, out: str, *more: str) -> Run:
-        config = parser_common.parse_command(self.argv(out, *more), self.case.family, self.trainable.name).config
-        family = import_target(record_of(self.case.family).family)
-        trainer = Trainer(config, family(config), self.trainable(config))
-        run = trainer.prepare()
-        trainer.release()
-        return run
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=marks_of(case)) for name, (case, _) in SETS.items()])

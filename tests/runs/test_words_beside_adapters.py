@@ -14,11 +14,10 @@ from library.core.registry import import_target
 from library.families.registry import FAMILIES, record_of
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.tiny_models import build_tiny
-from library.training import cli, parser_common
+from library.training import cli
 from library.training.loop import fit
 from library.training.run import Run
 from library.training.trainables.network_words import NetworkWithWords
-from library.training.trainer_base import Trainer
 from tests.families import CASES
 from tests.runs.conftest import Stopped, Work, draw_pictures, fingerprint, read_parts, stop_after
 
@@ -33,19 +32,14 @@ WORDS = ["--token_string=zyx", "--num_vectors_per_token=2", "--init_word=cat"]
 class BothWork(Work):
     """The short run of a family, with a word beside the adapter."""
 
+    trainable = NetworkWithWords
+
     @property
     def keys(self) -> tuple[str, ...]:
         return FAMILIES[self.case.family].embedding_keys
 
     def argv(self, out: str, *more: str, dataset: Path | None = None) -> list[str]:
         return super().argv(out, *WORDS, *more, dataset=dataset)
-
-    def prepare(self, out: str, *more: str) -> Run:
-        config = parser_common.parse_command(self.argv(out, *more), self.case.family, "network").config
-        trainer = Trainer(config, import_target(record_of(self.case.family).family)(config), NetworkWithWords(config))
-        run = trainer.prepare()
-        trainer.release()
-        return run
 
 
 @pytest.fixture(scope="module", params=FAMILIES_WITH_WORDS)

@@ -13,12 +13,12 @@ import torch
 from library.checkpoints.kinds import check_slot
 from library.components.control_models import Control, GuidedBy
 from library.components.control_nets import ControlNets, control_nets_of
-from library.core.atomic_file import atomic_folder, atomic_path
+from library.core.atomic_file import atomic_folder
 from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.keyed_random import keyed_generator
 from library.core.learning_rates import Rates, parse_rates, rate_groups
 from library.generation.control_pictures import control_of_picture
-from library.safetensors_utils import cast_all, save_file_atomic
+from library.safetensors_utils import cast_all, save_file_atomic, save_pickled_atomic
 from library.training.checkpoint import FOLDER_FORMATS
 from library.training.control_nets import ControlNetOptions
 from library.training.option_groups import ModelOptions, SavingOptions
@@ -168,8 +168,7 @@ class ControlNetTrainable(FollowsPictures, WeightsTrainable):
         if not path.endswith(".ckpt"):
             save_file_atomic(state, path, {**metadata, **self.nets.file_metadata(self.net)})
             return
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:  # given a name, torch would write that too
-            torch.save(state, file)
+        save_pickled_atomic(state, path)
 
     def _save_folder(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str], is_pickled: bool) -> None:
         state = _plain(cast_all(self.nets.diffusers_state(self.net), dtype))
@@ -177,8 +176,7 @@ class ControlNetTrainable(FollowsPictures, WeightsTrainable):
             config = json.dumps(self.nets.diffusers_config(self.net), indent=2, sort_keys=True)
             (folder / "config.json").write_text(config + "\n", encoding="utf-8")
             if is_pickled:
-                with open(folder / "diffusion_pytorch_model.bin", "wb") as file:
-                    torch.save(state, file)
+                save_pickled_atomic(state, folder / "diffusion_pytorch_model.bin")
             else:
                 save_file_atomic(state, folder / "diffusion_pytorch_model.safetensors", {"format": "pt", **metadata})
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
-from library.core.atomic_file import atomic_path, scratch_path
+from library.core.atomic_file import scratch_path
 from library.core.errors import ConfigError, Problems, TrainingError
 from library.core.learning_rates import Rates, parse_rates, rate_groups
 from library.core.options import Config, Ignored, without_effect
@@ -254,15 +254,12 @@ class FullTrainable(WeightsTrainable):
         if not path.endswith(".ckpt"):
             self.family.save_model(self.models, path, dtype, metadata, parts)
             return
-        import torch
-
-        from library.safetensors_utils import load_safetensors
+        from library.safetensors_utils import load_safetensors, save_pickled_atomic
 
         with scratch_path(path) as temporary:
             self.family.save_model(self.models, str(temporary), dtype, metadata, parts)
             tensors = load_safetensors(temporary, device="cpu", disable_mmap=True)
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:  # given a name, torch writes it into the file
-            torch.save({"state_dict": tensors}, file)
+        save_pickled_atomic({"state_dict": tensors}, path)
 
     def load(self, path: str) -> None:
         raise ConfigError(f"{path} is a whole model, with which a run begins as --pretrained_model_name_or_path")
