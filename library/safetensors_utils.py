@@ -22,7 +22,6 @@ from torch import Tensor
 from library.checkpoints.number_formats import AT_LOADING, narrowed, narrowed_all
 from library.checkpoints.safetensors_header import (
     DTYPE_NAMES,
-    TensorInfo,
     header_bytes,
     read_header,
     read_header_and_start,

@@ -301,7 +301,7 @@ def _quality_warnings(
     for item, choice in zip(items, choices):
         if choice is None:
             continue
-        (bucket_w, bucket_h), (resized_w, resized_h) = choice.bucket_reso, choice.resized_size
+        resized_w, resized_h = choice.resized_size
         cut = cut_of(choice)
         scale = max(resized_w / item.image_size[0], resized_h / item.image_size[1])
         if cut > CROP_WARNING:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.loading import prefixed  # noqa: F401: what files of tiny models are put together with
+from library.checkpoints.loading import prefixed  # noqa: F401 - what files of tiny models are put together with
 from library.safetensors_utils import save_file_atomic
 
 

@@ -274,7 +274,7 @@ class AnimaFamily(FlowFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_anima
-        from library.dataset.strategies import Conditioning, StrategySet
+        from library.dataset.strategies import StrategySet
         from library.dataset.text_cache_io import TEXT_LAYOUTS
 
         # the number of T5 tokens is part of what was encoded, and the record has one length only

@@ -113,7 +113,7 @@ class SdFamily(UNetFamily):
         )
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
-        from library.dataset.strategies import Conditioning, StrategySet
+        from library.dataset.strategies import StrategySet
         from library.dataset.text_cache_io import TEXT_LAYOUTS
         from library.strategy_sd import SdTextEncodingStrategy, SdTokenizeStrategy
 

@@ -116,7 +116,7 @@ class SdxlFamily(UNetFamily):
 
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
         from library import strategy_sdxl
-        from library.dataset.strategies import Conditioning, StrategySet
+        from library.dataset.strategies import StrategySet
         from library.dataset.text_cache_io import TEXT_LAYOUTS
 
         model = self.config[ModelOptions]
