@@ -23,11 +23,10 @@ __getattr__, __dir__ = lazy_names(__name__, homes("networks.lora", "LoRAModule")
 
 def file_layers() -> tuple[LayerNames, ...]:
     """The layers under their names in files of other programs: the parts of HunyuanVideo's, one by one."""
-    from networks import lora_hunyuan_video
     from networks.files.file_names import LayerNames
+    from networks.files.stream_layers import stream_layers
 
-    layers = lora_hunyuan_video.file_layers()
-    return tuple(LayerNames(part, (part,)) for part in dict.fromkeys(part for layer in layers for part in layer.parts))
+    return tuple(LayerNames(part, (part,)) for layer in stream_layers() for part in layer.parts)
 
 
 TARGETS = NetworkTargets(

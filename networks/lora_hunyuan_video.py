@@ -8,10 +8,8 @@ LoRAs are made by networks.lora, which takes this table from the denoiser.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
-from networks import lora_hunyuan_image
 from networks.kinds.targets import NetworkTargets, SplitRule, linear1_rows, qkv_rows
 
 if TYPE_CHECKING:
@@ -22,15 +20,16 @@ __all__ = ["TARGETS", "file_layers", "other_file_layers"]
 
 def file_layers() -> tuple[LayerNames, ...]:
     """The layers under their names in files of other programs."""
-    return tuple(
-        layer if layer.parameter else dataclasses.replace(layer, original="")
-        for layer in lora_hunyuan_image.file_layers()
-    )
+    from networks.files.stream_layers import stream_layers
+
+    return stream_layers(originals=False)
 
 
 def other_file_layers() -> tuple[tuple[LayerNames, ...], ...]:
     """ComfyUI's own names of the same layers (`double_blocks.0.img_attn.qkv`)."""
-    return (lora_hunyuan_image.file_layers(),)
+    from networks.files.stream_layers import stream_layers
+
+    return (stream_layers(),)
 
 
 TARGETS = NetworkTargets(
