@@ -81,8 +81,8 @@ class DatasetParams:
     max_bucket_reso: int = 1024
     bucket_reso_steps: int = 64
     bucket_no_upscale: bool = False
-    bucket_rule: str = "sd"
-    """sd: buckets from min_bucket_reso to max_bucket_reso in steps; area: all shapes of the resolution's area whose
+    bucket_rule: str = "steps"
+    """steps: buckets from min_bucket_reso to max_bucket_reso in steps; area: all shapes of the resolution's area whose
     sides are multiples of bucket_reso_steps"""
     network_multiplier: float = 1.0
     validation_split: float = 0.0
