@@ -61,7 +61,8 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/huggingface_util.py", 2),
     ("library/sai_model_spec.py", 2), ("library/tiny_models/*.py", 2), ("library/generation/picture_files.py", 2),
     # 3: strategies and data
-    ("library/strategy_*.py", 3), ("library/dataset/*.py", 3), ("library/config_util.py", 3),
+    ("library/strategy_*.py", 3), ("library/dataset/*.py", 3), ("library/dataset/clips/*.py", 3),
+    ("library/config_util.py", 3),
     # 4: numerics and adapters
     ("networks/*.py", 4), ("networks/*/*.py", 4), ("library/training/objective.py", 4),
     ("library/training/timesteps.py", 4),
