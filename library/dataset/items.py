@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.dataset.clips.settings import WINDOW_SIZE, ClipSettings, OneFrameSettings
+from library.dataset.clips.windows import ClipWindow
 from library.families.latents import Bucket
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class DatasetParams:
 
 @dataclass
 class ImageItem:
-    """One image of one subset. Sizes are (width, height), after the EXIF orientation is applied.
+    """One image, or one clip of a video, of one subset. Sizes are (width, height), after the EXIF orientation is applied.
 
     The fields below `bucket_reso` are filled while buckets are made and caches are read; the names are those that the
     caching strategies of `library/strategy_base.py` read and write.
@@ -113,8 +114,12 @@ class ImageItem:
     num_repeats: int = 1
     frames: int = 1
     """Of the file, how many are used; a picture has one."""
+    clip: ClipWindow | None = None
+    """Which frames of a video; None of pictures and animated pictures, which begin with the first."""
     cond_path: str | None = None
     """The mask or control image that belongs to this image (datasets of kind CN)."""
+    control_paths: tuple[str, ...] = ()
+    """Control pictures, or the one control clip of a clip, of a control_directory or a JSONL file, in order."""
     captions_extra: dict[str, Any] = field(default_factory=dict)
 
     bucket_reso: tuple[int, int] | None = None
@@ -138,6 +143,12 @@ class ImageItem:
     @property
     def is_reg(self) -> bool:
         return self.subset.is_reg
+
+    @property
+    def window_key(self) -> tuple[int, ...]:
+        """What tells samples of one file apart, in draws and in names of caches: () of a picture, else (first frame,
+        frames) and, where a clip is learned in sections, the section."""
+        return () if self.clip is None else self.clip.key
 
     @property
     def bucket(self) -> Bucket:
