@@ -134,7 +134,7 @@ class ModelFamily(ABC):
     defaults: ClassVar[Mapping[str, object]] = {}
     """shared options whose default differs here: name -> default"""
     @classmethod
-    def following_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, object]:
+    def following_defaults(cls, values: Mapping[str, object]) -> Mapping[str, object]:
         """Shared options whose default follows from the values that were given, by name -> default."""
         return {}
 

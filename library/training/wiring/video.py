@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import Problems
 from library.dataset import CachingOptions
@@ -45,7 +45,7 @@ class VideoFamily(FlowFamily):
     }
 
     @classmethod
-    def following_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, object]:
+    def following_defaults(cls, values: Mapping[str, object]) -> Mapping[str, object]:
         return video_options.following_defaults(values)
 
     @abstractmethod

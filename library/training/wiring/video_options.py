@@ -7,7 +7,6 @@ import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from library.core.errors import Problems
 from library.core.options import equivalent_option, option, refused_option
@@ -105,7 +104,7 @@ DEFAULTS: Mapping[str, object] = {"discrete_flow_shift": 1.0, "weighting_scheme"
 """for ModelFamily.defaults: those of the known scripts, where they differ from the shared ones"""
 
 
-def following_defaults(values: Mapping[str, Any]) -> dict[str, object]:
+def following_defaults(values: Mapping[str, object]) -> dict[str, object]:
     """Caches on the disk, for clips and captions each, unless something is said of them."""
     if values.get("live_encoding") or values.get("dataset_class"):
         return {}
