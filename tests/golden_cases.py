@@ -214,6 +214,19 @@ def hunyuan_image(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> 
 
 
 @torch.no_grad()
+def hunyuan_video(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    """The positions of the reference stand twice."""
+    from library.hunyuan_video_utils import load_hunyuan_video
+
+    model = _loaded(load_hunyuan_video, weights, config)
+    names = ("x", "t", "txt", "txt_mask", "vec")
+    result = model(*(inputs[name] for name in names), guidance=inputs["guidance"])
+    grid = tuple(size // step for size, step in zip(inputs["x"].shape[2:], config["patch_size"]))
+    cos, sin = (table[0].repeat_interleave(2, dim=-1) for table in model.rope(grid, result.device))
+    return {"out": result, "rope_cos": cos, "rope_sin": sin}
+
+
+@torch.no_grad()
 def vae_hunyuan_image(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     from library.hunyuan_image_utils import load_vae
 
@@ -289,9 +302,9 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
 def hunyuan_image_numbers(inputs: Tensors) -> Tensors:
     """Positions, whose values stand twice in the reference, and the sinusoid of times on the 0..1000 scale."""
     from library.attention import timestep_embedding
-    from library.hunyuan_image_models import image_rope
+    from library.components.hunyuan_stream_models import grid_rope
 
-    cos, sin = (table[0].repeat_interleave(2, dim=-1) for table in image_rope(*ANIMA_GRID[1:], (64, 64), 256))
+    cos, sin = (table[0].repeat_interleave(2, dim=-1) for table in grid_rope(ANIMA_GRID[1:], (64, 64), 256))
     times = timestep_embedding(inputs["time/scaled"], 256, 1.0)
     return {"rope_hyimage_cos": cos, "rope_hyimage_sin": sin, "time_hunyuan_256": times}
 
@@ -421,6 +434,7 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "te_qwen3": te_qwen3,
     "hunyuan_image": hunyuan_image,
     "vae_hunyuan_image": vae_hunyuan_image,
+    "hunyuan_video": hunyuan_video,
     "te_qwen25vl": te_qwen25vl,
     "lumina2": lumina2,
     "te_gemma2": te_gemma2,
