@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from library.dataset.clips.settings import WINDOW_SIZE, ClipSettings, OneFrameSettings
+from library.dataset.clips.windows import ClipWindow
 from library.families.latents import Bucket
 
 if TYPE_CHECKING:
@@ -14,10 +16,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetParams:
-    """Resolved settings of one subset: a folder or a metadata file. Names are those of the dataset TOML."""
+    """Resolved settings of one subset: a folder or a file that lists its images or videos. Names are those of the
+    dataset TOML; `image_directory` of TOML files is `image_dir` here."""
 
     image_dir: str | None = None
     metadata_file: str | None = None
+    image_jsonl_file: str | None = None
+    video_directory: str | None = None
+    video_jsonl_file: str | None = None
+    cache_directory: str | None = None
+    """None: caches stand beside the files"""
+    control_directory: str | None = None
+    control_resolution: tuple[int, int] | None = None
+    """(width, height): the area of control pictures that have a bucket of their own"""
+    no_resize_control: bool = False
+    multiple_target: bool = False
+    """each picture with a caption is followed by its layers: pictures of the same name and a number"""
+    clips: ClipSettings | None = None
+    """of videos; None where the subset holds pictures"""
+    one_frame: OneFrameSettings | None = None
+    """None: no such setting is written"""
+    window_size: int = WINDOW_SIZE
+    """latent frames of a section (fp_latent_window_size)"""
     conditioning_data_dir: str | None = None
     num_repeats: int = 1
     is_reg: bool = False
@@ -61,6 +81,9 @@ class DatasetParams:
     max_bucket_reso: int = 1024
     bucket_reso_steps: int = 64
     bucket_no_upscale: bool = False
+    bucket_rule: str = "steps"
+    """steps: buckets from min_bucket_reso to max_bucket_reso in steps; area: all shapes of the resolution's area whose
+    sides are multiples of bucket_reso_steps"""
     network_multiplier: float = 1.0
     validation_split: float = 0.0
     validation_seed: int | None = None
@@ -77,7 +100,7 @@ class DatasetParams:
 
 @dataclass
 class ImageItem:
-    """One image of one subset. Sizes are (width, height), after the EXIF orientation is applied.
+    """One image, or one clip of a video, of one subset. Sizes are (width, height), after the EXIF orientation is applied.
 
     The fields below `bucket_reso` are filled while buckets are made and caches are read; the names are those that the
     caching strategies of `library/strategy_base.py` read and write.
@@ -91,8 +114,12 @@ class ImageItem:
     num_repeats: int = 1
     frames: int = 1
     """Of the file, how many are used; a picture has one."""
+    clip: ClipWindow | None = None
+    """Which frames of a video; None of pictures and animated pictures, which begin with the first."""
     cond_path: str | None = None
     """The mask or control image that belongs to this image (datasets of kind CN)."""
+    control_paths: tuple[str, ...] = ()
+    """Control pictures, or the one control clip of a clip, of a control_directory or a JSONL file, in order."""
     captions_extra: dict[str, Any] = field(default_factory=dict)
 
     bucket_reso: tuple[int, int] | None = None
@@ -116,6 +143,12 @@ class ImageItem:
     @property
     def is_reg(self) -> bool:
         return self.subset.is_reg
+
+    @property
+    def window_key(self) -> tuple[int, ...]:
+        """What tells samples of one file apart, in draws and in names of caches: () of a picture, else (first frame,
+        frames) and, where a clip is learned in sections, the section."""
+        return () if self.clip is None else self.clip.key
 
     @property
     def bucket(self) -> Bucket:

@@ -24,6 +24,26 @@ class CacheNames:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipFacts:
+    """What the data side knows of a family beside pictures with captions: clips, and control pictures by file name.
+
+    `short` stands in names of cache files and holds no "_"; `long` is what their header says of the architecture.
+    """
+
+    short: str
+    long: str
+    fps: float | None = None
+    """frames per second that the family was trained on; None where it learns from no videos"""
+    controls: int | None = 1
+    """control pictures of a picture, where a dataset has some; None: any number"""
+    one_frame: bool = False
+    """whether single frames may be trained with others as reference, which then say how many control pictures a
+    picture has (fp_1f_clean_indices)"""
+    sections: bool = False
+    """whether a clip is learned in sections of so many latent frames (fp_latent_window_size)"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataArchitecture:
     """What the data side knows of a family. `bucket_step`: what sizes must be a multiple of."""
 
@@ -33,6 +53,7 @@ class DataArchitecture:
     latents_suffix: str
     text_suffix: str | None
     legacy_keys: bool = False
+    clips: ClipFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +242,8 @@ class FamilyRecord:
     latents: LatentSpec | None = None
     bucket_step: int = 16
     caches: CacheNames | None = None
+    clips: ClipFacts | None = None
+    """of a family that learns from videos or from control pictures by file name"""
     conditioning: tuple[TextKey, ...] = ()
     """in the order of the conditioning list"""
     text_flags: tuple[str, ...] = ()
@@ -266,5 +289,5 @@ class FamilyRecord:
         assert self.latents is not None and self.caches is not None, f"{self.name} has no latents"
         return DataArchitecture(
             name=self.name, latents=self.latents, bucket_step=self.bucket_step, latents_suffix=self.caches.latents,
-            text_suffix=self.caches.text, legacy_keys=self.caches.legacy_keys,
+            text_suffix=self.caches.text, legacy_keys=self.caches.legacy_keys, clips=self.clips,
         )

@@ -25,6 +25,7 @@ import torch
 from library.checkpoints.embeddings import BUNDLED
 from library.checkpoints.number_formats import narrowed
 from library.core.errors import CheckpointError
+from library.families.registry import FAMILIES
 from networks.files.file_names import (
     DOTTED_PREFIX,
     KOHYA_PREFIX,
@@ -42,6 +43,7 @@ from networks.files.stacked import ROWS, parts_of, stacked
 from networks.files.xlabs_names import from_xlabs, is_xlabs
 from networks.kinds.fused_pairs import fuse_pairs, split_pair
 from networks.kinds.registry import known_kind_of
+from networks.kinds.targets import targets_of_family
 
 __all__ = ["LayerNames", "fold_factors", "to_diffusers", "to_dotted", "to_kohya", "to_lycoris"]
 
@@ -73,10 +75,14 @@ def to_kohya(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     """An adapter of any known layout under kohya names.
 
     LoRA parts of a fused layer become one module: with the same down matrix as they are, else with rank k*r, a
-    block-diagonal up matrix and alpha = k*r; absent parts count as zero. Kohya names that are in no table stay as they
+    block-diagonal up matrix and alpha = k*r; absent parts count as zero. An adapter of a family whose adapters fit too
+    (`NetworkTargets.reads`) has its fused layers taken apart. Kohya names that are in no table stay as they
     are, for the reader to report, and so does what may stand beside layers (`is_beside`); other unknown names are a
     CheckpointError.
     """
+    origin = _family_read(family, tensors)
+    if origin is not None:
+        tensors = to_diffusers(origin, tensors, fold=None)
     result: dict[str, torch.Tensor] = {}
     parts: dict[str, list[Module | None]] = {}
     fused: dict[str, LayerNames] = {}
@@ -103,6 +109,22 @@ def to_kohya(family: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     for name, own in parts.items():
         _put(result, name, _joined(name, own, fused[name]))
     return result
+
+
+def _family_read(family: str, tensors: Tensors) -> str | None:
+    """The other family that an adapter was made for, of those whose adapters fit this one: its table knows more of the
+    names."""
+    others = targets_of_family(family).reads if family in FAMILIES else ()
+    if not others:
+        return None
+    names = {found[0] for key in tensors if (found := named_parameter(key, tensors)) is not None}
+
+    def known(of: str) -> int:
+        table = names_of_family(of, names)
+        return sum(table.find(name) is not None for name in names)
+
+    best = max((family, *(other for other in others if other in FAMILIES)), key=known)
+    return None if best == family else best
 
 
 def _refuse_twice(written: dict[tuple[str, int | None], str], place: Place | None, name: str) -> None:

@@ -157,6 +157,8 @@ class NetworkTargets:
     """ComfyUI reads adapters of the family under kohya names of the original paths alone"""
     regex_on_path: bool = False
     """rank and rate patterns: True = the whole dotted path; False = a search in the layer's name or dotted path"""
+    reads: tuple[str, ...] = ()
+    """families whose adapters fit too, under the names that diffusers gives the parts of their layers"""
 
     @property
     def prefixes(self) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Clips: what a dataset says of videos, and what is made of them."""
