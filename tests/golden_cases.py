@@ -241,6 +241,33 @@ def hunyuan_image(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> 
 
 
 @torch.no_grad()
+def hunyuan_video(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    """The positions of the reference stand twice."""
+    from library.hunyuan_video_utils import load_hunyuan_video
+
+    model = _loaded(load_hunyuan_video, weights, config)
+    names = ("x", "t", "txt", "txt_mask", "vec")
+    result = model(*(inputs[name] for name in names), guidance=inputs["guidance"])
+    grid = tuple(size // step for size, step in zip(inputs["x"].shape[2:], config["patch_size"]))
+    cos, sin = (table[0].repeat_interleave(2, dim=-1) for table in model.rope(grid, result.device))
+    return {"out": result, "rope_cos": cos, "rope_sin": sin}
+
+
+@torch.no_grad()
+def framepack(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.framepack_models import CleanFrames
+    from library.framepack_utils import load_framepack
+
+    model = _loaded(load_framepack, weights, config)
+    near, middle, far = (
+        (inputs[f"clean_latents{scale}"], inputs[f"clean_latent{scale}_indices"]) for scale in ("", "_2x", "_4x")
+    )
+    names = ("x", "t", "txt", "txt_mask", "pooled", "image_embeddings", "latent_indices")
+    clean = CleanFrames(near=near, middle=middle, far=far)
+    return {"out": model(*(inputs[name] for name in names), clean, guidance=inputs["guidance"])}
+
+
+@torch.no_grad()
 def vae_hunyuan_image(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     from library.hunyuan_image_utils import load_vae
 
@@ -317,9 +344,9 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
 def hunyuan_image_numbers(inputs: Tensors) -> Tensors:
     """Positions, whose values stand twice in the reference, and the sinusoid of times on the 0..1000 scale."""
     from library.attention import timestep_embedding
-    from library.hunyuan_image_models import image_rope
+    from library.components.hunyuan_stream_models import grid_rope
 
-    cos, sin = (table[0].repeat_interleave(2, dim=-1) for table in image_rope(*ANIMA_GRID[1:], (64, 64), 256))
+    cos, sin = (table[0].repeat_interleave(2, dim=-1) for table in grid_rope(ANIMA_GRID[1:], (64, 64), 256))
     times = timestep_embedding(inputs["time/scaled"], 256, 1.0)
     return {"rope_hyimage_cos": cos, "rope_hyimage_sin": sin, "time_hunyuan_256": times}
 
@@ -460,7 +487,9 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "wan_i2v": wan,
     "te_umt5": te_umt5,
     "hunyuan_image": hunyuan_image,
+    "framepack": framepack,
     "vae_hunyuan_image": vae_hunyuan_image,
+    "hunyuan_video": hunyuan_video,
     "te_qwen25vl": te_qwen25vl,
     "lumina2": lumina2,
     "te_gemma2": te_gemma2,
