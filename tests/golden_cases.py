@@ -214,6 +214,20 @@ def hunyuan_image(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> 
 
 
 @torch.no_grad()
+def framepack(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.framepack_models import CleanFrames
+    from library.framepack_utils import load_framepack
+
+    model = _loaded(load_framepack, weights, config)
+    near, middle, far = (
+        (inputs[f"clean_latents{scale}"], inputs[f"clean_latent{scale}_indices"]) for scale in ("", "_2x", "_4x")
+    )
+    names = ("x", "t", "txt", "txt_mask", "pooled", "image_embeddings", "latent_indices")
+    clean = CleanFrames(near=near, middle=middle, far=far)
+    return {"out": model(*(inputs[name] for name in names), clean, guidance=inputs["guidance"])}
+
+
+@torch.no_grad()
 def vae_hunyuan_image(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     from library.hunyuan_image_utils import load_vae
 
@@ -420,6 +434,7 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "vae_wan": vae_wan,
     "te_qwen3": te_qwen3,
     "hunyuan_image": hunyuan_image,
+    "framepack": framepack,
     "vae_hunyuan_image": vae_hunyuan_image,
     "te_qwen25vl": te_qwen25vl,
     "lumina2": lumina2,
