@@ -101,10 +101,7 @@ def plan_latents(
     check_caching({id(item.subset): item.subset for item in items}.values(), latents=True, text=False)
     if not strategy.cache_to_disk:
         return _sorted(_jobs_of((item for item in items if item.latents is None), strategy))
-    for item, path in zip(
-        items, cache_paths(items, lambda item, image: strategy.get_latents_npz_path(image, item.image_size))
-    ):
-        item.latents_npz = path
+    _name_files(items, strategy)
     if problems := _conflicts(items, strategy):
         raise ConfigError(problems)
     files = sorted({item.latents_npz for item in items})
@@ -116,6 +113,24 @@ def plan_latents(
     logger.info("latents: %d images cached, %d to encode %s", len(jobs) - len(missing), len(missing), counts or "")
     check_cache_folders(job.item.latents_npz for job in missing)
     return _sorted(missing)
+
+
+def uncached_latents(
+    items: Iterable[ImageItem], strategy: LatentCache, index: CacheIndex | None = None
+) -> list[tuple[ImageItem, str]]:
+    """Items whose latents no file on the disk holds, with the reason: what `plan_latents` would have encoded."""
+    items = list(items)
+    _name_files(items, strategy)
+    jobs = _jobs_of(items, strategy)
+    return [(job.item, reason) for job, reason in zip(jobs, check_jobs(jobs, strategy, index)) if reason is not None]
+
+
+def _name_files(items: Sequence[ImageItem], strategy: LatentCache) -> None:
+    """Set `latents_npz` of the items."""
+    for item, path in zip(
+        items, cache_paths(items, lambda item, image: strategy.get_latents_npz_path(image, item.image_size))
+    ):
+        item.latents_npz = path
 
 
 def check_jobs(jobs: Sequence[LatentsJob], strategy: LatentCache, index: CacheIndex | None) -> list[str | None]:

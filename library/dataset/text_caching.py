@@ -99,10 +99,7 @@ def plan_text(
     check_caching({id(item.subset): item.subset for item in items}.values(), latents=False, text=True)
     if not strategy.cache_to_disk:
         return TextPlan(_jobs_of(item for item in items if item.text_encoder_outputs is None), {})
-    by_file: dict[str, list[ImageItem]] = {}
-    for item, path in zip(items, cache_paths(items, lambda _, image: strategy.get_outputs_npz_path(image))):
-        item.text_encoder_outputs_npz = path
-        by_file.setdefault(item.text_encoder_outputs_npz, []).append(item)
+    by_file = _name_files(items, strategy)
     mine = sorted(by_file)[process_index::num_processes]
     missing, reasons = [], Counter()
     for item, reason in _find_all([by_file[path] for path in mine], strategy, index):
@@ -114,6 +111,22 @@ def plan_text(
     written = {item.text_encoder_outputs_npz for item in missing}
     in_use = {path: frozenset(text_cache_io.caption_hash(cached_caption(i)) for i in by_file[path]) for path in written}
     return TextPlan(_jobs_of(missing), in_use)
+
+
+def uncached_captions(
+    items: Sequence[ImageItem], strategy: TextCache, index: CacheIndex | None = None
+) -> list[tuple[ImageItem, str]]:
+    """Items whose caption no file on the disk has outputs of, with the reason: what `plan_text` would have encoded."""
+    return _find_all(list(_name_files(items, strategy).values()), strategy, index)
+
+
+def _name_files(items: Sequence[ImageItem], strategy: TextCache) -> dict[str, list[ImageItem]]:
+    """Set `text_encoder_outputs_npz` of the items; the items of each file."""
+    by_file: dict[str, list[ImageItem]] = {}
+    for item, path in zip(items, cache_paths(items, lambda _, image: strategy.get_outputs_npz_path(image))):
+        item.text_encoder_outputs_npz = path
+        by_file.setdefault(path, []).append(item)
+    return by_file
 
 
 def _find_all(

@@ -1,4 +1,4 @@
-"""HunyuanVideo and FramePack: how their files are recognised."""
+"""HunyuanVideo: how its files are recognised."""
 
 from __future__ import annotations
 
@@ -21,12 +21,6 @@ FAMILY = FamilyRecord(
                     detail="library.families.hunyuan_video:detail",
                     priority=10,
                 ),
-            ),
-        ),
-        ModelKind(
-            name="framepack",
-            signatures=(
-                Signature(title="a FramePack denoiser", has=("clean_x_embedder.proj_2x.weight",), priority=50),
             ),
         ),
         ModelKind(

@@ -166,8 +166,28 @@ def convert(options: ConvertOptions, family: str, file: AdapterFile, target: str
     prefix = None if options.diffusers_prefix is None else f"{options.diffusers_prefix.rstrip('.')}."
     if prefix and options.layout == "kohya":
         file = replace(file, prefix=prefix)
+    if options.target == "default":
+        file = replace(file, tensors=_of_the_denoiser(file))
     _check_names(family, restored(family, file)[0])
     return converted(family, file, layout_for(options.layout, family, prefix, _is_wrapped(options, target)))
+
+
+def _of_the_denoiser(file: AdapterFile) -> dict[str, torch.Tensor]:
+    """What `--target default` is known to rewrite: layers behind a denoiser's prefix. What stands behind another one is
+    told and left out."""
+    from networks.files.file_names import DENOISER_MODELS, DOTTED_PREFIX, KOHYA_STARTS
+    from networks.files.lora_conversion import is_beside
+
+    starts = (DOTTED_PREFIX, file.prefix, *(f"{model}." for model in DENOISER_MODELS), *KOHYA_STARTS)
+    left_out = [key for key in file.tensors if not key.startswith(starts) and not is_beside(key)]
+    if len(left_out) == len(file.tensors):  # none has a prefix: the names themselves decide
+        return file.tensors
+    if left_out:
+        logger.warning(
+            "--target default rewrites layers of the denoiser; %d tensors of others are left out (first: %s). --to kohya "
+            "keeps or refuses them", len(left_out), left_out[0],
+        )  # fmt: skip
+    return {key: tensor for key, tensor in file.tensors.items() if key not in left_out}
 
 
 def _check_names(family: str, file: AdapterFile) -> None:

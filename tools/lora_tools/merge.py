@@ -40,8 +40,12 @@ ENCODERS = encoder_options()
 class MergeOptions:
     """What is merged"""
 
-    models: list[str] | None = option(None, nargs="+", help="adapter files: LoRA, LoHa, LoKr, OFT, ... in any naming")
-    ratios: list[float] | None = option(None, nargs="+", help="strength of each adapter; 1 for each when not given")
+    models: list[str] | None = option(
+        None, nargs="+", help="adapter files: LoRA, LoHa, LoKr, OFT, ... in any naming", flags=("--lora_weight",)
+    )
+    ratios: list[float] | None = option(
+        None, nargs="+", help="strength of each adapter; 1 for each when not given", flags=("--lora_multiplier",)
+    )
     lbws: list[str] | None = option(
         None, nargs="+", help="strengths by U-Net block, one JSON list of 12, 17, 20 or 26 numbers per adapter"
     )
@@ -49,7 +53,9 @@ class MergeOptions:
     allow_partial: bool = option(
         False, help="leave out layers of an adapter that the model does not have, instead of an error"
     )
-    save_to: str | None = option(None, help="the merged model, or the merged adapter when no model is given")
+    save_to: str | None = option(
+        None, help="the merged model, or the merged adapter when no model is given", flags=("--save_merged_model",)
+    )
 
 
 @with_encoder_files({"": "file of the {} text encoder", "save_to": "the merged {} file"})
@@ -58,7 +64,11 @@ class ModelFileOptions:
     """Into a model"""
 
     model: str | None = option(
-        None, help="checkpoint into which the adapters are merged", flags=("--sd_model", "--flux_model")
+        None, help="checkpoint into which the adapters are merged", flags=("--sd_model", "--flux_model", "--dit")
+    )
+    dit_in_channels: int | None = equivalent_option(
+        None, help="channels that the denoiser takes in, as known from musubi-tuner",
+        reason="--dit_in_channels: the file of the model tells it",
     )
 
     @property
