@@ -64,7 +64,8 @@ class TextKey:
     always has. `encoders`: places of the text encoders that make it, none for what comes from the tokens alone.
     `is_sized`: the first dimension is the family's maximum token length. `constant`: a number that files of known
     trainers carry and nothing reads; no encoder gives it. `mask`: the key, this one itself perhaps, whose last 1 ends
-    what is stored; what follows is padding, which hangs on the captions that it was encoded with.
+    what is stored; what follows is padding, which hangs on the captions that it was encoded with. `varlen`: batches
+    have a list of such tensors, one for each caption and each of its own length, and encoders give such a list.
     """
 
     name: str
@@ -74,6 +75,7 @@ class TextKey:
     is_sized: bool = False
     constant: float | None = None
     mask: str = ""
+    varlen: bool = False
 
 
 @dataclass(frozen=True)
