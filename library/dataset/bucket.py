@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.core.keyed_random import keyed_random
-from library.dataset.area_buckets import area_buckets, on_grid
+from library.dataset.area_buckets import area_buckets, control_bucket, on_grid
 from library.dataset.items import DatasetParams, ImageItem
 from library.dataset.plan import BucketList
 from library.families.latents import Bucket
@@ -95,7 +95,7 @@ class BucketSelector:
         max_bucket_reso: int = 1024,
         bucket_reso_steps: int = 64,
         bucket_no_upscale: bool = False,
-        bucket_rule: str = "sd",
+        bucket_rule: str = "steps",
     ) -> None:
         self.resolution = resolution
         self.rule = bucket_rule
@@ -243,6 +243,7 @@ def assign_buckets(
     for item, choice in zip(items, choices):
         if choice is not None:
             item.bucket_reso, item.resized_size = choice.bucket_reso, choice.resized_size
+            item.control_sizes = _control_sizes(item, finest_step)
     repeats, notes = _repeats(items, choices, seed)
 
     samples: dict[Bucket, list[int]] = {}
@@ -259,6 +260,18 @@ def assign_buckets(
         *_quality_warnings(items, choices, params, finest_step),
     ]
     return BucketAssignment(buckets, tuple(repeats), too_small, bucket_info(buckets, choices, params), tuple(warnings))
+
+
+def _control_sizes(item: ImageItem, step: int) -> tuple[Size, ...]:
+    if item.clip is not None:  # the control of a clip goes with it, frame by frame
+        return (item.bucket_reso,) * len(item.control_paths)
+    subset = item.subset
+    return tuple(
+        control_bucket(
+            size, item.bucket_reso, step, no_resize=subset.no_resize_control, resolution=subset.control_resolution
+        )
+        for size in item.control_image_sizes
+    )
 
 
 def _repeats(
