@@ -41,6 +41,8 @@ class ClipFacts:
     picture has (fp_1f_clean_indices)"""
     sections: bool = False
     """whether a clip is learned in sections of so many latent frames (fp_latent_window_size)"""
+    layers: bool = False
+    """whether a picture is learned with its layers (multiple_target)"""
 
 
 @dataclass(frozen=True, kw_only=True)
