@@ -32,6 +32,12 @@ FAMILY = FamilyRecord(
                     ranks=(("encoder.down_blocks.0.resnets.0.conv1.conv.weight", 5),),
                     priority=20,
                 ),
+                Signature(
+                    title="a HunyuanVideo autoencoder",
+                    ranks=(("encoder.down.0.block.0.conv1.conv.weight", 5),),
+                    layout="ComfyUI",
+                    priority=95,
+                ),
             ),
         ),
     ),
