@@ -22,6 +22,7 @@ from library.dataset import text_cache_io
 from library.dataset.background import BackgroundWriter, map_in_threads, records_stay
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
+from library.dataset.cache_stores import text_store
 from library.dataset.captions import deterministic_caption
 from library.dataset.items import ImageItem
 from library.dataset.strategies import Conditioning, StrategySet
@@ -210,9 +211,9 @@ def _encode_batch(
     strategy = strategies.text_encoder_outputs_caching
     captions = [job.caption for job in jobs]
     batch = strategy.encode(strategies, text_encoders, captions)  # name -> [B, ...]
-    results = []
+    store, results = text_store(strategy.architecture), []
     for index, job in enumerate(jobs):
-        outputs = row_as_stored(batch, index, strategy.layout)
+        outputs = row_as_stored(batch, index, strategy.layout, keeps_bfloat16=store.keeps_bfloat16)
         _check_finite(outputs, job)
         results.append({name: output.clone() for name, output in outputs.items()})
     return results
@@ -231,14 +232,14 @@ def _check_finite(outputs: Conditioning, job: TextJob) -> None:
 def _store_on_disk(
     strategy: TextCache, job: TextJob, outputs: Conditioning, in_use: dict[str, frozenset[str]]
 ) -> None:
-    arrays = {name: output.numpy() for name, output in outputs.items()}
-    record = strategy.record_of(job.caption)
+    store, record = text_store(strategy.architecture), strategy.record_of(job.caption)
     written: dict[str, str] = {}
     for item in job.items:
         path = item.text_encoder_outputs_npz
         if path not in written:
-            written[path] = text_cache_io.save_text(
-                path, strategy.layout, arrays, record, in_use=in_use.get(path, frozenset())
+            written[path] = store.save(
+                path, strategy.architecture, strategy.layout, outputs, record, caption=job.caption,
+                in_use=in_use.get(path, frozenset()),
             )
         item.text_encoder_outputs_suffix = written[path]
 

@@ -227,6 +227,20 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(saved)
 
 
+@dataclass(frozen=True)
+class ClipFile:
+    """A video file and the contact sheet beside it."""
+
+    video: Path
+    sheet: Path
+
+
+def write_clip(frames: Sequence[Image.Image], path: Path, fps: float, texts: Mapping[str, str]) -> ClipFile:
+    """A video file, and beside it a contact sheet (`.png`), which tells how it was made."""
+    video = write_video(frames, path, fps)
+    return ClipFile(video, write_picture(contact_sheet(frames, fps), path.with_suffix(".png"), texts))
+
+
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
