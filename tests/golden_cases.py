@@ -517,7 +517,6 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "vae_hunyuan_image": vae_hunyuan_image,
     "hunyuan_video": hunyuan_video,
     "vae_hunyuan_video": vae_hunyuan_video,
-    "te_llama": te_llama,
     "te_qwen25vl": te_qwen25vl,
     "lumina2": lumina2,
     "te_gemma2": te_gemma2,

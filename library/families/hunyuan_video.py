@@ -26,6 +26,8 @@ FAMILY = FamilyRecord(
         ModelKind(
             name="vae_hunyuan_video",
             role="vae",
+            wanted="a HunyuanVideo autoencoder (hunyuan_video_vae_bf16.safetensors)",
+            subfolder="vae",
             signatures=(
                 Signature(
                     title="a HunyuanVideo autoencoder",

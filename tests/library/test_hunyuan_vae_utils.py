@@ -94,8 +94,8 @@ def test_every_layout_gives_the_same_autoencoder(tmp_path: Path) -> None:
         config = None if name.startswith("pipeline") else CONFIG
         vae = load_hunyuan_vae(tmp_path / name, torch.float32, "cpu", config=config)
         assert vae.params == PARAMS and torch.equal(vae.decode(torch.ones(1, 4, 2, 2, 2)), expected), name
-        assert describe_checkpoint(tmp_path / name).kind == ("pickle" if name.endswith(".pt") else "vae_hunyuan_video")
-    assert check_slot(tmp_path / "comfy.safetensors", "vae", {"vae_hunyuan_video"}) is None
+        assert check_slot(tmp_path / name, "vae", {"vae_hunyuan_video"}, with_pickles=True) is None, name
+    assert describe_checkpoint(tmp_path / "comfy.safetensors").layout == "ComfyUI"
     config = json.loads((tmp_path / "pipeline" / "vae" / "config.json").read_text())
     assert config["scaling_factor"] == PARAMS.scaling_factor
 
