@@ -127,9 +127,7 @@ def uncached_latents(
 
 def _name_files(items: Sequence[ImageItem], strategy: LatentCache) -> None:
     """Set `latents_npz` of the items."""
-    for item, path in zip(
-        items, cache_paths(items, lambda item, image: strategy.get_latents_npz_path(image, item.image_size))
-    ):
+    for item, path in zip(items, cache_paths(items, strategy.path_of)):
         item.latents_npz = path
 
 
@@ -361,7 +359,7 @@ def cache_one_batch(
     batch = []
     for item in items:
         if strategy.cache_to_disk and item.latents_npz is None:
-            item.latents_npz = strategy.get_latents_npz_path(item.absolute_path, item.image_size)
+            item.latents_npz = strategy.path_of(item)
         batch.append(decode(LatentsJob([item], flip_aug, alpha_mask)))
     for decoded, encoded in zip(batch, encode_batch(strategy, vae, batch)):
         if strategy.cache_to_disk:

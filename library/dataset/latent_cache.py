@@ -15,6 +15,7 @@ from library.core.keyed_random import key_seed
 from library.dataset import cache_io
 from library.dataset.batch import CONDITIONING_IMAGES
 from library.dataset.cache_io import Array, ImageIdentity, LatentsRecord
+from library.dataset.cache_names import latents_base
 from library.dataset.cache_stores import LatentStore, latent_store
 from library.families.latents import Bucket
 
@@ -173,9 +174,14 @@ class LatentCache:
     def get_latents_npz_path(self, absolute_path: str, image_size: tuple[int, int]) -> str:
         return cache_io.latents_npz_path(self.architecture, absolute_path, image_size)
 
+    def path_of(self, item: ImageItem, path: str | None = None) -> str:
+        """The cache file of an item: in its cache_directory, with its clip in the name. `path` stands for the item's
+        own."""
+        return self.get_latents_npz_path(latents_base(item, path), item.image_size)
+
     def problem_of(self, item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
         """Why the item's cache file cannot be used, with everything that is known of the item; None when it can."""
-        path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
+        path = item.latents_npz or self.path_of(item)
         if self.skip_disk_cache_validity_check:
             return None if os.path.exists(path) else "no file"
         return self.store.problem(
@@ -203,7 +209,7 @@ class LatentCache:
             kind = (item.bucket, item.resized_size, item.subset.resize_interpolation, flip_aug, alpha_mask)
             if kind not in questions:
                 questions[kind] = question(item, flip_aug, alpha_mask)
-            path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
+            path = item.latents_npz or self.path_of(item)
             answer, problem = index.find(
                 path, questions[kind], lambda: read(item, flip_aug, alpha_mask), source=item.absolute_path
             )

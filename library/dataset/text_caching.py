@@ -123,7 +123,7 @@ def uncached_captions(
 def _name_files(items: Sequence[ImageItem], strategy: TextCache) -> dict[str, list[ImageItem]]:
     """Set `text_encoder_outputs_npz` of the items; the items of each file."""
     by_file: dict[str, list[ImageItem]] = {}
-    for item, path in zip(items, cache_paths(items, lambda _, image: strategy.get_outputs_npz_path(image))):
+    for item, path in zip(items, cache_paths(items, strategy.path_of)):
         item.text_encoder_outputs_npz = path
         by_file.setdefault(path, []).append(item)
     return by_file
@@ -284,7 +284,7 @@ def cache_one_batch(
     """Encode and store exactly these items in one batch; their paths are set when they are not."""
     for item in items:
         if strategy.cache_to_disk and item.text_encoder_outputs_npz is None:
-            item.text_encoder_outputs_npz = strategy.get_outputs_npz_path(item.absolute_path)
+            item.text_encoder_outputs_npz = strategy.path_of(item)
     jobs = [TextJob(cached_caption(item), [item]) for item in items]
     for job, outputs in zip(jobs, _encode_batch(jobs, strategies, models)):
         if strategy.cache_to_disk:
