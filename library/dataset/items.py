@@ -107,6 +107,18 @@ class DatasetParams:
     label: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampleFacts:
+    """What an encoder may know of a sample beside its pixels. `section`: which one of its clip is learned, None = the
+    whole clip or picture; `window`: latent frames of a section; `one_frame`: of pictures that are learned with others as
+    reference, `controls` of them."""
+
+    section: int | None = None
+    window: int = WINDOW_SIZE
+    one_frame: OneFrameSettings | None = None
+    controls: int = 0
+
+
 @dataclass
 class ImageItem:
     """One image, or one clip of a video, of one subset. Sizes are (width, height), after the EXIF orientation is applied.
@@ -160,9 +172,23 @@ class ImageItem:
         return () if self.clip is None else self.clip.key
 
     @property
+    def section(self) -> int | None:
+        """Which section of its clip is learned; None = all of it."""
+        return None if self.clip is None else self.clip.section
+
+    @property
+    def facts(self) -> SampleFacts:
+        """For encoders."""
+        subset = self.subset
+        return SampleFacts(
+            section=self.section, window=subset.window_size, one_frame=subset.one_frame,
+            controls=len(self.control_paths),
+        )
+
+    @property
     def bucket(self) -> Bucket:
         """Its size in training; known once buckets are made."""
-        return Bucket(*self.bucket_reso, self.frames)
+        return Bucket(*self.bucket_reso, self.frames, 0 if self.section is None else self.subset.window_size)
 
 
 ImageInfo = ImageItem  # the name under which plug-ins know the record

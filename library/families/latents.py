@@ -8,17 +8,19 @@ from typing import NamedTuple
 
 
 class Bucket(NamedTuple):
-    """Size of a sample in pixels and frames."""
+    """Size of a sample in pixels and frames. `section`: latent frames of the section of the clip that is learned; 0 =
+    the whole clip is."""
 
     width: int
     height: int
     frames: int = 1
+    section: int = 0
 
     @property
     def key(self) -> tuple[int, ...]:
-        """(width, height) of a picture, (width, height, frames) of a clip: how caches, records and random draws name
-        it."""
-        return self[:2] if self.frames == 1 else tuple(self)
+        """(width, height) of a picture, (width, height, frames) of a clip, (width, height, frames, section) of a
+        section: how caches, records and random draws name it."""
+        return tuple(self) if self.section else self[:2] if self.frames == 1 else self[:3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +60,20 @@ class LatentSpec:
 
     def latent_shape(self, bucket: Sequence[int]) -> tuple[int, ...]:
         """Shape of the latents of a sample of this size (a Bucket, or its key): (C, h, w) of a picture, (C, F, h, w) of
-        a clip."""
-        width, height, frames = Bucket(*bucket)
+        a clip or of a section."""
+        width, height, frames, section = Bucket(*bucket)
         picture = (self.channels, height // self.spatial_stride, width // self.spatial_stride)
         if frames == 1:
             return picture
-        return (self.channels, 1 + (frames - 1) // (self.temporal_stride or 1), *picture[1:])
+        return (self.channels, section or 1 + (frames - 1) // (self.temporal_stride or 1), *picture[1:])
+
+    def sections_in(self, frames: int, section: int) -> int:
+        """Whole sections of so many latent frames in a clip, behind its first latent frame; 0 when it is too short."""
+        return max((frames - 1) // (self.temporal_stride or 1), 0) // section
+
+    def frames_of_sections(self, sections: int, section: int) -> int:
+        """Frames of a clip of so many sections."""
+        return 1 + sections * section * (self.temporal_stride or 1)
 
     def side_limit(self, patches: int, lifted_by: str = "") -> SideLimit:
         """That of a denoiser with positions for this many patches along a side."""
