@@ -52,8 +52,7 @@ class LatentsJob:
 
     @property
     def batch_key(self) -> tuple:
-        facts = self.item.facts
-        return (*self.item.bucket, self.flip_aug, self.alpha_mask, repr((facts.one_frame, facts.controls)))
+        return (*self.item.bucket, self.flip_aug, self.alpha_mask)
 
 
 @dataclass

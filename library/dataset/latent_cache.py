@@ -18,7 +18,7 @@ from library.dataset.cache_io import Array, ImageIdentity, LatentsRecord
 from library.dataset.cache_names import latents_base
 from library.dataset.cache_stores import LatentStore, latent_store
 from library.dataset.items import SampleFacts
-from library.families.latents import Bucket
+from library.families.latents import PLAIN, Bucket, SampleKind
 
 if TYPE_CHECKING:
     from library.dataset.cache_index import CacheIndex
@@ -48,10 +48,6 @@ class LatentEncoder(ABC):
         tiles"); "" where they are made in one piece."""
         return ""
 
-    def manner_of(self, bucket: Sequence[int], facts: SampleFacts) -> str:
-        """`manner`, where it hangs on more than the size."""
-        return self.manner(bucket)
-
     condition_pictures: tuple[str, ...] = ()
     """conditions that are pictures (CONDITIONING_IMAGES: control pictures) and that `encode_conditions` reads: caches
     hold what is made of them, and the step gets that in their place"""
@@ -70,10 +66,6 @@ class LatentEncoder(ABC):
         [B, 3, H, W] in -1..1, scaled, cropped and mirrored like the images."""
         return {}
 
-    def shapes_beside(self, bucket: Sequence[int], facts: SampleFacts) -> Mapping[str, tuple[int, ...]]:
-        """`condition_shapes`, where they hang on more than the size."""
-        return self.condition_shapes(bucket)
-
     def encode_with_facts(
         self, vae: torch.nn.Module, parts: Mapping[str, torch.nn.Module], images: torch.Tensor, seeds: Sequence[int],
         pictures: Mapping[str, torch.Tensor], facts: Sequence[SampleFacts],
@@ -81,7 +73,7 @@ class LatentEncoder(ABC):
         """(`encode`, `encode_conditions`), where they hang on more than the pixels, or are made of the same latents: a
         family that learns clips in sections gets the whole clips, and gives of each the section that `facts` names."""
         latents = self.encode(vae, images, seeds)
-        has_more = self.shapes_beside(bucket_of(images), facts[0])
+        has_more = self.condition_shapes(bucket_of(images, facts[0].kind))
         return latents, self.encode_conditions(vae, parts, images, seeds, pictures) if has_more else {}
 
 
@@ -157,8 +149,8 @@ class LatentCache:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`encode_samples` in the number formats that the encoder gives, as caches hold them."""
         facts = facts or [SampleFacts()] * len(images)
-        bucket = bucket_of(images, facts[0])
-        shapes = self.encoder.shapes_beside(bucket, facts[0])
+        bucket = bucket_of(images, facts[0].kind)
+        shapes = self.encoder.condition_shapes(bucket)
         parameter = next(vae.parameters())
         images = images.to(parameter.device, parameter.dtype)
         read = {name: self._picture(name, pictures).to(images) for name in self.encoder.condition_pictures if shapes}
@@ -210,9 +202,9 @@ class LatentCache:
         if self.skip_disk_cache_validity_check:
             return None if os.path.exists(path) else "no file"
         return self.store.problem(
-            path, self.architecture, item.bucket.key, flip_aug=flip_aug, alpha_mask=alpha_mask,
+            path, self.architecture, item.bucket, flip_aug=flip_aug, alpha_mask=alpha_mask,
             expected=self.record_of(item), image_path=item.absolute_path,
-            conditions=self.encoder.shapes_beside(item.bucket.key, item.facts),
+            conditions=self.encoder.condition_shapes(item.bucket),
             picture_paths=condition_paths(item, self.encoder.condition_pictures),
         )
 
@@ -231,7 +223,7 @@ class LatentCache:
             )
 
         def problem_of(item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
-            kind = (item.bucket, item.facts, item.resized_size, item.subset.resize_interpolation, flip_aug, alpha_mask)
+            kind = (item.bucket, item.resized_size, item.subset.resize_interpolation, flip_aug, alpha_mask)
             if kind not in questions:
                 questions[kind] = question(item, flip_aug, alpha_mask)
             path = item.latents_npz or self.path_of(item)
@@ -252,14 +244,14 @@ class LatentCache:
         return LatentsRecord(
             model=self.model_identity, latent_space=self.architecture.latents.fingerprint, image=image,
             pictures=pictures, resized=tuple(item.resized_size), interpolation=item.subset.resize_interpolation,
-            manner=self.encoder.manner_of(item.bucket.key, item.facts),
+            manner=self.encoder.manner(item.bucket),
         )
 
     def load_conditions_from_disk(
-        self, npz_path: str, bucket_reso: tuple[int, ...], flipped: bool, facts: SampleFacts = SampleFacts()
+        self, npz_path: str, bucket_reso: tuple[int, ...], flipped: bool
     ) -> Mapping[str, Array]:
-        """What `LatentEncoder.shapes_beside` names, as stored beside the latents of this size."""
-        shapes = self.encoder.shapes_beside(bucket_reso, facts)
+        """What `LatentEncoder.condition_shapes` names, as stored beside the latents of this size."""
+        shapes = self.encoder.condition_shapes(bucket_reso)
         return (
             self.store.load_conditions(npz_path, self.architecture, bucket_reso, shapes, flipped=flipped)
             if shapes
@@ -309,10 +301,9 @@ def parts_apart(images: torch.Tensor) -> list[slice]:
     return [slice(i, i + 1) for i in range(len(images))]
 
 
-def bucket_of(images: torch.Tensor, facts: SampleFacts = SampleFacts()) -> Bucket:
-    """The size of images [B, 3, H, W] or clips [B, 3, F, H, W], or of their sections."""
-    frames = images.shape[2] if images.ndim == 5 else 1
-    return Bucket(images.shape[-1], images.shape[-2], frames, 0 if facts.section is None else facts.window)
+def bucket_of(images: torch.Tensor, kind: SampleKind = PLAIN) -> Bucket:
+    """The size of images [B, 3, H, W] or clips [B, 3, F, H, W], which are of this kind."""
+    return Bucket(images.shape[-1], images.shape[-2], images.shape[2] if images.ndim == 5 else 1, kind)
 
 
 def posterior_seed(content: str, bucket_reso: tuple[int, ...], is_flipped: bool) -> int:

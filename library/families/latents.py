@@ -7,20 +7,41 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
+@dataclass(frozen=True)
+class SampleKind:
+    """What samples have in common beside their size, where they are more than a picture or a clip."""
+
+    controls: tuple[tuple[int, int], ...] = ()
+    """(width, height) of the control pictures, in order"""
+    clean_indices: tuple[int, ...] | None = None
+    """latent times of the control pictures, of a single frame that is learned with others as reference"""
+    target_index: int | None = None
+    """latent time of that frame"""
+    no_post: bool = False
+    """no zeros stand behind the reference frames"""
+    section_frames: int | None = None
+    """latent frames of the sections in which a clip is learned; None: whole"""
+
+    def __lt__(self, other: SampleKind) -> bool:
+        return repr(self) < repr(other)  # any order will do, of buckets that are sorted
+
+
+PLAIN = SampleKind()
+
+
 class Bucket(NamedTuple):
-    """Size of a sample in pixels and frames. `section`: latent frames of the section of the clip that is learned; 0 =
-    the whole clip is."""
+    """What samples of a batch have in common: size in pixels, frames, and what else `kind` says."""
 
     width: int
     height: int
     frames: int = 1
-    section: int = 0
+    kind: SampleKind = PLAIN
 
     @property
     def key(self) -> tuple[int, ...]:
-        """(width, height) of a picture, (width, height, frames) of a clip, (width, height, frames, section) of a
-        section: how caches, records and random draws name it."""
-        return tuple(self) if self.section else self[:2] if self.frames == 1 else self[:3]
+        """(width, height) of a picture, (width, height, frames) of a clip: how caches, records and random draws name
+        it."""
+        return self[:2] if self.frames == 1 else self[:3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +82,19 @@ class LatentSpec:
     def latent_shape(self, bucket: Sequence[int]) -> tuple[int, ...]:
         """Shape of the latents of a sample of this size (a Bucket, or its key): (C, h, w) of a picture, (C, F, h, w) of
         a clip or of a section."""
-        width, height, frames, section = Bucket(*bucket)
+        width, height, frames, kind = Bucket(*bucket)
         picture = (self.channels, height // self.spatial_stride, width // self.spatial_stride)
         if frames == 1:
             return picture
-        return (self.channels, section or 1 + (frames - 1) // (self.temporal_stride or 1), *picture[1:])
+        return (self.channels, kind.section_frames or 1 + (frames - 1) // (self.temporal_stride or 1), *picture[1:])
 
-    def sections_in(self, frames: int, section: int) -> int:
+    def sections_in(self, frames: int, section_frames: int) -> int:
         """Whole sections of so many latent frames in a clip, behind its first latent frame; 0 when it is too short."""
-        return max((frames - 1) // (self.temporal_stride or 1), 0) // section
+        return max((frames - 1) // (self.temporal_stride or 1), 0) // section_frames
 
-    def frames_of_sections(self, sections: int, section: int) -> int:
+    def frames_of_sections(self, sections: int, section_frames: int) -> int:
         """Frames of a clip of so many sections."""
-        return 1 + sections * section * (self.temporal_stride or 1)
+        return 1 + sections * section_frames * (self.temporal_stride or 1)
 
     def side_limit(self, patches: int, lifted_by: str = "") -> SideLimit:
         """That of a denoiser with positions for this many patches along a side."""
