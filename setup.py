@@ -1,4 +1,4 @@
-"""Packaging. `pip install -e .` in a clone; extras: [wandb], [sentencepiece], [onnx], [faces], [optimizers], [dev]."""
+"""Packaging. `pip install -e .` in a clone; extras: [wandb], [sentencepiece], [onnx], [faces], [optimizers], [video], [dev]."""
 
 from pathlib import Path
 
@@ -31,6 +31,7 @@ setup(
         "sentencepiece": ["sentencepiece"],
         "onnx": ["onnxruntime>=1.17"],
         "faces": ["anime-face-detector"],
+        "video": ["av>=12"],
         "optimizers": requirements("requirements-optimizers.txt"),
         "dev": requirements("requirements-dev.txt"),
     },

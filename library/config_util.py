@@ -31,8 +31,21 @@ from library.dataset.config_reading import (
     Scope,
     Table,
     read_config_file,
+    with_new_names,
 )
 from library.dataset.config_schema import CONTROL, KEYS
+from library.dataset.config_sources import (
+    FLAT_BUCKETS,
+    FlatScope,
+    check_area,
+    check_cache_folders_of,
+    check_sources,
+    check_targets,
+    learns_videos,
+    source_settings,
+    sources_of,
+    told,
+)
 from library.dataset.items import DatasetParams, SubsetParams
 
 logger = logging.getLogger(__name__)
@@ -160,9 +173,13 @@ def load_blueprint(
             raise DatasetConfigError(problems.items)
     if options.caption_extention is not None and {"caption_extension", "caption_extention"} <= explicit:
         warnings.append(f"--caption_extention {options.caption_extention} is used, --caption_extension is not")
-    tables = ConfigReader(problems, kinds=rules.keys, supports_dropout=rules.dropout).read(raw)
+    reader = ConfigReader(
+        problems, kinds=rules.keys, supports_dropout=rules.dropout, learns_videos=learns_videos(architecture)
+    )
+    tables = reader.read(with_new_names(raw, warnings))
     resolver = _Resolver(options, caching or CachingOptions(), explicit, architecture, rules, problems, warnings)
     datasets = tuple(resolver.dataset(tables, dataset) for dataset in tables.datasets)
+    check_cache_folders_of(datasets, tables.datasets, architecture, problems)
     if options.masked_loss and not any(d.kind == "CN" or any(s.alpha_mask for s in d.subsets) for d in datasets):
         warnings.append(
             "--masked_loss is on, and no dataset has conditioning_data_dir or alpha_mask: the loss is not masked"
@@ -200,21 +217,13 @@ class _Resolver:
         return frozenset(str(option) for _, option in names) - taken
 
     def dataset(self, tables: ConfigTables, dataset: DatasetTables) -> DatasetParams:
-        scope = Scope(self.options, dataset.table, tables.general)
+        scope = self._scope(dataset, dataset.table, tables.general)
         kinds = self._kinds(dataset)
         kind = kinds[0] if len(set(kinds)) == 1 else "DB"
-        check_resolution(scope, self.architecture, self.problems)
+        check_sources(dataset, self.architecture, self.problems)
         values = {name: scope.get(name) for name in DATASET_FIELDS}
         self.scopes.append((DATASET_FIELDS, scope))
-        follows = checked_limits(scope, self.explicit, self.problems)
-        if follows is not None:
-            values["max_bucket_reso"] = follows
-        limits = ("min_bucket_reso", "max_bucket_reso")
-        is_limited = any(name in self.explicit or scope.written_at(name) for name in limits)
-        if is_limited and values["bucket_no_upscale"] is True and values["enable_bucket"] is True:
-            self.warnings.append(
-                f"{dataset.table.path}: bucket_no_upscale is on, so {' and '.join(limits)} have no effect"
-            )
+        values |= self._buckets(dataset, scope, values)
         if len(set(kinds)) <= 1:
             self._check_keys(dataset.table, kind)
         values["resolution"] = values["resolution"] or PLACEHOLDER_RESOLUTION
@@ -223,29 +232,55 @@ class _Resolver:
             **_without_bad(values, DatasetParams),
         )
         subsets = [
-            self._subset(Scope(self.options, table, *scope.tables), params, own_kind)
+            self._subset(self._scope(dataset, table, *scope.tables), params, own_kind, dataset.is_flat)
             for table, own_kind in zip(dataset.subsets, kinds)
         ]
         repeated = same_sources(subsets, [table.path for table in dataset.subsets], self.problems, self.warnings)
         kept = tuple(subset for index, subset in enumerate(subsets) if index not in repeated)
         return dataclasses.replace(params, subsets=kept)
 
-    def _subset(self, scope: Scope, dataset: DatasetParams, kind: str) -> SubsetParams:
+    def _scope(self, dataset: DatasetTables, *tables: Table) -> Scope:
+        scope = Scope(self.options, *tables)
+        return FlatScope(self.explicit, scope) if dataset.is_flat else scope
+
+    def _buckets(self, dataset: DatasetTables, scope: Scope, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of buckets as they count, checked."""
+        if dataset.is_flat:
+            if values["enable_bucket"] is True:
+                check_area(scope, self.architecture, self.problems)
+            else:
+                check_resolution(scope, self.architecture, self.problems)
+            return {"bucket_rule": FLAT_BUCKETS, "bucket_reso_steps": self.architecture.bucket_step}
+        check_resolution(scope, self.architecture, self.problems)
+        follows = checked_limits(scope, self.explicit, self.problems)
+        limits = ("min_bucket_reso", "max_bucket_reso")
+        is_limited = any(name in self.explicit or scope.written_at(name) for name in limits)
+        if is_limited and values["bucket_no_upscale"] is True and values["enable_bucket"] is True:
+            self.warnings.append(
+                f"{dataset.table.path}: bucket_no_upscale is on, so {' and '.join(limits)} have no effect"
+            )
+        return {} if follows is None else {"max_bucket_reso": follows}
+
+    def _subset(self, scope: Scope, dataset: DatasetParams, kind: str, is_flat: bool) -> SubsetParams:
         table = scope.tables[0]
         self.scopes.append((SUBSET_FIELDS, scope))
         self._check_keys(table, kind)
+        has_source = is_flat or any(name != "metadata_file" for name in sources_of(table))
         for name in REQUIRED[kind]:
-            if name not in table.values:
+            if name not in table.values and not (name == "image_dir" and has_source):
                 self.problems.add(table.where(name), "missing", _missing_message(name, kind, self.rules))
         values = {}
         for name in SUBSET_FIELDS:
             key = KEYS[name]
             values[name] = scope.get(name) if key.kinds & self.rules.keys_of(kind) else key.default
         values["custom_attributes"] = scope.merged("custom_attributes")
-        if isinstance(values["caption_extension"], str):
+        if isinstance(values["caption_extension"], str) and not is_flat:
             values["caption_extension"] = dotted(values["caption_extension"])
+        values |= {"whole_captions": is_flat, **source_settings(scope)}
         subset = SubsetParams(label=table.path, **_without_bad(values, SubsetParams))
         check_subset(scope, subset, dataset, self.caching, self.problems)
+        check_targets(scope, subset, self.architecture, self.problems)
+        self.warnings += told(scope, subset, self.architecture)
         if subset.num_repeats == 0:
             self.warnings.append(f"{table.path} has num_repeats = 0 and is not used")
         return subset

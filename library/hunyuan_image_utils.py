@@ -5,30 +5,22 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.checkpoints import hunyuan_image_convert
-from library.checkpoints.layout_rules import DenoiserLayouts, Rule, to_original
-from library.checkpoints.loading import (
-    CheckpointFiles,
-    Transform,
-    assign_state,
-    build_on_meta,
-    build_params,
-    check_marks,
-    check_state,
-    config_metadata,
-    count_blocks,
-    find_prefix,
-    is_blob,
-    open_checkpoint,
-    part_of,
-    size_of,
-    strip_prefix,
+from library.checkpoints.hunyuan_convert import comfy_rules, rows_of
+from library.checkpoints.layout_rules import DenoiserLayouts
+from library.checkpoints.loading import Transform
+from library.components.hunyuan_stream_utils import (
+    StreamInfo,
+    StreamKind,
+    inspect_streams,
+    load_streams,
+    save_streams,
+    stream_state,
 )
 from library.components.ldm_models import AutoEncoderParams
 from library.components.ldm_utils import (
@@ -43,16 +35,9 @@ from library.components.text_encoder_utils import inspect_t5xxl, load_t5xxl
 from library.core.errors import Problems
 from library.core.lazy_names import homes, lazy_names
 from library.custom_offloading_utils import stream_swap_problem
-from library.fp8_optimization_utils import (
-    FP8_STORAGE,
-    scaled_fp8,
-    shrink_linears_to_fp8,
-    store_linears_in_fp8,
-    use_scales,
-)
+from library.fp8_optimization_utils import shrink_linears_to_fp8
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
 from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, SAMPLE_SIZE, TILES, HunyuanVAE2D
-from library.safetensors_utils import cast_all, save_file_atomic
 
 logger = logging.getLogger(__name__)
 __getattr__, __dir__ = lazy_names(__name__, homes(
@@ -67,93 +52,30 @@ VAE_WANTED = Wanted(
     ),
     marks=("decoder.up.0.upsample.conv.weight",), model_class=HunyuanVAE2D,
 )  # fmt: skip
-DENOISER_PREFIXES = (
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "model.model.",
-    "model.",
-    "net.",
-    "module.",
-    "transformer.",
+KIND = StreamKind(
+    title="HunyuanImage 2.1",
+    model=HYImageDiffusionTransformer,
+    params=HYImageParams,
+    names=hunyuan_image_convert.NAMES,
+    roots=hunyuan_image_convert.ROOTS,
+    marks=("byt5_in.fc1.weight", "double_blocks.0.img_attn_qkv.weight"),
+    sizes=lambda size, shapes: {
+        "byt5_dim": size("byt5_in.fc1.weight", 1),
+        "byt5_mid": size("byt5_in.fc1.weight", 0),
+        "mean_flow": any(key.startswith("time_r_in.") for key in shapes),
+    },
+    axes=lambda head_dim: (head_dim // 2, head_dim // 2),
+    of_diffusers={"rope_axes_dim": "rope_dim_list", "rope_theta": "rope_theta"},
 )
-DENOISER_ROOTS = (
-    "byt5_in", "img_in", "txt_in", "time_in", "time_r_in", "guidance_in", "double_blocks", "single_blocks",
-    "final_layer", "vision_in", *hunyuan_image_convert.ROOTS,
-)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class HYImageInfo:
-    """What the headers of a denoiser checkpoint tell. `rules`: by which its names become the original ones, none where
-    they are; `dtypes`: types of the stored weights."""
-
-    source: CheckpointFiles
-    prefix: str
-    is_diffusers: bool
-    rules: tuple[Rule, ...]
-    params: HYImageParams
-    dtypes: frozenset[torch.dtype]
-
-    @property
-    def keys(self) -> list[str]:
-        """Those of the denoiser, as the file has them."""
-        named = [key for key in self.source.shapes if key.startswith(self.prefix)]
-        return [key for key in named if key[len(self.prefix) :].split(".")[0] in DENOISER_ROOTS]
-
-
-def inspect_hunyuan_image(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> HYImageInfo:
+def inspect_hunyuan_image(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> StreamInfo:
     """Recognise a HunyuanImage 2.1 denoiser from headers alone; `config` overrides hyper-parameters by the names of
     HYImageParams.
 
     CheckpointError when the file is damaged or no such denoiser.
     """
-    source = open_checkpoint(path, "transformer")
-    prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
-    stripped = strip_prefix(source.shapes, prefix)
-    own = {key: tensor for key, tensor in stripped.items() if key.split(".")[0] in DENOISER_ROOTS and not is_blob(key)}
-    rules = hunyuan_image_convert.rules_of_names(own)
-    shapes = to_original(own, rules)
-    marks = ("byt5_in.fc1.weight", "double_blocks.0.img_attn_qkv.weight")
-    check_marks(shapes or stripped, marks, source.path, "HunyuanImage 2.1 denoiser")
-    given = {**_diffusers_config(source.config), **source.model_config, **(config or {})}
-    params = build_params(HYImageParams, _infer(shapes, given, source.path), given, source.path)
-    check_state(build_on_meta(lambda: HYImageDiffusionTransformer(params)), shapes, source.path)
-    dtypes = frozenset(tensor.dtype for key, tensor in shapes.items() if key.endswith(".weight"))
-    is_diffusers = hunyuan_image_convert.is_diffusers_denoiser(stripped)
-    return HYImageInfo(source, prefix, is_diffusers, tuple(rules), params, dtypes)
-
-
-def _diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json of diffusers says that shapes do not."""
-    names = {"rope_axes_dim": "rope_dim_list", "rope_theta": "rope_theta"}
-    return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
-
-
-def _infer(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Hyper-parameters from shapes; head size h gives the rotary axes (h/2, h/2)."""
-
-    def size(key: str, dim: int) -> int:
-        return size_of(shapes, key, dim, path, "HYImageDiffusionTransformer")
-
-    hidden, head_dim = size("img_in.proj.weight", 0), size("double_blocks.0.img_attn_q_norm.weight", 0)
-    inferred: dict[str, Any] = {
-        "in_channels": size("img_in.proj.weight", 1),
-        "hidden_size": hidden,
-        "num_heads": hidden // head_dim,
-        "depth": count_blocks(shapes, "double_blocks."),
-        "depth_single": count_blocks(shapes, "single_blocks."),
-        "refiner_depth": count_blocks(shapes, "txt_in.individual_token_refiner.blocks."),
-        "mlp_ratio": size("double_blocks.0.img_mlp.fc1.weight", 0) / hidden,
-        "text_dim": size("txt_in.input_embedder.weight", 1),
-        "byt5_dim": size("byt5_in.fc1.weight", 1),
-        "byt5_mid": size("byt5_in.fc1.weight", 0),
-        "time_embed_dim": size("time_in.mlp.0.weight", 1),
-        "guidance_embed": any(key.startswith("guidance_in.") for key in shapes),
-        "mean_flow": any(key.startswith("time_r_in.") for key in shapes),
-    }
-    if "rope_dim_list" not in given:
-        inferred["rope_dim_list"] = (head_dim // 2, head_dim // 2)
-    return inferred
+    return inspect_streams(KIND, path, config)
 
 
 def load_hunyuan_image(
@@ -166,39 +88,14 @@ def load_hunyuan_image(
     fp8_scaled: bool = False,
     transform: Transform | None = None,
 ) -> HYImageDiffusionTransformer:
-    """Load a denoiser in any layout; its sizes come from the file.
-
-    `fp8_scaled` keeps the large matrices of the blocks in 8 bits, each row with a scale of its own; `dtype`
-    float8_e4m3fn the weights of all linear layers, without scales, and the rest in bfloat16; None keeps the file's own
-    types. `transform` may change the tensors as they are read. CheckpointError when the file does not fit.
-    """
+    """Load a denoiser in any layout; its sizes come from the file. As `load_streams` otherwise."""
     info = inspect_hunyuan_image(path, config)
     params = info.params
     logger.info(
         "loading HunyuanImage 2.1%s from %s (%d double and %d single blocks)",
         " (distilled)" if params.guidance_embed or params.mean_flow else "", path, params.depth, params.depth_single,
     )  # fmt: skip
-    store = info.source.storing(torch.bfloat16 if fp8_scaled and dtype == FP8_STORAGE else dtype, info.keys)
-    rule_of = {part: rule for rule in info.rules for part in rule.parts}
-    scales: dict[str, Tensor] = {}
-
-    def cast(key: str, tensor: Tensor) -> Tensor:
-        name = key[len(info.prefix) :]
-        ours = rule_of[name].original if name in rule_of else name
-        if fp8_scaled and takes_scale(ours.removesuffix(".weight")) and ours.endswith(".weight"):
-            weight, scales[name] = scaled_fp8(tensor)
-            return weight
-        return store(key, tensor)
-
-    state = strip_prefix(info.source.tensors(device, disable_mmap, info.keys, transform, cast), info.prefix)
-    state, scales = to_original(state, info.rules), to_original(scales, info.rules)
-    model = build_on_meta(lambda: HYImageDiffusionTransformer(params))
-    check_state(model, state, os.fspath(path))
-    assign_state(model, state)
-    store_linears_in_fp8(model)
-    for name, scale in scales.items():
-        use_scales(model.get_submodule(name.removesuffix(".weight")), scale)
-    return model
+    return load_streams(info, dtype, device, disable_mmap, fp8_scaled=fp8_scaled, transform=transform)
 
 
 def load_encoders(
@@ -220,14 +117,9 @@ def load_encoders(
     return [vlm, load_t5xxl(byt5, dtype, device, disable_mmap)]
 
 
-def takes_scale(path: str) -> bool:
-    """Whether the layer of this path is stored in scaled 8 bits: the matrices of the double and single blocks."""
-    return path.startswith(("double_blocks.", "single_blocks.")) and not path.endswith("_norm")
-
-
 def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The denoiser's entries of a checkpoint's state under the names of the module tree."""
-    return hunyuan_image_convert.to_original(part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS))
+    return stream_state(KIND, state)
 
 
 def fitting_problems(
@@ -270,15 +162,7 @@ def save_hunyuan_image(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a denoiser in the original layout. Hyper-parameters that its shapes do not tell go into `model_config`."""
-    state = cast_all({key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}, dtype)
-    save_file_atomic(state, path, {"format": "pt", **(metadata or {}), **model_config_metadata(model)})
-
-
-def model_config_metadata(model: HYImageDiffusionTransformer) -> dict[str, str]:
-    """{"model_config": JSON} for a model whose hyper-parameters do not follow from its shapes, else nothing."""
-    return config_metadata(
-        model.params, lambda: build_params(HYImageParams, _infer(model.state_dict(), {}, ""), {}, "")
-    )
+    save_streams(KIND, model, path, dtype, metadata)
 
 
 def _config_of_diffusers(params: HYImageParams) -> dict[str, Any]:
@@ -296,9 +180,8 @@ def _config_of_diffusers(params: HYImageParams) -> dict[str, Any]:
 
 
 LAYOUTS = DenoiserLayouts(
-    inspect_hunyuan_image, hunyuan_image_convert.denoiser_rules, _config_of_diffusers,
-    rows_of=lambda params: hunyuan_image_convert.rows_of(params.hidden_size),
-    further=hunyuan_image_convert.comfy_rules,
+    inspect_hunyuan_image, KIND.names.rules, _config_of_diffusers,
+    rows_of=lambda params: rows_of(params.hidden_size), further=comfy_rules,
 )  # fmt: skip
 
 

@@ -169,6 +169,10 @@ class _Inert:
         return id(self)
 
 
+_NESTED = ("state_dict", "module")
+"""entries of PyTorch files that hold the weights, beside what the training framework kept"""
+
+
 def load_pickled_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a PyTorch file; nothing in it is executed. CheckpointError when it is damaged or holds code.
 
@@ -176,7 +180,8 @@ def load_pickled_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     left out.
     """
     state = load_pickled(path)
-    state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
+    state = state if isinstance(state, Mapping) else {}
+    state = next((state[key] for key in _NESTED if isinstance(state.get(key), Mapping)), state)
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")

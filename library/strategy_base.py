@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from library.core.errors import UnsupportedCombination
-from library.dataset import cache_io, caching, text_cache_io, text_caching
+from library.dataset import cache_io, caching, text_caching
 from library.dataset.cache_io import LatentArrays
+from library.dataset.cache_stores import latent_store, text_store
 from library.dataset.latent_cache import LatentCache, LatentEncoder, posterior_seed
 from library.dataset.strategies import StrategySet
 from library.dataset.text_cache import TextCache
@@ -169,7 +170,7 @@ class LatentsCachingStrategy(PluginSlot, LatentCache, LatentEncoder, ABC):
             return False
         if self.skip_disk_cache_validity_check:
             return True
-        return cache_io.latents_problem(
+        return latent_store(self.architecture).problem(
             npz_path, self.architecture, bucket_reso, flip_aug=flip_aug, alpha_mask=alpha_mask,
             conditions=self.condition_shapes(bucket_reso),
         ) is None
@@ -252,11 +253,12 @@ class TextEncoderOutputsCachingStrategy(PluginSlot, TextCache):
             return False
         if self.skip_disk_cache_validity_check:
             return True
-        return text_cache_io.keys_problem(npz_path, self.layout, self.record_of(""), self.needed) is None
+        store, expected = text_store(self.architecture), self.record_of("")
+        return store.keys_problem(npz_path, self.architecture, self.layout, expected, self.needed) is None
 
     def load_outputs_npz(self, npz_path: str, suffix: str = "") -> list[np.ndarray | None]:
         """The outputs in the order of the layout, dtypes as stored; None for those of a training encoder."""
-        return self.layout.listed(text_cache_io.load_text(npz_path, self.layout, suffix, self.live))
+        return self.layout.listed(text_store(self.architecture).load(npz_path, self.layout, suffix, self.live))
 
     def cache_batch_outputs(
         self,

@@ -205,12 +205,52 @@ def te_qwen3(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tenso
 
 
 @torch.no_grad()
+def wan(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    """Text to video, and with pictures, whose latents `y` and states `clip_fea` stand beside the text."""
+    from library.wan_utils import load_wan
+
+    model = _loaded(load_wan, weights, config)
+    rows = torch.arange(inputs["context"].shape[1]) < inputs["context_lens"][:, None]
+    text = inputs["context"] * rows[..., None]  # padding is 0
+    beside = {name: inputs[name] for name in ("y", "clip_fea") if name in inputs}
+    return {"out": model(inputs["x"], inputs["t"], text, **beside)}
+
+
+@torch.no_grad()
+def te_umt5(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    """Both layouts of the file give the same encoder."""
+    from library.wan_text_encoder_utils import load_umt5
+
+    model = _loaded(load_umt5, weights, {})
+    layout = "hf_layout/"
+    other = {key.removeprefix(layout): tensor for key, tensor in inputs.items() if key.startswith(layout)}
+    same = _loaded(load_umt5, other, {})
+    given = (inputs["ids"], inputs["mask"])
+    states = model(*given).last_hidden_state
+    assert torch.equal(states, same(*given).last_hidden_state)
+    return {"last_hidden_state": states}
+
+
+@torch.no_grad()
 def hunyuan_image(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     from library.hunyuan_image_utils import load_hunyuan_image
 
     model = _loaded(load_hunyuan_image, weights, config)
     names = ("x", "t", "txt", "txt_mask", "byt5", "byt5_mask")
     return {"out": model(*(inputs[name] for name in names))}
+
+
+@torch.no_grad()
+def hunyuan_video(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    """The positions of the reference stand twice."""
+    from library.hunyuan_video_utils import load_hunyuan_video
+
+    model = _loaded(load_hunyuan_video, weights, config)
+    names = ("x", "t", "txt", "txt_mask", "vec")
+    result = model(*(inputs[name] for name in names), guidance=inputs["guidance"])
+    grid = tuple(size // step for size, step in zip(inputs["x"].shape[2:], config["patch_size"]))
+    cos, sin = (table[0].repeat_interleave(2, dim=-1) for table in model.rope(grid, result.device))
+    return {"out": result, "rope_cos": cos, "rope_sin": sin}
 
 
 @torch.no_grad()
@@ -292,6 +332,7 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
         "sd3_scaled_pos_embed_grid9_sample6_dim64": scaled_positions(64, (9, 9), (0, 0), side=6)[0],
         "time_anima_64": timestep_embedding(inputs["time/unit"], 64, 1.0),
         **hunyuan_image_numbers(inputs),
+        **wan_numbers(inputs),
         "time_lumina_256": timestep_embedding(inputs["time/unit"], 256, 1.0),
         **{f"rope_lumina_{name}": table[0] for name, table in zip(("cos", "sin"), lumina_rope)},
         **{f"flow_shift_{shift}": shift_sigmas(sigmas, shift) for shift in FLOW_SHIFTS},
@@ -303,11 +344,20 @@ def numeric(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensor
 def hunyuan_image_numbers(inputs: Tensors) -> Tensors:
     """Positions, whose values stand twice in the reference, and the sinusoid of times on the 0..1000 scale."""
     from library.attention import timestep_embedding
-    from library.hunyuan_image_models import image_rope
+    from library.components.hunyuan_stream_models import grid_rope
 
-    cos, sin = (table[0].repeat_interleave(2, dim=-1) for table in image_rope(*ANIMA_GRID[1:], (64, 64), 256))
+    cos, sin = (table[0].repeat_interleave(2, dim=-1) for table in grid_rope(ANIMA_GRID[1:], (64, 64), 256))
     times = timestep_embedding(inputs["time/scaled"], 256, 1.0)
     return {"rope_hyimage_cos": cos, "rope_hyimage_sin": sin, "time_hunyuan_256": times}
+
+
+def wan_numbers(inputs: Tensors) -> Tensors:
+    """Positions of two frames, and the sinusoid of times on the 0..1000 scale."""
+    from library.attention import rope_cos_sin
+    from library.wan_models import ROPE_THETA, WanParams, grid_positions, sinusoids
+
+    cos, sin = rope_cos_sin(grid_positions(torch.arange(2)[None], *ANIMA_GRID[1:]), WanParams().axes_dim, ROPE_THETA)
+    return {"rope_wan_cos": cos[0], "rope_wan_sin": sin[0], "time_wan_256": sinusoids(inputs["time/scaled"], 256)}
 
 
 def noise_schedule(inputs: Tensors) -> Tensors:
@@ -433,9 +483,13 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "anima": anima,
     "vae_wan": vae_wan,
     "te_qwen3": te_qwen3,
+    "wan_t2v": wan,
+    "wan_i2v": wan,
+    "te_umt5": te_umt5,
     "hunyuan_image": hunyuan_image,
     "framepack": framepack,
     "vae_hunyuan_image": vae_hunyuan_image,
+    "hunyuan_video": hunyuan_video,
     "te_qwen25vl": te_qwen25vl,
     "lumina2": lumina2,
     "te_gemma2": te_gemma2,

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/compat/*.py", 8), *((f"library/{name}.py", 8) for name in PUBLIC_NAMES_ALONE),
     # 6: wiring and scripts, found by name, never imported by shared code
     ("library/training/wiring/base.py", 5), ("library/training/wiring/unet.py", 5),
+    ("library/training/wiring/video*.py", 5),
     ("library/training/wiring/*.py", 6), ("library/training/cli.py", 6),
     ("library/generation/*_inference.py", 6), ("library/generation/*script.py", 6),
     ("library/generation/gen_img/script.py", 6),
@@ -39,7 +40,8 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/*/*/__init__.py", 0),
     ("networks/*/__init__.py", 0), ("library/core/*.py", 0), ("library/families/*.py", 0),
     ("library/generation/gen_img/dynamic_prompts.py", 0),
-    ("library/generation/requests.py", 0), ("library/generation/adapter_files.py", 0),
+    ("library/generation/requests.py", 0), ("library/generation/video_requests.py", 0),
+    ("library/generation/adapter_files.py", 0),
     ("library/generation/*_options.py", 0),
     ("library/generation/gen_img/options.py", 0), ("library/generation/gen_img/prompts.py", 0),
     ("library/training/sampling_prompts.py", 0),
@@ -60,6 +62,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/checkpoints/*.py", 2), ("library/components/*.py", 2), ("library/*_utils.py", 2),
     ("library/huggingface_util.py", 2),
     ("library/sai_model_spec.py", 2), ("library/tiny_models/*.py", 2), ("library/generation/picture_files.py", 2),
+    ("library/generation/video_files.py", 2),
     # 3: strategies and data
     ("library/strategy_*.py", 3), ("library/dataset/*.py", 3), ("library/dataset/clips/*.py", 3),
     ("library/config_util.py", 3),

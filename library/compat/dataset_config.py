@@ -56,7 +56,8 @@ class ConfigSanitizer:
         if problems.items:
             raise DatasetConfigError(problems.items)
         datasets = [
-            {**dataset.table.values, "subsets": [dict(subset.values) for subset in dataset.subsets]}
+            dict(dataset.table.values) if dataset.is_flat
+            else {**dataset.table.values, "subsets": [dict(subset.values) for subset in dataset.subsets]}
             for dataset in tables.datasets
         ]
         return {"general": dict(tables.general.values), "datasets": datasets}

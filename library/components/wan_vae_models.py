@@ -66,14 +66,26 @@ class WanVAEParams:
 
 
 class Stream(dict[nn.Module, Tensor]):
-    """What convolutions over time remember between the pieces of one video."""
+    """What convolutions over time remember between the pieces of one video. With `home` it waits on the CPU and is
+    brought to that device when it is read."""
+
+    def __init__(self, home: torch.device | None = None) -> None:
+        super().__init__()
+        self.home = home
+
+    def __setitem__(self, module: nn.Module, frames: Tensor) -> None:
+        super().__setitem__(module, frames if self.home is None else frames.to("cpu"))
+
+    def before(self, module: nn.Module) -> Tensor | None:
+        """The frames that a module has seen before, None at the first piece."""
+        frames = self.get(module)
+        return frames if frames is None or self.home is None else frames.to(self.home)
 
     def remember(self, module: nn.Module, frames: Tensor) -> None:
         """Keep the last two frames that a module has seen; fewer than two are filled up with what was kept before."""
         kept = frames[:, :, -HISTORY_FRAMES:]
-        if kept.shape[2] < HISTORY_FRAMES and module in self:
-            kept = torch.cat((self[module][:, :, -1:], kept), dim=2)
-        self[module] = kept
+        before = self.before(module) if kept.shape[2] < HISTORY_FRAMES else None
+        self[module] = kept if before is None else torch.cat((before[:, :, -1:], kept), dim=2)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -86,7 +98,7 @@ class CausalConv3d(nn.Conv3d):
         """[B, C, T, H, W] -> [B, C', T, H, W]."""
         if self.kernel_size[0] == 1:
             return super().forward(x)
-        history = stream.get(self) if stream is not None else None
+        history = stream.before(self) if stream is not None else None
         if stream is not None:
             stream.remember(self, x)
         return self.over(x, history)
@@ -195,7 +207,7 @@ class Downsample(nn.Module):
         x = _video(self.resample(_frames(x)), x.shape[0])
         if not self.temporal:
             return x
-        before = stream.get(self)
+        before = stream.before(self)
         stream[self] = x[:, :, -1:]
         return x if before is None else self.time_conv(torch.cat((before, x), dim=2))
 
@@ -281,6 +293,8 @@ class WanVAE(nn.Module):
     def __init__(self, params: WanVAEParams) -> None:
         super().__init__()
         self.params = params
+        self.cache_on_cpu = False
+        """what convolutions remember between the pieces of a video waits on the CPU: less memory of the device"""
         self.encoder = Encoder(params)
         self.conv1 = _conv(2 * params.z_dim, 2 * params.z_dim, 1)
         self.conv2 = _conv(params.z_dim, params.z_dim, 1)
@@ -300,6 +314,9 @@ class WanVAE(nn.Module):
             if isinstance(module, CausalConv3d):
                 module.chunk_rows = rows
 
+    def _stream(self) -> Stream:
+        return Stream(self.device if self.cache_on_cpu else None)
+
     def encode_mean(self, videos: Tensor) -> Tensor:
         """The posterior mean, not normalised: [B, 3, T, H, W] -> [B, C, (T-1)/4+1, H/8, W/8].
 
@@ -311,14 +328,14 @@ class WanVAE(nn.Module):
                 f"the video has {frames} frames; 1 + a multiple of {PIECE} is needed, e.g. "
                 f"{frames // PIECE * PIECE + 1}"
             )
-        stream = Stream()
+        stream = self._stream()
         pieces = videos.to(self.dtype).split([FIRST_PIECE, *[PIECE] * ((frames - FIRST_PIECE) // PIECE)], dim=2)
         moments = self.conv1(torch.cat([self.encoder(piece, stream) for piece in pieces], dim=2))
         return moments.chunk(2, dim=1)[0]
 
     def decode_raw(self, latents: Tensor) -> Tensor:
         """Pixels of latents that are not normalised, not clamped: [B, C, T, h, w] -> [B, 3, 4(T-1)+1, 8h, 8w]."""
-        stream = Stream()
+        stream = self._stream()
         frames = self.conv2(latents.to(self.dtype)).split(1, dim=2)
         return torch.cat([self.decoder(frame, stream) for frame in frames], dim=2)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,8 +42,9 @@ class Batch:
     conditions: dict[str, torch.Tensor] = field(default_factory=dict)
     """what samples have beside latents and captions, name -> [B, ...]: control pictures and masks (CONDITIONING_IMAGES,
     [B, 3, H, W] in -1..1), what the family encodes with latents (`LatentEncoder.condition_shapes`)"""
-    conditioning: dict[str, torch.Tensor] | None = None
-    """cached outputs of text encoders, [B, ...] by name; keys that come from an encoder in the step are not there"""
+    conditioning: dict[str, torch.Tensor | list[torch.Tensor]] | None = None
+    """cached outputs of text encoders, [B, ...] by name, or a list of B tensors (`TextKey.varlen`); keys that come from
+    an encoder in the step are not there"""
     conditioning_keys: tuple[str, ...] = ()
     """all keys of the family, in the order of the list that plug-ins know"""
     input_ids_list: list[torch.Tensor] | None = None
@@ -89,6 +90,7 @@ class Batch:
             self,
             request=dataclasses.replace(self.request, **places),
             **{name: listed(value) if name in of_samples else rows_of(value, rows) for name, value in names.items()}
+            | {"conditioning": self.conditioning and conditioning_rows(self.conditioning, rows)},
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -120,6 +122,16 @@ def on_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> 
     if isinstance(value, dict):
         return {name: on_tensors(function, v) for name, v in value.items()}
     return value
+
+
+def conditioning_rows(
+    conditioning: Mapping[str, torch.Tensor | list[torch.Tensor]], rows: Sequence[int]
+) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+    """Some rows of a conditioning, whose lists have an entry for each sample."""
+    return {
+        name: [value[row] for row in rows] if isinstance(value, list) else rows_of(value, rows)
+        for name, value in conditioning.items()
+    }
 
 
 def rows_of(value: Any, rows: Sequence[int]) -> Any:

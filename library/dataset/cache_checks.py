@@ -25,7 +25,7 @@ def caching_problems(subsets: Iterable[SubsetParams], *, latents: bool, text: bo
     """One message per setting of a subset that does not go with the caches that are on."""
     problems = []
     for subset in subsets:
-        where = subset.label or subset.image_dir or subset.metadata_file
+        where = subset.label or (subset.source or ("", ""))[1]
         if latents:
             problems += [
                 f"{where}.{name} is {getattr(subset, name)}, but latents are cached and an image has one cache entry "

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from library.core.errors import CheckpointError
 from library.core.file_limits import path_within_limit, stem_of
@@ -25,6 +26,8 @@ from library.dataset.npz_file import UNREADABLE, ArrayHeader, checksum, read_arr
 from library.families.latents import Bucket
 
 logger = logging.getLogger(__name__)
+
+Array = np.ndarray | torch.Tensor
 
 FORMAT_VERSION = 1
 RECORD_KEY = "atelier_record"
@@ -121,6 +124,12 @@ class LatentsRecord:
     """those beside the image that conditions were made of; not in files of families without"""
     manner: str = ""
     """what the latents hang on beside the VAE's file, in words; not in files where that is nothing"""
+    made_with: Mapping[str, str] = field(default_factory=dict)
+    """settings of a clip by which the reason is told, name -> value; not in files of pictures"""
+    source: str = ""
+    """the file that they were made of, from the folder of the cache; in tensor files"""
+    frame_count: int | None = None
+    """frames of the clip; not in files of pictures"""
     exif: str = EXIF_POLICY
     version: int = FORMAT_VERSION
     checksums: Mapping[str, int] = field(default_factory=dict)
@@ -128,26 +137,34 @@ class LatentsRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentArrays:
-    """One picture or clip at one size, as stored. `conditions`: what the family caches beside latents, by name."""
+    """One picture or clip at one size, as stored: npz files hold float32, tensor files what was encoded. `conditions`:
+    what the family caches beside latents, by name."""
 
-    latents: np.ndarray  # [C, h, w] or [C, F, h, w] float32
-    original_size: np.ndarray  # [2] int64 (width, height)
-    crop_ltrb: np.ndarray  # [4]
-    latents_flipped: np.ndarray | None = None  # as latents, encoded from the mirrored image
-    alpha_mask: np.ndarray | None = None  # [H, W] or [F, H, W] float32, in pixels
-    conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
-    conditions_flipped: Mapping[str, np.ndarray] = field(default_factory=dict)
+    latents: Array  # [C, h, w] or [C, F, h, w]
+    original_size: Array  # [2] int64 (width, height)
+    crop_ltrb: Array  # [4]
+    latents_flipped: Array | None = None  # as latents, encoded from the mirrored image
+    alpha_mask: Array | None = None  # [H, W] or [F, H, W] float32, in pixels
+    conditions: Mapping[str, Array] = field(default_factory=dict)
+    conditions_flipped: Mapping[str, Array] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Key without a suffix -> array, in the number formats of files."""
+        """Key without a suffix -> array, in the number formats of npz files."""
         always = {
-            "latents": np.asarray(self.latents, np.float32),
+            "latents": _float32(self.latents),
             "original_size": np.asarray(self.original_size, np.int64),
             "crop_ltrb": np.asarray(self.crop_ltrb, np.float64),
         }
         others = {"latents_flipped": self.latents_flipped, "alpha_mask": self.alpha_mask, **self.conditions}
         others |= {flipped_key(name): array for name, array in self.conditions_flipped.items()}
-        return always | {name: np.asarray(array, np.float32) for name, array in others.items() if array is not None}
+        return always | {name: _float32(array) for name, array in others.items() if array is not None}
+
+
+def _float32(array: Array) -> np.ndarray:
+    """For files that know no bfloat16; whole numbers as they are."""
+    if isinstance(array, torch.Tensor):
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    return np.asarray(array, np.float32 if array.dtype.kind == "f" else array.dtype)
 
 
 def flipped_key(name: str) -> str:
@@ -213,7 +230,7 @@ def load_conditions(
 
 
 def _condition_problem(headers: Mapping[str, ArrayHeader], wanted: Mapping[str, tuple[int, ...]]) -> str | None:
-    missing = [key for key, shape in wanted.items() if key not in headers or not headers[key].holds("f", tuple(shape))]
+    missing = [key for key, shape in wanted.items() if key not in headers or not headers[key].holds("fiu", tuple(shape))]
     return f"no {missing[0]}" if missing else None
 
 
@@ -279,7 +296,7 @@ def latents_problem(
     stored = read_record(path, headers, RECORD_KEY + suffix)
     if stored is None or expected is None:
         return None
-    return _latents_record_problem(stored, expected, image_path) or _pictures_problem(stored, picture_paths)
+    return latents_record_problem(stored, expected, image_path) or pictures_problem(stored, picture_paths)
 
 
 def _has_latents(
@@ -293,7 +310,7 @@ def _has_latents(
     return all(f"{key}{suffix}" in headers and headers[f"{key}{suffix}"].holds(*what) for key, what in needed.items())
 
 
-def _latents_record_problem(stored: Mapping[str, Any], expected: LatentsRecord, image_path: str | None) -> str | None:
+def latents_record_problem(stored: Mapping[str, Any], expected: LatentsRecord, image_path: str | None) -> str | None:
     if stored.get("version") != expected.version:
         return f"record version {stored.get('version')}"
     if differ(stored.get("model"), expected.model) or differ(stored.get("latent_space"), expected.latent_space):
@@ -304,13 +321,18 @@ def _latents_record_problem(stored: Mapping[str, Any], expected: LatentsRecord, 
         return "made with other resize settings"
     if stored.get("exif") != expected.exif:
         return "made with another EXIF policy"
+    made_with = stored.get("made_with")
+    for name, value in expected.made_with.items():
+        found = made_with.get(name) if isinstance(made_with, dict) else None
+        if found != value:
+            return f"made with {name} {found}, and now {value}"
     image = ImageIdentity.from_record(stored.get("image"))
     if image is not None and image_path is not None and not image.is_still(image_path):
         return "the image has changed"
     return None
 
 
-def _pictures_problem(stored: Mapping[str, Any], paths: Mapping[str, str]) -> str | None:
+def pictures_problem(stored: Mapping[str, Any], paths: Mapping[str, str]) -> str | None:
     """Of the pictures beside the image, which must be those that the file was made of."""
     recorded = stored.get("pictures")
     recorded = recorded if isinstance(recorded, dict) else {}
@@ -349,10 +371,19 @@ def existing_arrays(path: str) -> dict[str, np.ndarray]:
         return {}
 
 
+_ONLY_IF_SET = ("pictures", "manner", "made_with", "source", "frame_count")
+"""fields of records that files without them do not have"""
+
+
+def record_text(record: Any) -> str:
+    """A record (a dataclass) as JSON."""
+    values = {name: value for name, value in asdict(record).items() if value or name not in _ONLY_IF_SET}
+    return json.dumps(values, sort_keys=True)
+
+
 def record_array(record: Any) -> np.ndarray:
-    """A record (a dataclass) as an array of one JSON text."""
-    values = {name: value for name, value in asdict(record).items() if value or name not in ("pictures", "manner")}
-    return np.asarray(json.dumps(values, sort_keys=True))
+    """`record_text` as an array, for npz files."""
+    return np.asarray(record_text(record))
 
 
 def read_record(path: str, headers: Mapping[str, ArrayHeader], key: str) -> dict[str, Any] | None:

@@ -19,13 +19,12 @@ import torch
 from tqdm import tqdm
 
 from library.core.errors import ConfigError, TrainingError
-from library.dataset import cache_io
 from library.dataset.background import BackgroundWriter, map_ahead, map_in_threads, records_stay
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
 from library.dataset.cache_io import ImageIdentity, LatentArrays
 from library.dataset.items import ImageItem
-from library.dataset.latent_cache import LatentCache, condition_paths, posterior_seed
+from library.dataset.latent_cache import LatentCache, condition_paths, float32_if_floats, posterior_seed
 from library.dataset.media_utils import ImageFileError
 from library.dataset.samples import Geometry, Pixels, image_tensor, read_conditioning, read_pixels
 
@@ -76,7 +75,7 @@ T = TypeVar("T", LatentsJob, Decoded)
 
 @dataclass
 class Encoded:
-    """Float32 results of one job, on the CPU."""
+    """Results of one job, on the CPU, in the number formats that the encoder gives."""
 
     latents: torch.Tensor  # [C, h, w] or [C, F, h, w]
     conditions: dict[str, torch.Tensor]
@@ -102,10 +101,7 @@ def plan_latents(
     check_caching({id(item.subset): item.subset for item in items}.values(), latents=True, text=False)
     if not strategy.cache_to_disk:
         return _sorted(_jobs_of((item for item in items if item.latents is None), strategy))
-    for item, path in zip(
-        items, cache_paths(items, lambda item, image: strategy.get_latents_npz_path(image, item.image_size))
-    ):
-        item.latents_npz = path
+    _name_files(items, strategy)
     if problems := _conflicts(items, strategy):
         raise ConfigError(problems)
     files = sorted({item.latents_npz for item in items})
@@ -117,6 +113,24 @@ def plan_latents(
     logger.info("latents: %d images cached, %d to encode %s", len(jobs) - len(missing), len(missing), counts or "")
     check_cache_folders(job.item.latents_npz for job in missing)
     return _sorted(missing)
+
+
+def uncached_latents(
+    items: Iterable[ImageItem], strategy: LatentCache, index: CacheIndex | None = None
+) -> list[tuple[ImageItem, str]]:
+    """Items whose latents no file on the disk holds, with the reason: what `plan_latents` would have encoded."""
+    items = list(items)
+    _name_files(items, strategy)
+    jobs = _jobs_of(items, strategy)
+    return [(job.item, reason) for job, reason in zip(jobs, check_jobs(jobs, strategy, index)) if reason is not None]
+
+
+def _name_files(items: Sequence[ImageItem], strategy: LatentCache) -> None:
+    """Set `latents_npz` of the items."""
+    for item, path in zip(
+        items, cache_paths(items, lambda item, image: strategy.get_latents_npz_path(image, item.image_size))
+    ):
+        item.latents_npz = path
 
 
 def check_jobs(jobs: Sequence[LatentsJob], strategy: LatentCache, index: CacheIndex | None) -> list[str | None]:
@@ -278,10 +292,10 @@ def _encode(
         name: torch.stack([image_tensor(entry.pictures[name], is_flipped) for entry in batch])  # [B, 3, H, W]
         for name in batch[0].pictures
     }
-    latents, conditions = strategy.encode_samples(vae, parts or {}, images, seeds, pictures)
+    latents, conditions = strategy.encode_as_made(vae, parts or {}, images, seeds, pictures)
     latents, conditions = latents.cpu(), {name: tensor.cpu() for name, tensor in conditions.items()}
     finite = torch.stack(
-        [torch.isfinite(tensor).flatten(1).all(dim=1) for tensor in (latents, *conditions.values())]
+        [_is_usable(tensor.flatten(1), strategy.store.most_nan) for tensor in (latents, *conditions.values())]
     ).all(dim=0)
     if not finite.all():
         names = ", ".join(entry.job.item.absolute_path for entry, good in zip(batch, finite.tolist()) if not good)
@@ -293,29 +307,39 @@ def _encode(
     return latents, conditions
 
 
+def _is_usable(rows: torch.Tensor, most_nan: float) -> torch.Tensor:
+    """Of each row [B, N], whether it is finite but for so small a part of NaN."""
+    is_nan = torch.isnan(rows)
+    return (is_nan | torch.isfinite(rows)).all(dim=1) & (is_nan.sum(dim=1) <= most_nan * rows.shape[1])
+
+
 def _store_on_disk(strategy: LatentCache, decoded: Decoded, encoded: Encoded) -> None:
     item = decoded.job.item
     arrays = LatentArrays(
-        latents=encoded.latents.numpy(), original_size=item.image_size, crop_ltrb=Geometry.centred(item).crop_ltrb,
-        latents_flipped=None if encoded.flipped is None else encoded.flipped.numpy(),
-        alpha_mask=decoded.pixels.alpha_mask,
-        conditions={name: tensor.numpy() for name, tensor in encoded.conditions.items()},
-        conditions_flipped={name: tensor.numpy() for name, tensor in encoded.conditions_flipped.items()},
+        latents=encoded.latents, original_size=item.image_size, crop_ltrb=Geometry.centred(item).crop_ltrb,
+        latents_flipped=encoded.flipped, alpha_mask=decoded.pixels.alpha_mask,
+        conditions=encoded.conditions, conditions_flipped=encoded.conditions_flipped,
     )
-    suffix = cache_io.size_suffix(strategy.architecture, item.bucket)
     paths = condition_paths(item, decoded.pictures)
     pictures = {name: ImageIdentity.of(path, with_content=True) for name, path in paths.items()}
-    cache_io.save_latents(item.latents_npz, suffix, arrays, strategy.record_of(item, decoded.identity, pictures))
+    record = strategy.record_of(item, decoded.identity, pictures)
+    strategy.store.save(item.latents_npz, strategy.architecture, item.bucket, arrays, record)
 
 
 def _store_in_memory(decoded: Decoded, encoded: Encoded) -> None:
     mask = decoded.pixels.alpha_mask
     for item in decoded.job.items:
-        item.latents, item.latents_flipped = encoded.latents, encoded.flipped
-        item.conditions, item.conditions_flipped = encoded.conditions or None, encoded.conditions_flipped or None
+        item.latents = encoded.latents.float()
+        item.latents_flipped = None if encoded.flipped is None else encoded.flipped.float()
+        item.conditions = _float32(encoded.conditions)
+        item.conditions_flipped = _float32(encoded.conditions_flipped)
         item.latents_original_size = item.image_size
         item.latents_crop_ltrb = Geometry.centred(item).crop_ltrb
         item.alpha_mask = None if mask is None else torch.from_numpy(mask)
+
+
+def _float32(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    return {name: float32_if_floats(tensor) for name, tensor in tensors.items()} or None
 
 
 def unusable_items(

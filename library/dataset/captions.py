@@ -123,7 +123,7 @@ def replaced(caption: str, replacements: Replacements | None, rng: random.Random
 
 def _choose_line(caption: str, params: SubsetParams, rng: random.Random) -> str:
     """The line is chosen before prefix and suffix are attached, so that every line carries them."""
-    if "\n" not in caption:
+    if "\n" not in caption or (params.whole_captions and not params.enable_wildcard):
         return caption
     lines = caption.split("\n")
     return rng.choice(lines) if params.enable_wildcard else lines[0]
@@ -201,6 +201,15 @@ def dotted(extension: str) -> str:
     return extension if extension.startswith(".") or not extension else f".{extension}"
 
 
+def caption_ending(params: SubsetParams) -> str | None:
+    """What the name of a caption file has in place of its image's extension; None where there are no such files. Of a
+    dataset without subsets, what has a dot stays as it is: `_cap.txt`."""
+    extension = params.caption_extension
+    if extension is None or (params.whole_captions and "." in extension):
+        return extension
+    return dotted(extension)
+
+
 def face_numbers(path: str) -> tuple[int, int, int, int] | None:
     """(centre x, centre y, width, height) of a face when the file name ends with these as `_cx_cy_w_h`, else None."""
     parts = os.path.splitext(os.path.basename(path))[0].rsplit("_", 4)
@@ -212,8 +221,9 @@ def face_numbers(path: str) -> tuple[int, int, int, int] | None:
 def caption_paths(image_path: str, params: SubsetParams) -> list[str]:
     """Where the caption of an image may lie, best place first. Images cut out around faces share the caption of the
     picture that they come from: with face crop on, `img_10_20_30_40.png` also takes `img.txt`."""
-    stem = stem_of(image_path)
-    extension = dotted(params.caption_extension)
+    stem, extension = stem_of(image_path), caption_ending(params)
+    if extension is None:
+        return []
     paths = [stem + extension]
     if params.face_crop_aug_range is not None and face_numbers(image_path) is not None:
         paths.append(stem.rsplit("_", 4)[0] + extension)
@@ -223,8 +233,8 @@ def caption_paths(image_path: str, params: SubsetParams) -> list[str]:
 def read_caption(image_path: str, params: SubsetParams) -> str | None:
     """The raw caption of an image from its caption file; None when there is no file, "" when the file is empty.
 
-    Without wildcards it is the first line; with them all lines that are not blank, joined by newlines. A byte order
-    mark is removed. Raises ConfigError with the path when the file is not UTF-8.
+    Without wildcards it is the first line (the whole text with `whole_captions`); with them all lines that are not
+    blank, joined by newlines. A byte order mark is removed. Raises ConfigError with the path when the file is not UTF-8.
     """
     for path in caption_paths(image_path, params):
         try:
@@ -245,7 +255,7 @@ def caption_of_text(text: str, params: SubsetParams) -> str:
     """The raw caption in the text of a caption file."""
     if params.enable_wildcard:  # not splitlines, which also cuts at form feeds and Unicode separators
         return "\n".join(line.strip() for line in text.split("\n") if line.strip())
-    return text.partition("\n")[0].strip()
+    return text.strip() if params.whole_captions else text.partition("\n")[0].strip()
 
 
 def metadata_caption(entry: Mapping[str, Any], params: SubsetParams) -> str:
@@ -293,7 +303,7 @@ def tags_of_folders(items: Iterable[ImageItem]) -> dict[str, dict[str, int]]:
 
 def subset_name(subset: SubsetParams) -> str:
     """The base name of a subset's folder or metadata file, as metadata records it."""
-    path = subset.metadata_file or subset.image_dir or ""
+    _, path = subset.source or ("", "")
     return os.path.basename(os.path.normpath(path))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -49,10 +49,12 @@ class Sample:
 def collate(
     request: BatchRequest, samples: Sequence[Sample], tokenize: TokenizeStrategy | None,
     network_multiplier: float = 1.0,
-    conditioning_keys: tuple[str, ...] = ()
+    conditioning_keys: tuple[str, ...] = (),
+    lists: Collection[str] = (),
 ) -> Batch:
     """The batch of these samples; with `tokenize` (a TokenizeStrategy) it has the tokens of the captions. No samples
-    give a batch of length 0 whose tensors have no rows. `conditioning_keys`: see Batch."""
+    give a batch of length 0 whose tensors have no rows. `conditioning_keys`: see Batch; `lists`: those of them that
+    are not stacked."""
     captions = [sample.caption for sample in samples]
     tokens, weights = tokenize.tokens_of(captions) if tokenize is not None and captions else (None, None)
     return Batch(
@@ -74,7 +76,7 @@ def collate(
             name: _stack([sample.conditions.get(name) for sample in samples])
             for name in dict.fromkeys(name for sample in samples for name in sample.conditions)
         },
-        conditioning=_text_outputs([sample.text_outputs for sample in samples]),
+        conditioning=_text_outputs([sample.text_outputs for sample in samples], lists),
         conditioning_keys=conditioning_keys,
         input_ids_list=tokens,
         token_weights_list=weights,
@@ -106,12 +108,16 @@ def _masks(samples: Sequence[Sample]) -> torch.Tensor | None:
     )
 
 
-def _text_outputs(outputs: Sequence[dict[str, torch.Tensor] | None]) -> dict[str, torch.Tensor] | None:
-    """One [B, ...] tensor per key that all samples have, dtypes kept. None when a sample has no cache."""
+def _text_outputs(
+    outputs: Sequence[dict[str, torch.Tensor] | None], lists: Collection[str]
+) -> dict[str, torch.Tensor | list[torch.Tensor]] | None:
+    """One [B, ...] tensor, or a list of B, per key that all samples have, dtypes kept. None when a sample has no
+    cache."""
     if not outputs or any(entry is None for entry in outputs):
         return None
     shared = [name for name in outputs[0] if all(name in entry for entry in outputs)]
-    return {name: stack_padded([entry[name] for entry in outputs]) for name in shared}
+    found = {name: [entry[name] for entry in outputs] for name in shared}
+    return {name: tensors if name in lists else stack_padded(tensors) for name, tensors in found.items()}
 
 
 def stack_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -121,15 +121,15 @@ def same_sources(
         earlier = first.setdefault(source, index)
         if earlier == index:
             continue
-        name = "metadata_file" if subset.metadata_file else "image_dir"
+        name, path = subset.source or ("", "")
         if _settings(subset) == _settings(subsets[earlier]):
-            warnings.append(f"{paths[index]} is the same as {paths[earlier]} ({getattr(subset, name)}) and is ignored")
+            warnings.append(f"{paths[index]} is the same as {paths[earlier]} ({path}) and is ignored")
             repeated.append(index)
         else:
             problems.add(
                 f"{paths[index]}.{name}",
                 "conflict",
-                f"{getattr(subset, name)} is used by {paths[earlier]} of this dataset too, with other settings; keep "
+                f"{path} is used by {paths[earlier]} of this dataset too, with other settings; keep "
                 "one of them",
             )
     return repeated
@@ -137,17 +137,18 @@ def same_sources(
 
 def _source(subset: SubsetParams) -> tuple | None:
     """What a subset reads, as resolved paths."""
-    main = subset.metadata_file or subset.image_dir
-    if main is None:
+    if subset.source is None:
         return None
-    return os.path.realpath(main), os.path.realpath(
-        subset.conditioning_data_dir
-    ) if subset.conditioning_data_dir else None
+    others = (subset.source[1], subset.conditioning_data_dir, subset.control_directory)
+    return tuple(path and os.path.realpath(path) for path in others)
 
 
 def _settings(subset: SubsetParams) -> SubsetParams:
     folder = os.path.realpath(subset.image_dir) if subset.image_dir else None
-    return dataclasses.replace(subset, label="", image_dir=folder, metadata_file=None, conditioning_data_dir=None)
+    return dataclasses.replace(
+        subset, label="", image_dir=folder, metadata_file=None, image_jsonl_file=None, video_directory=None,
+        video_jsonl_file=None, conditioning_data_dir=None, control_directory=None,
+    )
 
 
 def notices(datasets: Sequence[DatasetParams]) -> list[str]:

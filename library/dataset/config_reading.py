@@ -21,10 +21,12 @@ from library.dataset.config_schema import (
     KEYS,
     LEVEL_NAMES,
     RENAMED,
+    OLD_NAMES,
     SECTIONS,
     LooseKeys,
     UnknownKey,
     by_place,
+    is_flat,
     keys_of,
     schema_of,
 )
@@ -77,6 +79,8 @@ class Table:
 class DatasetTables:
     table: Table
     subsets: tuple[Table, ...]
+    is_flat: bool = False
+    """without subsets: it is its own one"""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,29 @@ def read_config_file(path: Path) -> dict[str, Any]:
     )
 
 
+def with_new_names(raw: Any, warnings: list[str]) -> Any:
+    """The configuration with keys that were renamed under their new names; where a table has both, the new one
+    counts."""
+
+    def renewed(found: Any, where: str) -> Any:
+        if not isinstance(found, Mapping) or not found.keys() & OLD_NAMES.keys():
+            return found
+        for name in found.keys() & OLD_NAMES.keys():
+            warnings.append(f"{where}.{name} is called {OLD_NAMES[name]} now")
+        new = {OLD_NAMES[name]: value for name, value in found.items() if name in OLD_NAMES}
+        return {**new, **{name: value for name, value in found.items() if name not in OLD_NAMES}}
+
+    if not isinstance(raw, Mapping):
+        return raw
+    raw = {name: renewed(value, name) if name == "general" else value for name, value in raw.items()}
+    datasets = raw.get("datasets")
+    if isinstance(datasets, list):
+        return {**raw, "datasets": [renewed(found, f"datasets[{i}]") for i, found in enumerate(datasets)]}
+    if isinstance(datasets, Mapping):
+        return {**raw, "datasets": {name: renewed(found, f"datasets.{name}") for name, found in datasets.items()}}
+    return raw
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
@@ -146,11 +173,13 @@ class ConfigReader:
     `problems`."""
 
     def __init__(
-        self, problems: ProblemList, *, kinds: frozenset[str] = ALL_KINDS, supports_dropout: bool = True
+        self, problems: ProblemList, *, kinds: frozenset[str] = ALL_KINDS, supports_dropout: bool = True,
+        learns_videos: bool = False
     ) -> None:
         self.problems = problems
         self.kinds = kinds
         self.supports_dropout = supports_dropout
+        self.learns_videos = learns_videos
         self._refused: set[Place] = set()
         self._misplaced: set[Place] = set()
         """keys that may not stand where they are"""
@@ -160,7 +189,7 @@ class ConfigReader:
         self._refused.clear()
         self._misplaced.clear()
         try:
-            schema_of(self.kinds, self.supports_dropout)(raw)
+            schema_of(self.kinds, self.supports_dropout, self.learns_videos)(raw)
         except MultipleInvalid as found:
             for error in found.errors:
                 self._note(error, raw)
@@ -170,6 +199,9 @@ class ConfigReader:
         return ConfigTables(self._table(("general",), general), tuple(self._dataset(*entry) for entry in datasets))
 
     def _dataset(self, path: Place, found: Mapping[str, Any]) -> DatasetTables:
+        if is_flat(found, self.learns_videos):
+            table = self._table(path, found)
+            return DatasetTables(table, (table,), is_flat=True)
         own = {name: value for name, value in found.items() if name != "subsets"}
         subsets = self._entries((*path, "subsets"), found.get("subsets", []))
         return DatasetTables(self._table(path, own), tuple(self._table(*entry) for entry in subsets))
@@ -191,7 +223,7 @@ class ConfigReader:
         path, where = tuple(error.path), written(error.path)
         if isinstance(error, UnknownKey):
             self._misplaced.add(path)
-            self._note_key(where, path)
+            self._note_key(where, path, raw)
             return
         self._refused.add(path)
         if isinstance(error, (RequiredFieldInvalid, LooseKeys)):
@@ -203,10 +235,12 @@ class ConfigReader:
         message = f"{'is' if path else 'the file holds'} {_shown(value)}; {error.msg}{suggestion}"
         self.problems.add(where, "wrong_type" if isinstance(error, TypeInvalid) else "out_of_range", message, nearest)
 
-    def _note_key(self, where: str, path: Place) -> None:
+    def _note_key(self, where: str, path: Place, raw: Any) -> None:
         """Why a key may not stand at its place: there is none of the name, or it belongs elsewhere."""
         name, key = path[-1], KEYS.get(path[-1])
         level = "G" if path[0] == "general" else "D" if len(path) == 3 else "S"
+        if level == "D" and is_flat(raw["datasets"][path[1]], self.learns_videos):
+            level = "F"
         if len(path) == 1:
             self._unknown(where, name, "the top of the file", SECTIONS, nearest_name(name, SECTIONS))
         elif key is None and name in COMMAND_LINE_ONLY:
@@ -216,7 +250,7 @@ class ConfigReader:
             accepted = keys_of(level, self.kinds)
             near = RENAMED.get(name) or nearest_name(name, accepted) or nearest_name(name, KEYS)
             self._unknown(where, name, LEVEL_NAMES[level], accepted, near)
-        elif level not in key.levels:
+        elif not key.fits(level):
             places = " or ".join(LEVEL_NAMES[place] for place in key.levels)
             self.problems.add(where, "conflict", f"the key cannot stand in {LEVEL_NAMES[level]}; write it in {places}")
         elif key.is_dropout and not self.supports_dropout:

@@ -1,7 +1,8 @@
 """The schema of a dataset configuration, in voluptuous: which keys there are, where each may stand, for which kinds of
 dataset, and which values it takes.
 
-Levels: G = [general], D = [[datasets]], S = [[datasets.subsets]]. Kinds: DB = folders with caption files, FT = metadata
+Levels: G = [general], D = [[datasets]], S = [[datasets.subsets]]; F = [[datasets]] without subsets, which names its own
+source and takes what D and S take. Kinds: DB = folders with caption files, FT = metadata
 files, CN = folders with masks or control images. Every check has the words for the user; config_reading.py makes
 messages of them.
 """
@@ -31,6 +32,7 @@ from voluptuous import (
 
 from library.core.options import LARGEST_BATCH, LARGEST_NUMBER, LARGEST_SEED, LARGEST_SIDE, LARGEST_WHOLE
 from library.dataset import INTERPOLATIONS, parse_resolution
+from library.dataset.clips.settings import AUTO_FPS, FRAME_EXTRACTIONS, WINDOW_SIZE, ClipSettings
 
 ALL_KINDS = frozenset({"DB", "FT", "CN"})
 CONTROL = "control"
@@ -39,6 +41,9 @@ SHAPE_HINT = (
     "datasets are written as [[datasets]] with [[datasets.subsets]], or, with a name, as [datasets.NAME] with"
     " [[datasets.NAME.subsets]]"
 )
+SOURCE_KEYS = ("image_directory", "image_jsonl_file", "video_directory", "video_jsonl_file")
+"""with one of them a dataset needs no subsets"""
+MEDIA = {"image": "pictures", "video": "videos"}
 
 
 class UnknownKey(Invalid):
@@ -114,6 +119,21 @@ def _rising(value: tuple[float, float]) -> tuple[float, float]:
     return float(value[0]), float(value[1])
 
 
+def _whole_numbers(minimum: int | None = None) -> Callable[[Any], tuple[int, ...]]:
+    needed = "a list of whole numbers is needed, e.g. [1, 25]"
+    return All(_of_type(needed, list, tuple), Length(min=1, msg=needed), _each(Schema(_whole(minimum))))
+
+
+def _frame_rate(value: Any) -> float | str:
+    needed = f'a number above 0 is needed, or "{AUTO_FPS}" for the times in the files'
+    if value == AUTO_FPS:
+        return value
+    rate = _of_type(needed, int, float)(value)
+    if not 0 < rate <= LARGEST_NUMBER:
+        raise RangeInvalid(needed)
+    return float(rate)
+
+
 BOOLEAN = _of_type("true or false (without quotes) is needed", bool)
 TEXT = _of_type("a text in quotes is needed", str)
 PATH = All(TEXT, Length(min=1, msg="a path that is not empty is needed"))
@@ -144,6 +164,12 @@ class Key:
     default: Any = None
     choices: tuple[str, ...] = ()
     is_dropout: bool = False
+    media: str = ""
+    """image or video: the only ones that it is for"""
+
+    def fits(self, level: str) -> bool:
+        """Whether it may stand at a level."""
+        return level in self.levels or (level == "F" and self.levels != "G" and self.name not in NOT_FLAT)
 
 
 def _keys() -> dict[str, Key]:
@@ -181,8 +207,28 @@ def _keys() -> dict[str, Key]:
     add("is_reg", BOOLEAN, "S", kinds=frozenset({"DB"}), option=False, default=False)
     add("metadata_file", PATH, "S", kinds=frozenset({"FT"}), option=False)
     add("conditioning_data_dir", PATH, "S", kinds=frozenset({"CN"}), option=False)
+    add("image_directory image_jsonl_file", PATH, "S", option=False, media="image")
+    add("video_directory video_jsonl_file", PATH, "S", option=False, media="video")
+    add("cache_directory control_directory", PATH, "S", option=False)
+    add("control_resolution", RESOLUTION, "DS", option=False, media="image")
+    add("no_resize_control", BOOLEAN, "DS", option=False, default=False, media="image")
+    add("multiple_target", BOOLEAN, "S", option=False, default=False, media="image")
+    clips, video = ClipSettings(), {"option": False, "media": "video"}
+    add("target_frames", _whole_numbers(1), "DS", default=clips.target_frames, **video)
+    extraction = All(TEXT, In(FRAME_EXTRACTIONS, msg=f"one of {', '.join(FRAME_EXTRACTIONS)} is needed"))
+    add("frame_extraction", extraction, "DS", default=clips.frame_extraction, choices=FRAME_EXTRACTIONS, **video)
+    add("frame_stride frame_sample", _whole(1), "DS", default=clips.frame_stride, **video)
+    add("max_frames", _whole(1), "DS", default=clips.max_frames, **video)
+    add("source_fps", _frame_rate, "DS", **video)
+    add("fp_latent_window_size", _whole(1), "DS", option=False, default=WINDOW_SIZE)
+    add("fp_1f_clean_indices", _whole_numbers(), "DS", option=False, media="image")
+    add("fp_1f_target_index", _whole(), "DS", option=False, media="image")
+    add("fp_1f_no_post", BOOLEAN, "DS", option=False, default=False, media="image")
     return {key.name: key for key in table}
 
+
+NOT_FLAT = frozenset({"image_dir", "metadata_file", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"})
+"""keys of D and S that a dataset without subsets has no use for: its buckets are all shapes of one area"""
 
 KEYS: dict[str, Key] = _keys()
 RENAMED = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats", "caption_extention": "caption_extension"}
@@ -193,13 +239,20 @@ COMMAND_LINE_ONLY = frozenset({
     "cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk",
     "vae_batch_size", "skip_cache_check", "seed",
 })  # fmt: skip
+OLD_NAMES = {
+    "flux_kontext_no_resize_control": "no_resize_control", "qwen_image_edit_no_resize_control": "no_resize_control",
+    "qwen_image_edit_control_resolution": "control_resolution",
+}  # fmt: skip
+"""keys that were renamed"""
 SECTIONS = ("general", "datasets")
-LEVEL_NAMES = {"G": "[general]", "D": "[[datasets]]", "S": "[[datasets.subsets]]"}
+LEVEL_NAMES = {
+    "G": "[general]", "D": "[[datasets]]", "S": "[[datasets.subsets]]", "F": "[[datasets]] without subsets",
+}  # fmt: skip
 
 
 def keys_of(level: str, kinds: frozenset[str] = ALL_KINDS) -> list[str]:
     """Names of the keys that may stand at a level for these kinds of dataset."""
-    keys = [key.name for key in KEYS.values() if level in key.levels and key.kinds & kinds]
+    keys = [key.name for key in KEYS.values() if key.fits(level) and key.kinds & kinds]
     return [*keys, "subsets"] if level == "D" else keys
 
 
@@ -209,6 +262,12 @@ def keys_of(level: str, kinds: frozenset[str] = ALL_KINDS) -> list[str]:
 def by_place(found: Any) -> dict[int | str, Any]:
     """Tables by their place: those of a list by number, those with names by name."""
     return dict(enumerate(found)) if isinstance(found, list) else dict(found)
+
+
+def is_flat(found: Any, learns_videos: bool = False) -> bool:
+    """Whether a dataset has no subsets and names its own source; one with neither is such a dataset where the family
+    learns from videos."""
+    return isinstance(found, Mapping) and "subsets" not in found and (learns_videos or bool(found.keys() & SOURCE_KEYS))
 
 
 def _no_loose_keys(found: Any) -> Any:
@@ -239,7 +298,7 @@ def _table(needed: str, keys: Mapping[Any, Any]) -> All:
 
 
 @functools.cache
-def schema_of(kinds: frozenset[str], supports_dropout: bool) -> Schema:
+def schema_of(kinds: frozenset[str], supports_dropout: bool, learns_videos: bool = False) -> Schema:
     """What a configuration may be for a script that takes these kinds of dataset.
 
     In datasets and subsets the keys of all kinds may stand: whether one fits is known when the kind of the dataset is.
@@ -248,7 +307,7 @@ def schema_of(kinds: frozenset[str], supports_dropout: bool) -> Schema:
     """
 
     def keys(level: str) -> dict[Any, Any]:
-        fitting = (key for key in KEYS.values() if level in key.levels and (level != "G" or key.kinds & kinds))
+        fitting = (key for key in KEYS.values() if key.fits(level) and (level != "G" or key.kinds & kinds))
         return {Optional(key.name): key.check for key in fitting if supports_dropout or not key.is_dropout}
 
     subsets = All(
@@ -256,11 +315,13 @@ def schema_of(kinds: frozenset[str], supports_dropout: bool) -> Schema:
         _some("the dataset has no subsets; give each folder or metadata file a [[...subsets]] table"),
         by_place, {int: _table("a table is needed, [[...subsets]]", keys("S"))},
     )  # fmt: skip
+    flat = Schema(_table(SHAPE_HINT, keys("F")))
+    with_subsets = Schema(_table(SHAPE_HINT, {**keys("D"), Required("subsets", default=list): subsets}))
     datasets = All(
         _of_type(SHAPE_HINT, list, Mapping),
         _some(f"the dataset config has no [[datasets]]; {SHAPE_HINT}"),
         _no_loose_keys, by_place,
-        {object: _table(SHAPE_HINT, {**keys("D"), Required("subsets", default=list): subsets})},
+        {object: lambda found: (flat if is_flat(found, learns_videos) else with_subsets)(found)},
     )  # fmt: skip
     sections = {
         Optional("general"): _table("a table [general] is needed", keys("G")),

@@ -30,7 +30,7 @@ from library.dataset.captions import (
 from library.dataset.collate import Sample, collate
 from library.dataset.draws import sample_color, sample_flip, sample_geometry
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
-from library.dataset.latent_cache import posterior_seed
+from library.dataset.latent_cache import float32_if_floats, posterior_seed
 from library.dataset.media_utils import ImageFileError
 from library.dataset.plan import BatchRequest, BucketList, StepPlan, plan_epoch
 from library.dataset.samples import Geometry, conditioning_tensor, image_tensor, mask_tensor, read_pixels
@@ -164,8 +164,10 @@ class Dataset:
             ) from error
         tokenize = self.strategies.tokenize if self.strategies is not None and self._needs_tokens(samples) else None
         caching = self.strategies.text_encoder_outputs_caching if self.strategies is not None else None
+        if caching is None:
+            return collate(request, samples, tokenize, self.params.network_multiplier)
         return collate(
-            request, samples, tokenize, self.params.network_multiplier, () if caching is None else caching.layout.names
+            request, samples, tokenize, self.params.network_multiplier, caching.layout.names, caching.layout.lists
         )
 
     def _needs_tokens(self, samples: Sequence[Sample]) -> bool:
@@ -212,8 +214,9 @@ class Dataset:
             caching, size = self.strategies.latents_caching, item.bucket.key
             latents, _, _, mirrored, mask = caching.load_latents_from_disk(item.latents_npz, size)
             conditions = caching.load_conditions_from_disk(item.latents_npz, size, sample.flipped)
-        sample.latents = torch.as_tensor(mirrored if sample.flipped else latents)  # [C, h, w] or [C, F, h, w]
-        sample.conditions |= {name: torch.as_tensor(value) for name, value in (conditions or {}).items()}
+        sample.latents = torch.as_tensor(mirrored if sample.flipped else latents).float()  # [C, h, w] or [C, F, h, w]
+        found = {name: float32_if_floats(torch.as_tensor(value)) for name, value in (conditions or {}).items()}
+        sample.conditions |= found
         if item.subset.alpha_mask:
             sample.alpha_mask = mask_tensor(mask, sample.flipped)
 

@@ -20,7 +20,7 @@ from library.dataset.architectures import DataArchitecture
 from library.dataset.background import map_in_threads, records_stay
 from library.dataset.bucket import BucketSelector
 from library.dataset.cache_index import CacheIndex
-from library.dataset.captions import dotted, read_caption, tags_of_folders
+from library.dataset.captions import caption_ending, read_caption, tags_of_folders
 from library.dataset.discovery import FoundImage, Scanner, discover, listed
 from library.dataset.image_headers import look_at_noted_image
 from library.dataset.info_cache import info_entry, known_image, read_info, write_info
@@ -295,7 +295,8 @@ def _caption_hint(paths: Sequence[str], subset: SubsetParams) -> str:
     have none."""
     if subset.metadata_file is not None:
         return ""
-    others = [extension for extension in CAPTION_EXTENSIONS if extension != dotted(subset.caption_extension)]
+    wanted = caption_ending(subset)
+    others = [extension for extension in CAPTION_EXTENSIONS if extension != wanted]
     counts = {
         extension: sum(os.path.isfile(os.path.splitext(path)[0] + extension) for path in paths) for extension in others
     }
@@ -305,7 +306,7 @@ def _caption_hint(paths: Sequence[str], subset: SubsetParams) -> str:
     has = "has" if counts[extension] == 1 else "have"
     return (
         f"; {counts[extension]} of them {has} a {extension} file, and caption_extension is "
-        f"{dotted(subset.caption_extension)}:"
+        f"{wanted or 'not given'}:"
         f' write caption_extension = "{extension}" in the dataset configuration, or --caption_extension {extension}'
     )
 

@@ -65,12 +65,15 @@ def describe(batch: Batch) -> str:
             parts.append(f"{name} {len(value)} of {value.shape[-1]}x{value.shape[-2]}{frames}")
     parts += [f"{name} {list(value.shape)}" for name, value in batch.conditions.items() if name != CONDITIONING_IMAGES]
     if batch.conditioning is not None:
-        parts.append(
-            f"conditioning {', '.join(f'{name} {list(value.shape)}' for name, value in batch.conditioning.items())}"
-        )
+        shapes = {name: _shapes_text(value) for name, value in batch.conditioning.items()}
+        parts.append(f"conditioning {', '.join(f'{name} {shape}' for name, shape in shapes.items())}")
     if batch.input_ids_list is not None:
         parts.append(f"input_ids_list {[list(value.shape) for value in batch.input_ids_list]}")
     return ", ".join(parts)
+
+
+def _shapes_text(value: torch.Tensor | list[torch.Tensor]) -> str:
+    return str([list(tensor.shape) for tensor in value] if isinstance(value, list) else list(value.shape))
 
 
 def describe_size(batch: Batch, i: int) -> str:

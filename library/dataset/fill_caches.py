@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from library.dataset.cache_index import CacheIndex
-from library.dataset.caching import check_jobs, encode_latents, plan_latents, unusable_items
+from library.dataset.caching import check_jobs, encode_latents, plan_latents, uncached_latents, unusable_items
 from library.dataset.dataset import DatasetGroup
 from library.dataset.items import ImageItem
 from library.dataset.strategies import StrategySet
-from library.dataset.text_caching import empty_caption_item, encode_text, finish_text, plan_text
+from library.dataset.text_caching import empty_caption_item, encode_text, finish_text, plan_text, uncached_captions
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -80,6 +80,28 @@ def _save_in_turn(index: CacheIndex, processes: Processes) -> None:
         processes.barrier()
 
 
+def uncached(
+    groups: list[DatasetGroup], strategies: StrategySet, index: CacheIndex | None = None
+) -> dict[str, list[tuple[ImageItem, str]]]:
+    """What the caches on the disk lack for the groups, without loading or writing anything: "vae" or "text_encoders", the
+    part that would have to make it -> items, with the reason why their files cannot be used."""
+    index = index or CacheIndex()
+    latents, text = strategies.latents_caching, strategies.text_encoder_outputs_caching
+    found = {}
+    if latents is not None and latents.cache_to_disk:
+        found["vae"] = uncached_latents([item for group in groups for item in group.items], latents, index)
+    if text is not None and text.cache_to_disk:
+        found["text_encoders"] = uncached_captions(_captions_of(groups)[0], text, index)
+    return {part: items for part, items in found.items() if items}
+
+
+def _captions_of(groups: list[DatasetGroup]) -> tuple[list[ImageItem], ImageItem | None]:
+    """(all items of the groups with, where captions may be dropped, a stand-in for the empty one; that stand-in)."""
+    items = [item for group in groups for item in group.items]
+    empty = empty_caption_item([item for group in groups if group.is_training for item in group.items])
+    return items if empty is None else [*items, empty], empty
+
+
 def fill_text_cache(
     groups: list[DatasetGroup],
     strategies: StrategySet,
@@ -94,9 +116,7 @@ def fill_text_cache(
     keeps them. `index`: see fill_latent_cache. Returns the number of captions encoded here.
     """
     strategy = strategies.text_encoder_outputs_caching
-    items = [item for group in groups for item in group.items]
-    empty = empty_caption_item([item for group in groups if group.is_training for item in group.items])
-    everything = items if empty is None else [*items, empty]
+    everything, empty = _captions_of(groups)
     index = index or CacheIndex()
     plan = plan_text(
         everything, strategy, process_index=processes.rank, num_processes=processes.num_processes, index=index

@@ -42,7 +42,10 @@ class SubsetParams:
     num_repeats: int = 1
     is_reg: bool = False
     class_tokens: str | None = None
-    caption_extension: str = ".caption"
+    caption_extension: str | None = ".caption"
+    """None: there are no caption files"""
+    whole_captions: bool = False
+    """captions have all lines of their files, and of a folder with caption files the pictures without one are left out"""
     cache_info: bool = False
     alpha_mask: bool = False
     shuffle_caption: bool = False
@@ -67,6 +70,12 @@ class SubsetParams:
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
     """Where the subset stands in the configuration, for messages: `datasets[0].subsets[1]`."""
+
+    @property
+    def source(self) -> tuple[str, str] | None:
+        """(key, path) of what it reads: a folder, or the file that lists its images or videos."""
+        names = ("metadata_file", "image_jsonl_file", "video_jsonl_file", "video_directory", "image_dir")
+        return next(((name, path) for name in names if (path := getattr(self, name)) is not None), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from library.core.errors import CheckpointError, ConfigError
 from library.core.keyed_random import key_seed
 from library.dataset import cache_io
 from library.dataset.batch import CONDITIONING_IMAGES
-from library.dataset.cache_io import ImageIdentity, LatentsRecord
+from library.dataset.cache_io import Array, ImageIdentity, LatentsRecord
+from library.dataset.cache_stores import LatentStore, latent_store
 from library.families.latents import Bucket
 
 if TYPE_CHECKING:
@@ -85,6 +85,11 @@ class LatentCache:
         """library.checkpoints.identity of the VAE file, "" = not compared"""
 
     @property
+    def store(self) -> LatentStore:
+        """The files of this family."""
+        return latent_store(self.architecture)
+
+    @property
     def stores_batches(self) -> bool:
         """Whether batches are encoded and stored by `cache_batch_latents` of a plug-in."""
         return False
@@ -92,12 +97,16 @@ class LatentCache:
     @torch.no_grad()
     def encode_images(self, vae: torch.nn.Module, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
         """`LatentEncoder.encode` where the VAE is and in its own dtype, for caches and steps alike; float32 [B, C, h,
-        w] or [B, C, F, h, w].
+        w] or [B, C, F, h, w]."""
+        return self._encoded(vae, images, seeds).float()
+
+    def _encoded(self, vae: torch.nn.Module, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        """`encode_images` in the number format that the encoder gives.
 
         Raises CheckpointError when these are not latents of the architecture, which no cache could be read back with.
         """
         parameter = next(vae.parameters())
-        latents = encode_apart(self.encoder, vae, images.to(parameter.device, parameter.dtype), seeds).float()
+        latents = encode_apart(self.encoder, vae, images.to(parameter.device, parameter.dtype), seeds)
         wanted = self.architecture.latents.latent_shape(bucket_of(images))
         if tuple(latents.shape[1:]) != wanted:
             raise CheckpointError(
@@ -112,9 +121,18 @@ class LatentCache:
         self, vae: torch.nn.Module, parts: Mapping[str, torch.nn.Module], images: torch.Tensor, seeds: Sequence[int],
         pictures: Mapping[str, torch.Tensor] = {},
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Latents (`encode_images`) and conditions by name, float32: what a cache holds of samples, and a step without
-        one makes. `pictures`: conditions of the samples; those that the family reads must be among them."""
-        latents = self.encode_images(vae, images, seeds)
+        """Latents (`encode_images`) and conditions by name, float32 but for whole numbers: what a step without a cache
+        makes. `pictures`: conditions of the samples; those that the family reads must be among them."""
+        latents, conditions = self.encode_as_made(vae, parts, images, seeds, pictures)
+        return latents.float(), {name: float32_if_floats(tensor) for name, tensor in conditions.items()}
+
+    @torch.no_grad()
+    def encode_as_made(
+        self, vae: torch.nn.Module, parts: Mapping[str, torch.nn.Module], images: torch.Tensor, seeds: Sequence[int],
+        pictures: Mapping[str, torch.Tensor] = {},
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`encode_samples` in the number formats that the encoder gives, as caches hold them."""
+        latents = self._encoded(vae, images, seeds)
         shapes = self.encoder.condition_shapes(bucket_of(images))
         if not shapes:
             return latents, {}
@@ -127,7 +145,7 @@ class LatentCache:
             )
             for part in parts_apart(images)
         ]
-        conditions = {name: torch.cat([row[name] for row in rows]).float() for name in shapes}
+        conditions = {name: torch.cat([row[name] for row in rows]) for name in shapes}
         for name, shape in shapes.items():
             if tuple(conditions[name].shape[1:]) != tuple(shape):
                 raise CheckpointError(
@@ -160,7 +178,7 @@ class LatentCache:
         path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
         if self.skip_disk_cache_validity_check:
             return None if os.path.exists(path) else "no file"
-        return cache_io.latents_problem(
+        return self.store.problem(
             path, self.architecture, item.bucket.key, flip_aug=flip_aug, alpha_mask=alpha_mask,
             expected=self.record_of(item), image_path=item.absolute_path,
             conditions=self.encoder.condition_shapes(item.bucket.key),
@@ -208,20 +226,20 @@ class LatentCache:
 
     def load_conditions_from_disk(
         self, npz_path: str, bucket_reso: tuple[int, ...], flipped: bool
-    ) -> dict[str, np.ndarray]:
+    ) -> Mapping[str, Array]:
         """What `LatentEncoder.condition_shapes` names, as stored beside the latents of this size."""
         shapes = self.encoder.condition_shapes(bucket_reso)
         return (
-            cache_io.load_conditions(npz_path, self.architecture, bucket_reso, shapes, flipped=flipped)
+            self.store.load_conditions(npz_path, self.architecture, bucket_reso, shapes, flipped=flipped)
             if shapes
             else {}
         )
 
     def load_latents_from_disk(
         self, npz_path: str, bucket_reso: tuple[int, ...]
-    ) -> tuple[np.ndarray, list[int], list[float], np.ndarray | None, np.ndarray | None]:
+    ) -> tuple[Array, list[int], list[float], Array | None, Array | None]:
         """(latents, original size (W, H), crop_ltrb, mirrored latents or None, alpha mask or None), as stored."""
-        arrays = cache_io.load_latents(npz_path, self.architecture, bucket_reso)
+        arrays = self.store.load(npz_path, self.architecture, bucket_reso)
         return (
             arrays.latents,
             arrays.original_size.tolist(),
@@ -235,6 +253,11 @@ def condition_paths(item: ImageItem, names: Iterable[str]) -> dict[str, str]:
     """Where the pictures of these conditions lie, of those that an item has."""
     known = {CONDITIONING_IMAGES: item.cond_path}
     return {name: known[name] for name in names if known.get(name) is not None}
+
+
+def float32_if_floats(tensor: torch.Tensor) -> torch.Tensor:
+    """What samples have in batches: floating-point numbers as float32, indices as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def encode_apart(

@@ -12,6 +12,7 @@ import torch
 
 from library.core.errors import TrainingError
 from library.dataset import cache_io, text_cache_io
+from library.dataset.cache_stores import text_store
 from library.dataset.strategies import Conditioning, StrategySet
 from library.dataset.text_cache_io import MERGED, TEXT_LAYOUTS, TextLayout, TextRecord
 
@@ -106,12 +107,14 @@ class TextCache:
 
     def find(self, npz_path: str, caption: str, accept_unrecorded: bool = True) -> tuple[str | None, str]:
         """(suffix of the keys that hold this caption, "") or (None, why there are none)."""
+        store = text_store(self.architecture)
         if self.skip_disk_cache_validity_check and os.path.exists(npz_path):
             expected = replace(self.record_of(caption), model="")
-            suffix, _ = text_cache_io.find_text(npz_path, self.layout, expected, needed=self.needed)
+            suffix, _ = store.find(npz_path, self.architecture, self.layout, expected, needed=self.needed)
             return suffix or "", ""
-        return text_cache_io.find_text(
-            npz_path, self.layout, self.record_of(caption), needed=self.needed, accept_unrecorded=accept_unrecorded
+        return store.find(
+            npz_path, self.architecture, self.layout, self.record_of(caption), needed=self.needed,
+            accept_unrecorded=accept_unrecorded
         )
 
     def outputs_of(self, item: ImageItem) -> Conditioning | None:
@@ -123,8 +126,8 @@ class TextCache:
     def read(self, npz_path: str, suffix: str) -> Conditioning:
         """The outputs of one caption, dtypes as stored. CheckpointError when the file is damaged."""
         constants = {key.name for key in self.layout.keys if key.constant is not None}  # which nobody reads
-        arrays = text_cache_io.load_text(npz_path, self.layout, suffix, self.live | constants)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        arrays = text_store(self.architecture).load(npz_path, self.layout, suffix, self.live | constants)
+        return {name: torch.as_tensor(array) for name, array in arrays.items()}
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
 
@@ -144,10 +147,12 @@ class TextCache:
         return {name: found[name] for name in self.needed}
 
 
-def row_as_stored(batch: Conditioning, index: int, layout: TextLayout) -> Conditioning:
+def row_as_stored(
+    batch: Conditioning, index: int, layout: TextLayout, *, keeps_bfloat16: bool = False
+) -> Conditioning:
     """The outputs of one caption of a batch, each in the dtype and the length that the cache gives it. A caption
     without any token keeps one row."""
-    row = {key.name: as_stored(batch[key.name][index], key) for key in layout.keys if key.name in batch}
+    row = {key.name: as_stored(batch[key.name][index], key, keeps_bfloat16) for key in layout.keys if key.name in batch}
     lengths = {key.mask: _num_rows(row[key.mask]) for key in layout.keys if key.mask in row}
     return {
         key.name: row[key.name][: lengths[key.mask]] if key.mask in lengths else row[key.name]
@@ -161,10 +166,10 @@ def _num_rows(mask: torch.Tensor) -> int:
     return max(1, int(mask.nonzero().max()) + 1 if mask.any() else 0)
 
 
-def as_stored(output: torch.Tensor, key: TextKey) -> torch.Tensor:
-    """One output of one caption in the dtype that the cache gives it: bfloat16 becomes float32, masks and ids
-    integers."""
+def as_stored(output: torch.Tensor, key: TextKey, keeps_bfloat16: bool = False) -> torch.Tensor:
+    """One output of one caption in the dtype that the cache gives it: bfloat16 becomes float32 where files do not know
+    it, masks and ids integers."""
     output = output.detach().cpu()
     if key.dtype == "float":
-        return output.float() if output.dtype == torch.bfloat16 else output
+        return output.float() if output.dtype == torch.bfloat16 and not keeps_bfloat16 else output
     return output.to(getattr(torch, key.dtype))

@@ -44,6 +44,11 @@ class TextLayout:
     def names(self) -> tuple[str, ...]:
         return tuple(key.name for key in self.keys)
 
+    @property
+    def lists(self) -> frozenset[str]:
+        """Keys of which a batch has a list, one tensor for each caption."""
+        return frozenset(key.name for key in self.keys if key.varlen)
+
     def made_by(self, encoders: Collection[int]) -> frozenset[str]:
         """The keys that change with any of these encoders: what cannot be cached while they learn."""
         return frozenset(key.name for key in self.keys if not set(encoders).isdisjoint(key.encoders))
@@ -81,21 +86,29 @@ class TextLayout:
         if unknown:
             raise TrainingError(f"{origin} gave {', '.join(unknown)}; the conditioning has {', '.join(self.names)}")
         for key in self.keys:
-            tensor = conditioning.get(key.name)
-            if tensor is not None and tensor.dim() != key.rank + has_batch:
-                needed = f"{key.rank + has_batch} dimensions{', the batch first' if has_batch else ''}"
-                raise TrainingError(f"{origin} gave {key.name} of shape {list(tensor.shape)}; needed: {needed}")
-            if tensor is not None and key.dtype == "float" and not tensor.is_floating_point():
-                raise TrainingError(
-                    f"{origin} gave {key.name} as {str(tensor.dtype).removeprefix('torch.')}; needed: floating-point "
-                    "numbers"
-                )
+            given = conditioning.get(key.name)
+            if key.varlen and has_batch and isinstance(given, Sequence):
+                for tensor in given:
+                    _check_tensor(tensor, key, origin, has_batch=False)
+            elif given is not None:
+                _check_tensor(given, key, origin, has_batch)
 
     def check_complete(self, conditioning: Mapping[str, Any], origin: str) -> None:
         """TrainingError when a key that the model reads is not there."""
         missing = [key.name for key in self.keys if key.constant is None and key.name not in conditioning]
         if missing:
             raise TrainingError(f"{origin} gave no {', '.join(missing)}, which the model is conditioned on")
+
+
+def _check_tensor(tensor: Any, key: TextKey, origin: str, has_batch: bool) -> None:
+    """TrainingError for an output of another rank or kind of numbers."""
+    if tensor.dim() != key.rank + has_batch:
+        needed = f"{key.rank + has_batch} dimensions{', the batch first' if has_batch else ''}"
+        raise TrainingError(f"{origin} gave {key.name} of shape {list(tensor.shape)}; needed: {needed}")
+    if key.dtype == "float" and not tensor.is_floating_point():
+        raise TrainingError(
+            f"{origin} gave {key.name} as {str(tensor.dtype).removeprefix('torch.')}; needed: floating-point numbers"
+        )
 
 
 def layout_of(record: FamilyRecord) -> TextLayout | None:
@@ -124,6 +137,8 @@ class TextRecord:
     flags: Mapping[str, bool] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
     """options that `model` and the length hang on too -> their values, by which the reason is told"""
+    source: str = ""
+    """the file whose caption it is, from the folder of the cache; in tensor files"""
     version: int = FORMAT_VERSION
     checksums: Mapping[str, int] = field(default_factory=dict)
 
@@ -154,7 +169,7 @@ def find_text(
         if reason is None:
             stored = read_record(path, headers, RECORD_KEY + suffix)
             if stored is not None:
-                reason = _text_record_problem(stored, expected)
+                reason = text_record_problem(stored, expected)
             elif suffix or not accept_unrecorded:
                 reason = "no record of its caption"
             else:
@@ -263,7 +278,7 @@ def _flags_problem(path: str, layout: TextLayout, expected: TextRecord) -> str |
     return f"made with another {wrong[0]}" if wrong else None
 
 
-def _text_record_problem(stored: Mapping[str, Any], expected: TextRecord) -> str | None:
+def text_record_problem(stored: Mapping[str, Any], expected: TextRecord) -> str | None:
     if stored.get("version") != expected.version:
         return f"record version {stored.get('version')}"
     if stored.get("caption") != expected.caption:

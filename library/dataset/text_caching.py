@@ -22,6 +22,7 @@ from library.dataset import text_cache_io
 from library.dataset.background import BackgroundWriter, map_in_threads, records_stay
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
+from library.dataset.cache_stores import text_store
 from library.dataset.captions import deterministic_caption
 from library.dataset.items import ImageItem
 from library.dataset.strategies import Conditioning, StrategySet
@@ -98,10 +99,7 @@ def plan_text(
     check_caching({id(item.subset): item.subset for item in items}.values(), latents=False, text=True)
     if not strategy.cache_to_disk:
         return TextPlan(_jobs_of(item for item in items if item.text_encoder_outputs is None), {})
-    by_file: dict[str, list[ImageItem]] = {}
-    for item, path in zip(items, cache_paths(items, lambda _, image: strategy.get_outputs_npz_path(image))):
-        item.text_encoder_outputs_npz = path
-        by_file.setdefault(item.text_encoder_outputs_npz, []).append(item)
+    by_file = _name_files(items, strategy)
     mine = sorted(by_file)[process_index::num_processes]
     missing, reasons = [], Counter()
     for item, reason in _find_all([by_file[path] for path in mine], strategy, index):
@@ -113,6 +111,22 @@ def plan_text(
     written = {item.text_encoder_outputs_npz for item in missing}
     in_use = {path: frozenset(text_cache_io.caption_hash(cached_caption(i)) for i in by_file[path]) for path in written}
     return TextPlan(_jobs_of(missing), in_use)
+
+
+def uncached_captions(
+    items: Sequence[ImageItem], strategy: TextCache, index: CacheIndex | None = None
+) -> list[tuple[ImageItem, str]]:
+    """Items whose caption no file on the disk has outputs of, with the reason: what `plan_text` would have encoded."""
+    return _find_all(list(_name_files(items, strategy).values()), strategy, index)
+
+
+def _name_files(items: Sequence[ImageItem], strategy: TextCache) -> dict[str, list[ImageItem]]:
+    """Set `text_encoder_outputs_npz` of the items; the items of each file."""
+    by_file: dict[str, list[ImageItem]] = {}
+    for item, path in zip(items, cache_paths(items, lambda _, image: strategy.get_outputs_npz_path(image))):
+        item.text_encoder_outputs_npz = path
+        by_file.setdefault(path, []).append(item)
+    return by_file
 
 
 def _find_all(
@@ -197,9 +211,9 @@ def _encode_batch(
     strategy = strategies.text_encoder_outputs_caching
     captions = [job.caption for job in jobs]
     batch = strategy.encode(strategies, text_encoders, captions)  # name -> [B, ...]
-    results = []
+    store, results = text_store(strategy.architecture), []
     for index, job in enumerate(jobs):
-        outputs = row_as_stored(batch, index, strategy.layout)
+        outputs = row_as_stored(batch, index, strategy.layout, keeps_bfloat16=store.keeps_bfloat16)
         _check_finite(outputs, job)
         results.append({name: output.clone() for name, output in outputs.items()})
     return results
@@ -218,14 +232,14 @@ def _check_finite(outputs: Conditioning, job: TextJob) -> None:
 def _store_on_disk(
     strategy: TextCache, job: TextJob, outputs: Conditioning, in_use: dict[str, frozenset[str]]
 ) -> None:
-    arrays = {name: output.numpy() for name, output in outputs.items()}
-    record = strategy.record_of(job.caption)
+    store, record = text_store(strategy.architecture), strategy.record_of(job.caption)
     written: dict[str, str] = {}
     for item in job.items:
         path = item.text_encoder_outputs_npz
         if path not in written:
-            written[path] = text_cache_io.save_text(
-                path, strategy.layout, arrays, record, in_use=in_use.get(path, frozenset())
+            written[path] = store.save(
+                path, strategy.architecture, strategy.layout, outputs, record, caption=job.caption,
+                in_use=in_use.get(path, frozenset()),
             )
         item.text_encoder_outputs_suffix = written[path]
 

@@ -41,6 +41,8 @@ class ClipFacts:
     picture has (fp_1f_clean_indices)"""
     sections: bool = False
     """whether a clip is learned in sections of so many latent frames (fp_latent_window_size)"""
+    layers: bool = False
+    """whether a picture is learned with its layers (multiple_target)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,8 @@ class TextKey:
     always has. `encoders`: places of the text encoders that make it, none for what comes from the tokens alone.
     `is_sized`: the first dimension is the family's maximum token length. `constant`: a number that files of known
     trainers carry and nothing reads; no encoder gives it. `mask`: the key, this one itself perhaps, whose last 1 ends
-    what is stored; what follows is padding, which hangs on the captions that it was encoded with.
+    what is stored; what follows is padding, which hangs on the captions that it was encoded with. `varlen`: batches
+    have a list of such tensors, one for each caption and each of its own length, and encoders give such a list.
     """
 
     name: str
@@ -74,6 +77,7 @@ class TextKey:
     is_sized: bool = False
     constant: float | None = None
     mask: str = ""
+    varlen: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class FlowPipeline(PicturePipeline[Request]):
 
     split_uncond: bool = field(default=False, kw_only=True)
     """both prompts of guidance one after the other, not as one batch"""
+    default_sampler: ClassVar[str] = DEFAULT_SAMPLER
 
     @abstractmethod
     def velocity(self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: Request) -> Tensor:
@@ -40,13 +42,18 @@ class FlowPipeline(PicturePipeline[Request]):
     def latents_together(
         self, requests: Sequence[Request], conditioning: Conditioning, negative: Conditioning | None
     ) -> Tensor:
-        start = torch.cat([start_noise(one.seed, *self.latent_shape(one)) for one in requests]).to(self.denoiser.device)
+        request = requests[0]
+        sigmas = self.sigmas(request)
+        start = torch.cat([self.start(one, sigmas) for one in requests]).to(self.denoiser.device)
         # samplers with noise of their own draw from here
         generators = [torch.Generator("cpu").manual_seed(one.seed + 1) for one in requests]
-        request = requests[0]
-        sampler = flow_sampler(request.sampler if isinstance(request, SampledRequest) else DEFAULT_SAMPLER)
+        sampler = flow_sampler(request.sampler if isinstance(request, SampledRequest) else self.default_sampler)
         velocity = self.guided(request, conditioning, negative)
-        return sampler(velocity, start, self.sigmas(request).to(start.device), noise_of(generators, start))
+        return sampler(velocity, start, sigmas.to(start.device), noise_of(generators, start))
+
+    def start(self, request: Request, sigmas: Tensor) -> Tensor:
+        """Latents [1, C, ...] at the first of the `sigmas`, from which the steps go on."""
+        return start_noise(request.seed, *self.latent_shape(request))
 
     def guided(
         self, request: Request, conditioning: Conditioning, negative: Conditioning | None

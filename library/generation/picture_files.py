@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Picture = Union["Image.Image", Sequence["Image.Image"]]
 """a picture, or the frames of a clip"""
 FRAMES_PER_SECOND = 16
+"""of clips whose family says nothing of a rate, and of animated pictures"""
 
 
 def allow_long_texts() -> None:
@@ -58,9 +59,9 @@ def write_picture(picture: Picture, path: Path, texts: Mapping[str, str] | None 
     return path
 
 
-def _animation(others: Sequence[Image.Image]) -> dict[str, Any]:
+def _animation(others: Sequence[Image.Image], fps: float = FRAMES_PER_SECOND) -> dict[str, Any]:
     """Arguments of Pillow's `save` for the frames after the first."""
-    return {"save_all": True, "append_images": list(others), "duration": 1000 / FRAMES_PER_SECOND, "loop": 0}
+    return {"save_all": True, "append_images": list(others), "duration": 1000 / fps, "loop": 0}
 
 
 def frames_of(picture: Picture) -> list[Image.Image]:
@@ -79,10 +80,10 @@ def read_frames(path: str | os.PathLike[str]) -> list[Image.Image]:
         return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
 
 
-def gif_of(frames: Sequence[Image.Image]) -> bytes:
-    """Frames as a GIF, the form in which trackers take what moves."""
+def gif_of(frames: Sequence[Image.Image], fps: float) -> bytes:
+    """Frames as a GIF, the form in which TensorBoard takes what moves."""
     file = io.BytesIO()
-    frames[0].save(file, format="GIF", **_animation(frames[1:]))
+    frames[0].save(file, format="GIF", **_animation(frames[1:], fps))
     return file.getvalue()
 
 

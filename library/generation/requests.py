@@ -29,7 +29,11 @@ SAMPLE_NAMES: Mapping[str, str] = {
     "sampler": "sample_sampler",
 }  # fmt: skip
 """fields of requests that have another name in sample prompts (whose own `cfg_scale` is that of video families)"""
-VIDEO_SAMPLE_NAMES: Mapping[str, str] = {**SAMPLE_NAMES, "cfg_scale": "cfg_scale", "flow_shift": "discrete_flow_shift"}
+VIDEO_SAMPLE_NAMES: Mapping[str, str] = {
+    **SAMPLE_NAMES, "cfg_scale": "cfg_scale", "flow_shift": "discrete_flow_shift",
+    "embedded_guidance_scale": "guidance_scale", "control_path": "control_video_path",
+    "control_image_paths": "control_image_path",
+}  # fmt: skip
 """the same for families of clips"""
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,17 +58,25 @@ def guided_velocity(
     return velocity
 
 
+@contextmanager
+def computing_on(part: Any, device: torch.device) -> Iterator[None]:
+    """Inside, a part that waits elsewhere (a VAE on the CPU) is on the device, and computes in the type that was chosen
+    for it; then it goes back."""
+    home = part.device
+    part.to(device)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        part.to(home)
+
+
 @torch.no_grad()
 def decode_to_frames(vae: Any, latents: Tensor) -> list[Image.Image]:
     """The frames of latents [1, C, h, w] (one, a picture) or [1, C, F, h, w] as PIL images. A VAE that waits on the CPU
     computes where the latents are and goes back."""
-    home = vae.device
-    vae.to(latents.device)
-    try:
-        with torch.autocast(latents.device.type, enabled=False):  # the VAE computes in the type that was chosen for it
-            pixels = vae.decode(latents)  # [1, 3, H, W] or [1, 3, F, H, W]
-    finally:
-        vae.to(home)
+    with computing_on(vae, latents.device):
+        pixels = vae.decode(latents)  # [1, 3, H, W] or [1, 3, F, H, W]
     return images_of(pixels if pixels.ndim == 4 else pixels[0].movedim(1, 0))
 
 

@@ -22,7 +22,7 @@ from library.dataset.cache_index import CacheIndex
 from library.dataset.custom import load_custom_dataset
 from library.dataset.datasources import ScanResult, load_datasets
 from library.dataset.debug import debug_dataset
-from library.dataset.fill_caches import fill_latent_cache, fill_text_cache
+from library.dataset.fill_caches import fill_latent_cache, fill_text_cache, uncached
 from library.dataset.strategies import StrategySet, Texts
 from library.dataset.text_caching import warn_overlong_captions
 from library.training.accelerator_setup import Runtime
@@ -31,10 +31,16 @@ from library.training.option_groups import LoopOptions
 if TYPE_CHECKING:
     from library.families.latents import SideLimit
     from library.training.protocols import BatchSource
+    from library.training.wiring.base import ModelFamily
 
 Loaded = TypeVar("Loaded")
 logger = logging.getLogger(__name__)
 
+TOLD = {
+    "vae": ("samples have no latents in the cache", "cache_latents"),
+    "text_encoders": ("captions have no text encoder outputs in the cache", "cache_text_encoder_outputs"),
+}
+"""part -> what a cache lacks, and the tool that makes it"""
 SHEETS = ("dataset.png", "dataset_validation.png")
 
 
@@ -145,6 +151,24 @@ class KeptModels(Generic[Loaded]):
         if self.value is None:
             self.value = self._load()
         return self.value
+
+
+def lacking_problems(family: ModelFamily, data: DataGroups, strategies: StrategySet) -> list[str]:
+    """A message for each part without files that would have to fill a cache."""
+    parts = [part for part in TOLD if family.lacks(part)]
+    found = uncached(data.groups, strategies, data.index) if parts else {}
+    problems = []
+    for part in parts:
+        if part not in found:
+            continue
+        (item, reason), count = found[part][0], len(found[part])
+        what, tool = TOLD[part]
+        options = " and ".join(f"--{name}" for name in family.part_files(part))
+        problems.append(
+            f"{count} {what} (the first is {item.absolute_path}: {reason}), and {options} {'are' if ' and ' in options else 'is'}"
+            f" not given to make them; give it here, or to tools/{tool}.py --family {family.name} beforehand"
+        )
+    return problems
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from library.training.whole_models import side_endings
 logger = logging.getLogger(__name__)
 
 SAMPLES = "sample"
-_SAMPLE = re.compile(r"(?:e?\d{6,}_(?:\d{2,}_\d{14}(?:_\d+)?|grid)|sheet)\.png")
+_SAMPLE = re.compile(r"(?:e?\d{6,}_(?:\d{2,}_\d{14}(?:_\d+)?|grid)|sheet)\.(?:png|mp4)")
 
 
 def is_output_of(

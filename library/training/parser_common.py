@@ -14,7 +14,7 @@ import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from library.core.errors import ConfigError
 from library.core.options import Config, option_fields
@@ -24,6 +24,9 @@ from library.families.registry import record_of, variants_of
 from library.training.config_file import convert_value, read_config_file
 from library.training.option_groups import SHARED_GROUPS, ConfigFileOptions, HookOptions
 from library.training.option_reader import Note, OptionReader, Script, parser_of
+
+if TYPE_CHECKING:
+    from library.training.wiring.base import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -229,8 +232,14 @@ def script(family: str, trainable: str) -> Script:
         read_values=family_class.read_values,
         neutral=family_class.neutral,
         stands_for={**family_class.stands_for, **(said["stands_for"] or {})},
-        following=functools.partial(import_target(said["following"]), family_class) if said["following"] else None,
+        following=functools.partial(_following, family_class, said["following"]),
     )
+
+
+def _following(family_class: type[ModelFamily], target: str | None, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What follows from the values for the family, and for what is trained, by its own function."""
+    own = import_target(target)(family_class, values) if target else {}
+    return {**family_class.following_defaults(values), **own}
 
 
 def build_parser(family: str, trainable: str, strict: bool = False) -> argparse.ArgumentParser:

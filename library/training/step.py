@@ -12,7 +12,7 @@ import torch
 
 from library.core.errors import ConfigError, TrainingError
 from library.core.keyed_random import StepDraws, key_seed
-from library.dataset.batch import Batch, rows_of
+from library.dataset.batch import Batch, conditioning_rows
 from library.dataset.strategies import Conditioning, StrategySet
 from library.training.objective import NoisyLatents, Objective
 from library.training.run import DiTOutput, Models, StepOutput
@@ -206,7 +206,7 @@ class TrainStep:
             if any(self.trained_text_encoders):
                 untouched = self.conditioning_of(part)
             else:
-                untouched = rows_of(conditioning, marked)
+                untouched = conditioning_rows(conditioning, marked)
             prior = self.predict(sample.rows(rows), untouched, part, untouched=True)
         target = output.target.clone()  # [B, C, ...]
         target[rows.to(target.device)] = prior.pred.to(target.dtype)

@@ -32,6 +32,7 @@ from library.training.data_phase import (
     cache_latents,
     find_data,
     group_data,
+    lacking_problems,
     prepare_text,
     side_problems,
 )
@@ -134,6 +135,8 @@ class Trainer:
         if self.config[DatasetOptions].debug_dataset:
             data.show(runtime.seed, self.config[SavingOptions].output_dir)
             return None
+        if problems := lacking_problems(self.family, data, strategies):
+            raise ConfigError(problems)
         state = local_state_folder(self.config, runtime)
         if state is not None:
             check_hook_weights(state, self.added_hooks.by_key())

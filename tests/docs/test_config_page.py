@@ -10,7 +10,10 @@ import pytest
 from library.config_util import load_blueprint
 from library.dataset import DatasetOptions
 from library.dataset.architectures import ARCHITECTURES
+from library.dataset.clips.settings import ClipSettings
+from library.dataset.clips.windows import windows_of
 from library.dataset.config_schema import KEYS
+from tests.golden_tests.video_architectures import ARCHITECTURES as VIDEO_ARCHITECTURES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "config_README-en.md").read_text(encoding="utf-8")
 
@@ -24,7 +27,8 @@ def test_examples_are_valid(text, tmp_path):
     path = tmp_path / ("d.json" if text.startswith("{") else "d.toml")
     path.write_text(text, encoding="utf-8")
     options = DatasetOptions(dataset_config=path, masked_loss="conditioning_data_dir" in text)
-    blueprint = load_blueprint(options, architecture=ARCHITECTURES["flux"])
+    architecture = VIDEO_ARCHITECTURES["wan"] if "video_" in text else ARCHITECTURES["flux"]
+    blueprint = load_blueprint(options, architecture=architecture)
     assert blueprint.datasets and not blueprint.warnings
 
 
@@ -39,6 +43,19 @@ def rows() -> dict[str, list[str]]:
     return found
 
 
+def test_clips_of_the_example_are_those_of_the_code():
+    settings = {"slide": {"frame_stride": 10}, "uniform": {"frame_sample": 4}}
+    for name in ("head", "chunk", "slide", "uniform", "full"):
+        clips = ClipSettings(target_frames=(13, 25), frame_extraction=name, **settings.get(name, {}))
+        [told] = re.findall(rf"^\| `{name}` \|[^|]*\| (?:`[^`]*`: )?([^|]*) \|$", PAGE, re.MULTILINE)
+        starts: dict[int, list[int]] = {}
+        for start, length in windows_of(40, clips, 4):
+            starts.setdefault(length, []).append(start)
+        numbers = [int(number) for number in re.findall(r"\d+", told.partition(", as")[0])]
+        wanted = [0, *starts] if name == "head" else [n for length, found in starts.items() for n in (length, *found)]
+        assert numbers == wanted, name
+
+
 def test_every_key_has_a_row_with_its_default():
     table = rows()
     assert set(KEYS) <= set(table), set(KEYS) - set(table)
@@ -51,7 +68,7 @@ def test_every_key_has_a_row_with_its_default():
         elif isinstance(default, (int, float)):
             assert float(cell) == default, name
         elif default:
-            assert cell == default, name
+            assert cell == (str(list(default)) if isinstance(default, tuple) else default), name
 
 
 def test_levels_are_those_of_the_schema():

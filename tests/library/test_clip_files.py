@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
-from library.generation.picture_files import frames_of, gif_of, read_frames, read_texts, write_picture
+from library.generation.picture_files import frames_of, read_frames, read_texts, write_picture
+from library.generation.video_files import write_video
 from library.training.hooks.trackers import Point, TensorBoardTracker, WandbTracker
 
 POINT = Point({}, "step", 3, 3, 1)
@@ -43,7 +45,7 @@ def test_tensorboard_shows_pictures_and_clips(tmp_path):
 
     tracker = TensorBoardTracker(tmp_path, "project", None)
     tracker.log_image("picture", frames(1)[0], "one", POINT)
-    tracker.log_image("clip", frames(), "several", POINT)
+    tracker.log_video("clip", write_video(frames(), tmp_path / "clip.mp4", 8), 8, "several", POINT)
     tracker.close()
     events = EventAccumulator(str(tracker.folder))
     events.Reload()
@@ -52,17 +54,17 @@ def test_tensorboard_shows_pictures_and_clips(tmp_path):
         (event,) = events.Images(name)
         assert (event.step, event.width, event.height) == (3, 20, 12)
         with Image.open(io.BytesIO(event.encoded_image_string)) as image:
-            counts[name] = image.format, getattr(image, "n_frames", 1)
-    assert counts == {"picture": ("PNG", 1), "clip": ("GIF", 4)}
+            counts[name] = image.format, getattr(image, "n_frames", 1), image.info.get("duration")
+    assert counts == {"picture": ("PNG", 1, None), "clip": ("GIF", 4, 120)}, "hundredths of a second, of 125 ms"
 
 
-def test_weights_and_biases_gets_a_picture_or_a_video():
+def test_weights_and_biases_gets_a_picture_or_a_video_file():
     logged = []
     tracker = WandbTracker.__new__(WandbTracker)
     tracker._wandb = SimpleNamespace(
-        Image=lambda image, caption: ("image", caption), Video=lambda data, caption, format: (format, data.getvalue())
+        Image=lambda image, caption: ("image", caption), Video=lambda path, caption, format: (format, path)
     )
     tracker._run = SimpleNamespace(log=lambda values, commit: logged.append(values))
     tracker.log_image("sample_0", frames(1)[0], "one", POINT)
-    tracker.log_image("sample_1", frames(), "several", POINT)
-    assert logged[0]["sample_0"] == ("image", "one") and logged[1]["sample_1"] == ("gif", gif_of(frames()))
+    tracker.log_video("sample_1", Path("a/clip.mp4"), 8, "several", POINT)
+    assert logged[0]["sample_0"] == ("image", "one") and logged[1]["sample_1"] == ("mp4", str(Path("a/clip.mp4")))

@@ -13,7 +13,7 @@ from library.core.errors import ConfigError
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.dataset.config_reading import ConfigReader, ProblemList
-from library.dataset.config_schema import ALL_KINDS, KEYS, schema_of
+from library.dataset.config_schema import ALL_KINDS, KEYS, NOT_FLAT, schema_of
 
 FLUX = ARCHITECTURES["flux"]
 SUBSET = '[[datasets.subsets]]\nimage_dir = "a"\n'
@@ -184,7 +184,8 @@ def test_a_number_that_is_none_is_out_of_range(tmp_path):
 def test_the_schema_takes_every_key_at_its_levels_alone():
     """schema_of is made of KEYS: each key passes where it may stand, and nowhere else."""
     values = {"resolution": 64, "skip_image_resolution": 64, "resize_interpolation": "area", "network_multiplier": 1}
-    values |= {"face_crop_aug_range": [1, 2], "custom_attributes": {}}
+    values |= {"face_crop_aug_range": [1, 2], "custom_attributes": {}, "control_resolution": 64}
+    values |= {"target_frames": [1], "frame_extraction": "full", "source_fps": "auto", "fp_1f_clean_indices": [0]}
     schema = schema_of(ALL_KINDS, True)
     for name, key in KEYS.items():
         fitting = [v for v in (values.get(name), True, 1, "a") if v is not None and not is_refused(key.check, v)]
@@ -194,6 +195,8 @@ def test_the_schema_takes_every_key_at_its_levels_alone():
             raw = {"datasets": [{**(placed if level == "D" else {}), "subsets": [subset]}]}
             raw |= {"general": placed} if level == "G" else {}
             assert is_refused(schema, raw) == (level not in key.levels), (name, level)
+        flat = {"datasets": [{"image_directory": "a", **placed}]}
+        assert is_refused(schema, flat) == (name in NOT_FLAT or key.levels == "G"), name
 
 
 def is_refused(schema, value) -> bool:

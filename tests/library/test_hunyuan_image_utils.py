@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from library import hunyuan_image_utils
-from library.checkpoints.hunyuan_image_convert import to_diffusers
+from library.checkpoints.hunyuan_image_convert import NAMES
 from library.checkpoints.kinds import check_slot, describe_checkpoint
 from library.checkpoints.loading import build_on_meta
 from library.components.ldm_models import AutoEncoderParams
+from library.components.hunyuan_stream_utils import DENOISER_PREFIXES
 from library.components.llm_encoder_utils import inspect_qwen25_vl
 from library.components.text_encoder_utils import inspect_t5xxl
 from library.core.errors import CheckpointError
@@ -103,7 +104,7 @@ def test_sizes_of_the_real_text_encoders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("distilled", [{}, {"guidance_embed": True}, {"guidance_embed": True, "mean_flow": True}])
-@pytest.mark.parametrize("prefix", ["", *hunyuan_image_utils.DENOISER_PREFIXES])
+@pytest.mark.parametrize("prefix", ["", *DENOISER_PREFIXES])
 def test_a_denoiser_under_every_prefix(tmp_path: Path, prefix: str, distilled: dict[str, bool]) -> None:
     params = replace(PARAMS, **distilled)
     save_file_atomic({prefix + key: tensor for key, tensor in new_state(params).items()}, tmp_path / "x.safetensors")
@@ -167,7 +168,7 @@ def test_both_layouts_whole_in_shards_and_in_8_bits(tmp_path: Path) -> None:
     given = inputs() | {"guidance": torch.tensor([3500.0, 1000.0])}
     folder = tmp_path / "pipeline" / "transformer"
     folder.mkdir(parents=True)
-    other, places = to_diffusers(state), {}
+    other, places = NAMES.to_diffusers(state), {}
     for number, keys in enumerate((list(other)[::2], list(other)[1::2]), 1):
         name = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
         save_file_atomic({key: other[key] for key in keys}, folder / name)

@@ -11,7 +11,7 @@ import torch
 
 from library.checkpoints.loading import build_on_meta
 from library.components import wan_vae_utils
-from library.components.wan_vae_models import WanVAE, WanVAEParams
+from library.components.wan_vae_models import Stream, WanVAE, WanVAEParams
 from library.core.errors import CheckpointError
 from library.safetensors_utils import save_file_atomic
 from tests.tiny import random_state
@@ -81,6 +81,19 @@ def test_computing_row_by_row_gives_equal_results(rows: int) -> None:
     vae.set_chunk_rows(rows)
     torch.testing.assert_close(vae.encode(image), whole)
     torch.testing.assert_close(vae.decode(whole), decoded)
+
+
+def test_what_is_remembered_can_wait_on_the_cpu() -> None:
+    """It is stored there and read where the autoencoder computes; the numbers stay."""
+    vae, video = tiny(), pixels(1, 3, 9, 16, 16)
+    expected = vae.encode(video)
+    decoded = vae.decode(expected)
+    vae.cache_on_cpu = True
+    assert torch.equal(vae.encode(video), expected) and torch.equal(vae.decode(expected), decoded)
+    module, stream = torch.nn.Identity(), Stream(torch.device("meta"))
+    stream.remember(module, torch.ones(1, 1, 1, 2, 2))
+    stream[module] = torch.ones(1, 1, 1, 2, 2)
+    assert stream[module].device.type == "cpu" and stream.before(module).device.type == "meta"
 
 
 def test_a_length_that_makes_no_whole_pieces_is_an_error() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.checkpoints.hunyuan_image_convert import to_original
+from library.checkpoints.hunyuan_image_convert import NAMES
 from library.checkpoints.loading import build_on_meta
 from library.core.registry import import_target
 from library.generation.adapter_files import AdapterFile
@@ -93,7 +93,7 @@ def twin_models() -> tuple[nn.Module, HYImageDiffusionTransformer]:
         in_channels=8, hidden_size=32, num_heads=2, depth=2, depth_single=2, text_dim=12, byt5_dim=10,
         rope_dim_list=(8, 8),
     ))  # fmt: skip
-    ours.load_state_dict(to_original(theirs.state_dict()))
+    ours.load_state_dict(NAMES.to_original(theirs.state_dict()))
     return theirs, ours.eval()
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
 
 from library.core.registry import import_target
+from library.generation.video_files import read_video
 from library.training import cli, parser_common
 from library.training.trainables.network import NetworkTrainable
 from library.training.trainer_base import Trainer
@@ -144,18 +146,27 @@ def test_samples_have_their_frames(work):
     counts = {}
     for path in found:
         with Image.open(path) as image:
-            counts[path.stem.split("_")[2]] = (getattr(image, "n_frames", 1), image.size, image.text.get("frames"))
-            if getattr(image, "n_frames", 1) > 1:
-                first = np.asarray(image.convert("RGB")).copy()
-                image.seek(1)
-                assert not np.array_equal(first, np.asarray(image.convert("RGB"))), "frames differ"
+            assert getattr(image, "n_frames", 1) == 1, "a picture, or the contact sheet of a clip"
+            told = image.text.get("frames")
+            width, height = image.size
+        clip = path.with_suffix(".mp4")
+        if clip.is_file():
+            capture = cv2.VideoCapture(str(clip))
+            assert capture.get(cv2.CAP_PROP_FPS) == 16
+            frames = read_video(clip)
+            assert not np.array_equal(np.asarray(frames[0]), np.asarray(frames[1])), "frames differ"
+            assert width > 2 * frames[0].width and height > 2 * frames[0].height
+            counts[path.stem.split("_")[2]] = (len(frames), frames[0].size, told)
+        else:
+            counts[path.stem.split("_")[2]] = (1, (width, height), told)
     assert counts == {
         "00": (5, (48, 32), "5"),
         "01": (1, (32, 32), "1"),
         "02": (5, (32, 32), "5"),
         "03": (5, (48, 32), "5"),
     }
-    assert found[0].read_bytes()[-500:] != found[3].read_bytes()[-500:], "guided by a negative prompt"
+    first, guided = (found[number].with_suffix(".mp4").read_bytes() for number in (0, 3))
+    assert first != guided, "guided by a negative prompt"
     sheets = sorted(path.name for path in (work.folder / "out" / "sample").glob("*sheet.png"))
     grids = list((work.folder / "out" / "sample").glob("*_grid.png"))
     assert sheets == ["lora_sheet.png"] and len(grids) == 1

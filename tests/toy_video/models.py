@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -93,7 +95,9 @@ class ToyVideoDit(nn.Module):
     def repeated_blocks(self) -> list[nn.Module]:
         return list(self.toy_blocks)
 
-    def forward(self, latents: Tensor, first: Tensor, times: Tensor, states: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, first: Tensor, times: Tensor, states: Tensor, skip_layers: Sequence[int] = ()
+    ) -> Tensor:
         """latents [B, C, F, h, w], first [B, C, h, w], times [B] or [B, F] in 0..1, states [B, L, D] -> [B, C, F, h,
         w]."""
         batch, channels, frames, height, width = latents.shape
@@ -111,7 +115,7 @@ class ToyVideoDit(nn.Module):
             torch.cat([states.to(tokens), tokens], dim=1),
             torch.cat([torch.zeros_like(states, dtype=tokens.dtype), shift], dim=1),
         )
-        for block in self.toy_blocks:
-            tokens = block(tokens, shift, length)
+        for number, block in enumerate(self.toy_blocks):
+            tokens = tokens if number in skip_layers else block(tokens, shift, length)
         cells = self.patch_out(tokens[:, length:]).view(batch, frames, rows, columns, channels, PATCH, PATCH)
         return cells.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, channels, frames, height, width)

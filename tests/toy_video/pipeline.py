@@ -6,17 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from library.generation.flow_pipeline import FlowPipeline
-from library.generation.requests import PictureRequest
+from library.generation.video_pipeline import VideoPipeline
 
 
 @dataclass
-class ToyVideoPipeline(FlowPipeline[PictureRequest]):
+class ToyVideoPipeline(VideoPipeline):
     family = "toy_video"
-    request_class = PictureRequest
 
-    def velocity(self, latents, times, conditioning, request):
+    def velocity(self, latents, times, conditioning, request, *, skip_layers=()):
         clips = latents if latents.ndim == 5 else latents[:, :, None]  # a picture is a clip of one frame
-        return self.denoiser(clips, torch.zeros_like(clips[:, :, 0]), times / 1000, conditioning["states"]).view_as(
-            latents
-        )
+        first = torch.zeros_like(clips[:, :, 0])
+        made = self.denoiser(clips, first, times / 1000, conditioning["states"], skip_layers=skip_layers)
+        return made.view_as(latents)
+
+    def encode(self, pixels, seed):
+        return self.vae.encode(pixels, [seed])

@@ -12,8 +12,9 @@ from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.generation.adapters import LoadedAdapters
 from library.generation.pipeline import PictureMaker
-from library.generation.requests import COMMON_LINE_OPTIONS, PictureRequest, SessionOptions, request_of
+from library.generation.requests import COMMON_LINE_OPTIONS, SessionOptions, request_of
 from library.generation.script import ImageScript
+from library.generation.video_requests import VideoRequest
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import LineOption
 from tests.toy_video.family import ToyTextEncoding, ToyTokenize
@@ -41,11 +42,11 @@ class ToyPictureOptions:
     output_dir: str = option(".", help="folder")
 
     @property
-    def request(self) -> PictureRequest:
-        return request_of(PictureRequest, self)
+    def request(self) -> VideoRequest:
+        return request_of(VideoRequest, self)
 
 
-class ToyVideoScript(ImageScript[PictureRequest]):
+class ToyVideoScript(ImageScript[VideoRequest]):
     family, title = "toy_video", "Toy video"
     adapters, pictures = ToyModelOptions, ToyPictureOptions
     groups = (ToyModelOptions, ToyPictureOptions, SessionOptions, ConsoleOptions)
@@ -54,7 +55,7 @@ class ToyVideoScript(ImageScript[PictureRequest]):
 
     def check(self, config) -> None: ...
 
-    def load(self, config) -> PictureMaker[PictureRequest]:
+    def load(self, config) -> PictureMaker[VideoRequest]:
         denoiser, encoder = seeded(ToyVideoDit(), 3), seeded(ToyTextEncoder(), 2)
         pipeline = ToyVideoPipeline(denoiser, seeded(ToyVideoVae(), 1))
         strategies = StrategySet(ToyTokenize(), ToyTextEncoding(), text_layout=TEXT_LAYOUTS[self.family])

@@ -1,14 +1,15 @@
 """Frame rates: which frames of a video make a clip of another rate. Exact arithmetic, pure functions.
 
-Two rules. A source rate that is given and no lower than the target drops frames:
-frame k of the clip is the first frame that begins at or after k/target. All else holds frames: frame k is the last one
-that begins at or before k/target, so that slow videos repeat frames and those with their own times keep their speed.
+Two rules. A source rate that is given and no lower than the target drops frames: frame k of the clip is the first frame
+that begins at or after k/target. All else holds frames: frame k is the last one that begins at or before k/target, so
+that slow videos repeat frames, and files that go by their own times keep their speed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -22,15 +23,51 @@ RATE_NOTICE = Fraction(5, 100)
 
 @dataclass(frozen=True)
 class Conversion:
-    """From the frames of a file to `target` frames per second. `source`: the file's rate; None: its own times count."""
+    """From the frames of a file to `target` frames per second."""
 
     target: Fraction
     source: Fraction | None = None
+    """frames per second of the file; None where they are uneven"""
+    is_own: bool = False
+    """whether the file's own times count, and not a rate that was given"""
+    times: tuple[Fraction, ...] = ()
+    """when its frames begin [s], the first at 0, where they are uneven"""
+
+    @classmethod
+    def given(cls, source: float, target: float) -> Conversion:
+        """From the rate that is written for the files of a dataset."""
+        return cls(exact_rate(target), exact_rate(source))
+
+    @classmethod
+    def own(cls, rate: Fraction | None, times: Sequence[Fraction], target: float) -> Conversion:
+        """From the times in the file itself: even ones by their rate, or each for itself."""
+        even = None if times else rate
+        return cls(exact_rate(target), even, is_own=True, times=tuple(time - times[0] for time in times))
+
+    def count(self, frames: int) -> int:
+        """Frames of the clip that a file of so many frames makes: up to the one that begins last."""
+        if frames == 0:
+            return 0
+        if self.source is None:
+            return math.floor((self.times[-1] + TIME_STEP) * self.target) + 1
+        return math.floor((frames - 1) * self.target / self.source) + 1
+
+    def frame(self, number: int) -> int:
+        """Number of the file's frame that stands at this place of the clip."""
+        if self.source is None:
+            return bisect_right(self.times, number / self.target + TIME_STEP) - 1
+        place = number * self.source / self.target
+        return math.floor(place) if self.is_own or self.source < self.target else math.ceil(place)
 
     @property
     def words(self) -> str:
-        """As it stands in records of caches: what a cached clip hangs on."""
-        return f"{'own times' if self.source is None else self.source} to {self.target} fps"
+        """What a cached clip hangs on, beside the file."""
+        return f"{'own times' if self.is_own else self.source} to {self.target} fps"
+
+
+def converted_count(frames: int, conversion: Conversion | None) -> int:
+    """Frames of the list that clips are cut from; without a conversion all frames of the file."""
+    return frames if conversion is None else conversion.count(frames)
 
 
 def exact_rate(fps: float) -> Fraction:
@@ -40,70 +77,24 @@ def exact_rate(fps: float) -> Fraction:
 
 def stored_rate(fps: float) -> Fraction | None:
     """The rate that a float of a video's header stands for (30000/1001 for 29.97002997); None where there is none."""
-    if not math.isfinite(fps) or fps <= 0:
-        return None
-    return Fraction(fps).limit_denominator(1001)
+    return Fraction(fps).limit_denominator(1001) if math.isfinite(fps) and fps > 0 else None
 
 
-def frames_at(count: int, conversion: Conversion | None, times: Sequence[Fraction] = ()) -> list[int]:
-    """Numbers of the file's frames that make the clip, in order. `count`: frames of the file, `times`: when each begins
-    [s], read only where the conversion goes by them. Without a conversion all of them."""
-    if conversion is None:
-        return list(range(count))
-    if conversion.source is not None:
-        return list(_by_rate(count, conversion.source, conversion.target))
-    times = list(times)
-    rate = constant_rate(times)
-    return list(_held(count, rate, conversion.target) if rate else _by_times(times, conversion.target))
-
-
-def _by_rate(count: int, source: Fraction, target: Fraction) -> Iterator[int]:
-    if source < target:
-        yield from _held(count, source, target)
-        return
-    step, number = source / target, 0
-    while (frame := math.ceil(number * step)) < count:
-        yield frame
-        number += 1
-
-
-def _held(count: int, source: Fraction, target: Fraction) -> Iterator[int]:
-    """As long as the last frame has not begun, and once when it does."""
-    step = source / target
-    for number in range(math.floor((count - 1) / step) + 1 if count else 0):
-        yield math.floor(number * step)
-
-
-def _by_times(times: Sequence[Fraction], target: Fraction) -> Iterator[int]:
-    frame, number = 0, 0
-    begins = [time - times[0] for time in times]
-    while begins and number / target <= begins[-1] + TIME_STEP:
-        while frame + 1 < len(begins) and begins[frame + 1] <= number / target + TIME_STEP:
-            frame += 1
-        yield frame
-        number += 1
-
-
-def constant_rate(times: Sequence[Fraction]) -> Fraction | None:
-    """The rate of frames that begin at even distances, as far as a container's clock of 1/1000 s tells; None where they
-    do not, or there are fewer than three."""
-    if len(times) < 3 or times[-1] <= times[0]:
+def constant_rate(times: Sequence[Fraction], header: Fraction | None = None) -> Fraction | None:
+    """The rate of frames that begin at even distances; None where they do not. `header`: the rate that the file names.
+    Of times that a container has rounded it is the whole rate, or the one of NTSC (1000/1001 of it), that they stand
+    for."""
+    if len(times) < 2 or times[-1] <= times[0]:
         return None
     mean = (len(times) - 1) / (times[-1] - times[0])
-    for rate in dict.fromkeys((_common_rate(mean), mean)):
-        if rate and all(abs(time - times[0] - number / rate) <= CLOCK for number, time in enumerate(times)):
+    whole = Fraction(max(round(mean), 1))
+    fits = ((header, TIME_STEP), (whole, CLOCK / 2), (whole * Fraction(1000, 1001), CLOCK / 2), (mean, CLOCK))
+    for rate, most in fits:
+        if rate and all(abs(time - times[0] - number / rate) <= most for number, time in enumerate(times)):
             return rate
     return None
 
 
-def _common_rate(mean: Fraction) -> Fraction | None:
-    """The whole rate, or the one of NTSC (1000/1001 of it), which a mean of rounded times stands for."""
-    whole = Fraction(round(mean))
-    candidates = (whole, whole * Fraction(1000, 1001))
-    best = min(candidates, key=lambda rate: abs(rate - mean))
-    return best if best > 0 and abs(best - mean) / best < Fraction(1, 1000) else None
-
-
-def differs_from(fps: Fraction, target: Fraction) -> bool:
-    """Whether a clip of `fps` taken frame by frame shows another speed than the one that is trained."""
-    return abs(fps - target) > RATE_NOTICE * target
+def differs_from(rate: Fraction, target: float) -> bool:
+    """Whether a clip of this rate, taken frame by frame, has another speed than the one that is trained."""
+    return abs(rate - exact_rate(target)) > RATE_NOTICE * exact_rate(target)

@@ -24,6 +24,11 @@ class ClipWindow:
         """Tells the clips of one file apart."""
         return (self.start, self.length) if self.section is None else (self.start, self.length, self.section)
 
+    def frame_numbers(self) -> list[int]:
+        """Numbers of the file's frames, in order; they never fall."""
+        numbers = range(self.start, self.start + self.length)
+        return list(numbers) if self.conversion is None else [self.conversion.frame(number) for number in numbers]
+
     @property
     def words(self) -> str:
         """For people and for records of caches."""

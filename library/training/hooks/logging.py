@@ -15,7 +15,10 @@ from library.training.hooks.trackers import Point, Tracker, open_trackers
 from library.training.option_groups import LoggingOptions
 
 if TYPE_CHECKING:
-    from library.generation.picture_files import Picture
+    from pathlib import Path
+
+    from PIL import Image
+
     from library.training.protocols import StateValue
     from library.training.run import Run
 
@@ -127,11 +130,17 @@ class LoggingHook(Hook):
         point = Point(kept, axis, epoch if axis == "epoch" else step, step, epoch)
         self._to_trackers(lambda tracker: tracker.log(point))
 
-    def log_image(self, name: str, picture: Picture, caption: str) -> None:
-        """A picture, or the frames of a clip, for every tracker."""
+    def log_image(self, name: str, picture: Image.Image, caption: str) -> None:
+        """A picture for every tracker."""
+        self._to_trackers(lambda tracker: tracker.log_image(name, picture, caption, self._point()))
+
+    def log_video(self, name: str, path: Path, fps: float, caption: str) -> None:
+        """A video file for every tracker."""
+        self._to_trackers(lambda tracker: tracker.log_video(name, path, fps, caption, self._point()))
+
+    def _point(self) -> Point:
         progress = self._run.progress
-        point = Point({}, "step", progress.global_step, progress.global_step, progress.finished_epochs)
-        self._to_trackers(lambda tracker: tracker.log_image(name, picture, caption, point))
+        return Point({}, "step", progress.global_step, progress.global_step, progress.finished_epochs)
 
     def _to_trackers(self, action: Callable[[Tracker], None]) -> None:
         """A tracker whose disk is full is told once and left out from then on; curves are not worth a run."""

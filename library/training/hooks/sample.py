@@ -19,7 +19,9 @@ from library.dataset.strategies import NegativeText
 from library.device_utils import clean_memory_on_device
 from library.generation.control_pictures import open_picture
 from library.generation.image_grid import GridCell, image_grid
-from library.generation.picture_files import read_frames, settings_texts, write_picture
+from library.generation.picture_files import frames_of, read_frames, settings_texts, write_picture
+from library.generation.video_files import encoder_of, write_clip
+from library.generation.video_pipeline import frame_rate
 from library.training.hooks.base import Hook
 from library.training.hooks.logging import LoggingHook
 from library.training.hooks.losses import gather_objects
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+CLIP_ENDING = ".mp4"
 
 
 def sample_texts(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> list[tuple[str, bool]]:
@@ -95,11 +98,12 @@ def joined(conditioning: Sequence[Conditioning]) -> Conditioning:
 
 @dataclasses.dataclass(frozen=True)
 class SampleFile:
-    """A picture that was written, and what it shows."""
+    """A picture that was written, and what it shows; of a clip its contact sheet, beside the `video`."""
 
     enum: int
     path: str
     caption: str
+    video: str | None = None
 
 
 class SampleHook(Hook):
@@ -116,13 +120,17 @@ class SampleHook(Hook):
         self.conditioning = conditioning
         self.seed = seed
         self.sheet = SampleSheet()
-        self._made = self._grids = 0
+        self._made, self._grids = {"picture": 0, "clip": 0}, 0
         self._folder: Path | None = None
 
     def on_train_start(self, run: Run) -> None:
         unused = unused_settings(self.prompts, run.family.sampling, run.trainable.sample_reads)
         if unused and run.runtime.is_main_process:
             logger.warning("sample prompts set %s, which %s does not have; ignored", ", ".join(unused), run.family.name)
+        if run.runtime.is_main_process and self._has_clips(run):
+            encoder = self._tried("clips cannot be written", lambda: encoder_of(CLIP_ENDING))
+            if encoder is not None and encoder.notice:
+                logger.info(encoder.notice)
         if run.progress.global_step == 0:
             self._sample_if_due(run, "first")
         elif self.prompts and run.runtime.is_main_process:
@@ -164,23 +172,23 @@ class SampleHook(Hook):
         occasions += bool(unreached_interval(options, progress.max_train_steps, finished))
         if not occasions:
             return []
-        pictures, times = counted(len(self.prompts), "picture"), counted(occasions, "occasion")
+        kind = "clip" if self._has_clips(run) else "picture"
+        pictures, times = counted(len(self.prompts), kind), counted(occasions, "occasion")
         return [f"sample/ with {pictures} and a grid on {times}, all of them on {self._sheet_path(run).name}"]
 
     def written_files(self) -> list[str]:
-        return (
-            []
-            if self._folder is None
-            else [
-                f"{self._folder}{os.sep} with {counted(self._made, 'picture')}, {counted(self._grids, 'grid')} and the "
-                "sheet of all"
-            ]
-        )
+        if self._folder is None:
+            return []
+        made = [counted(number, kind) for kind, number in self._made.items() if number]
+        return [f"{self._folder}{os.sep} with {', '.join(made)}, {counted(self._grids, 'grid')} and the sheet of all"]
 
     def _sheet_path(self, run: Run) -> Path:
         saving = run.config[SavingOptions]
         name = f"{saving.output_name}_sheet" if saving.output_name else "sheet"
         return Path(saving.output_dir) / "sample" / f"{name}.png"
+
+    def _has_clips(self, run: Run) -> bool:
+        return any((run.family.sample_defaults(prompt).frame_count or 1) > 1 for prompt in self.prompts)
 
     def _sample_if_due(self, run: Run, at: str) -> None:
         options, progress = run.config[SamplingOptions], run.progress
@@ -274,8 +282,12 @@ class SampleHook(Hook):
             saving.output_name, at, progress.epoch if at == "epoch" else progress.global_step,
             enum=number if given.enum is None else given.enum, seed=given.seed, timestamp=time.strftime("%Y%m%d%H%M%S"),
         )
-        path = write_picture(made, Path(saving.output_dir) / name, self._texts(run, at, number, prompt))
-        return SampleFile(number, str(path), prompt.prompt)
+        path, texts = Path(saving.output_dir) / name, self._texts(run, at, number, prompt)
+        frames = frames_of(made)
+        if len(frames) == 1:
+            return SampleFile(number, str(write_picture(made, path, texts)), prompt.prompt)
+        clip = write_clip(frames, path.with_suffix(CLIP_ENDING), frame_rate(run.family.name), texts)
+        return SampleFile(number, str(clip.sheet), prompt.prompt, str(clip.video))
 
     @staticmethod
     def _texts(run: Run, at: str, number: int, prompt: SamplePrompt) -> dict[str, str]:
@@ -307,11 +319,11 @@ class SampleHook(Hook):
         """The grid of this occasion's pictures, the sheet of all, and the trackers' images."""
         if not made:
             return
-        pictures = [(file, read_frames(file.path)) for file in made]
+        pictures = [(file, read_frames(file.path)[0]) for file in made]
         guides, cells = self._guides(run), []
-        for file, frames in pictures:
+        for file, picture in pictures:
             cells += [GridCell(guides[file.enum], "control picture")] if file.enum in guides else []
-            cells.append(GridCell(frames[0], f"{file.enum}: {file.caption}"))
+            cells.append(GridCell(picture, f"{file.enum}: {file.caption}"))
         saving = run.config[SavingOptions]
         name = sample_suffix(at, run.progress.epoch if at == "epoch" else run.progress.global_step)
         stem = f"{saving.output_name}_{name}" if saving.output_name else name
@@ -324,18 +336,24 @@ class SampleHook(Hook):
         self.sheet.add(
             run.progress.global_step,
             occasion_label(run.progress, at),
-            {file.enum: frames[0] for file, frames in pictures},
+            {file.enum: picture for file, picture in pictures},
         )
         self.sheet.write(
             self._sheet_path(run),
             {number: prompt.prompt for number, prompt in enumerate(self.prompts)},
             saving.output_name or "samples",
         )
-        self._made, self._grids, self._folder = self._made + len(made), self._grids + 1, grid.parent
+        self._grids, self._folder = self._grids + 1, grid.parent
+        for file in made:
+            self._made["clip" if file.video else "picture"] += 1
         log = run.hooks.find(LoggingHook)
         if log is not None:
-            for file, frames in pictures:
-                log.log_image(f"sample_{file.enum}", frames if len(frames) > 1 else frames[0], file.caption)
+            for file, picture in pictures:
+                if file.video is None:
+                    log.log_image(f"sample_{file.enum}", picture, file.caption)
+                else:
+                    rate = frame_rate(run.family.name)
+                    log.log_video(f"sample_{file.enum}", Path(file.video), rate, file.caption)
 
 
 def counted(number: int, word: str) -> str:

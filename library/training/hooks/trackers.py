@@ -3,7 +3,6 @@ chosen."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import time
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from library.core.errors import ConfigError
 from library.core.options import Config, option_fields
 from library.core.text_files import parse_toml, read_text
-from library.generation.picture_files import Picture, frames_of, gif_of
+from library.generation.picture_files import gif_of
+from library.generation.video_files import read_video
 from library.training.parser_common import PATH_OPTIONS
 
 if TYPE_CHECKING:
@@ -47,8 +47,11 @@ class Tracker(ABC):
     def log(self, point: Point) -> None: ...
 
     @abstractmethod
-    def log_image(self, name: str, picture: Picture, caption: str, point: Point) -> None:
-        """A picture, or the frames of a clip."""
+    def log_image(self, name: str, picture: Image.Image, caption: str, point: Point) -> None: ...
+
+    @abstractmethod
+    def log_video(self, name: str, path: Path, fps: float, caption: str, point: Point) -> None:
+        """A video file."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -76,24 +79,22 @@ class TensorBoardTracker(Tracker):
             self._writer.add_scalar(name, value, point.x)
         self._writer.flush()
 
-    def log_image(self, name: str, picture: Picture, caption: str, point: Point) -> None:
+    def log_image(self, name: str, picture: Image.Image, caption: str, point: Point) -> None:
         import numpy
 
-        frames = frames_of(picture)
-        if len(frames) == 1:
-            self._writer.add_image(name, numpy.asarray(frames[0].convert("RGB")), point.x, dataformats="HWC")
-        else:
-            self._add_animation(name, frames, point)
+        self._writer.add_image(name, numpy.asarray(picture.convert("RGB")), point.x, dataformats="HWC")
         self._writer.add_text(f"{name}/prompt", caption, point.x)
 
-    def _add_animation(self, name: str, frames: list[Image.Image], point: Point) -> None:
+    def log_video(self, name: str, path: Path, fps: float, caption: str, point: Point) -> None:
         """As a moving picture, which the event file holds as it is; `add_video` of torch needs a further package."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
+        frames = read_video(path)
         image = Summary.Image(
-            height=frames[0].height, width=frames[0].width, colorspace=3, encoded_image_string=gif_of(frames)
+            height=frames[0].height, width=frames[0].width, colorspace=3, encoded_image_string=gif_of(frames, fps)
         )
         self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), point.x)
+        self._writer.add_text(f"{name}/prompt", caption, point.x)
 
     def close(self) -> None:
         self._writer.close()
@@ -137,12 +138,14 @@ class WandbTracker(Tracker):
     def log(self, point: Point) -> None:
         self._run.log({**point.values, "global_step": point.step, "epoch": point.epoch})
 
-    def log_image(self, name: str, picture: Picture, caption: str, point: Point) -> None:
-        frames = frames_of(picture)
-        if len(frames) == 1:
-            shown = self._wandb.Image(frames[0], caption=caption)
-        else:
-            shown = self._wandb.Video(io.BytesIO(gif_of(frames)), caption=caption, format="gif")
+    def log_image(self, name: str, picture: Image.Image, caption: str, point: Point) -> None:
+        self._log_medium(name, self._wandb.Image(picture, caption=caption), point)
+
+    def log_video(self, name: str, path: Path, fps: float, caption: str, point: Point) -> None:
+        """The file itself, which has its own rate."""
+        self._log_medium(name, self._wandb.Video(str(path), caption=caption, format=path.suffix[1:]), point)
+
+    def _log_medium(self, name: str, shown: Any, point: Point) -> None:
         self._run.log({name: shown, "global_step": point.step, "epoch": point.epoch}, commit=False)
 
     def close(self) -> None:

@@ -133,6 +133,11 @@ class ModelFamily(ABC):
     value"""
     defaults: ClassVar[Mapping[str, object]] = {}
     """shared options whose default differs here: name -> default"""
+    @classmethod
+    def following_defaults(cls, values: Mapping[str, object]) -> Mapping[str, object]:
+        """Shared options whose default follows from the values that were given, by name -> default."""
+        return {}
+
     part_options: ClassVar[Mapping[str, frozenset[str]]] = {}
     """own options that a part needs, for tools that load one part alone: "vae" and "text_encoders" -> names"""
 
@@ -196,6 +201,14 @@ class ModelFamily(ABC):
             model_identity=combined_identity([*(model_identity(file) for file in files), *more]),
             settings={name: str(value) for name, value in settings.items()}, **facts,
         )
+
+    def lacks(self, part: str) -> bool:
+        """Whether no file of a part, "vae" or "text_encoders", is given, so that a run depends on complete caches."""
+        return False
+
+    def part_files(self, part: str) -> Mapping[str, str | None]:
+        """The options that name the files of a part that may be lacking -> what they say."""
+        return {}
 
     @abstractmethod
     def part_problems(self, part: str) -> list[str]:
@@ -376,6 +389,8 @@ class FlowFamily(ModelFamily):
     """the modes of --timestep_sampling that the family has"""
     denoiser_kinds: ClassVar[Sequence[str]]
     """kinds of file (checkpoint_kinds) that --pretrained_model_name_or_path may be"""
+    denoiser_option: ClassVar[str] = "pretrained_model_name_or_path"
+    """what messages call the option of the denoiser's file"""
     denoiser_writer: ClassVar[str] = ""
     """module:function that writes a file of the denoiser alone, from (model, path, dtype, metadata)"""
 
@@ -398,9 +413,10 @@ class FlowFamily(ModelFamily):
         """Missing, wrong and unfitting files, and a block swap that the depth of the file does not allow."""
         from library.checkpoints.kinds import check_slot
 
-        denoiser = check_slot(self._denoiser_path, "pretrained_model_name_or_path", set(self.denoiser_kinds))
-        text, vae = self._slot_problems("text_encoders"), self._slot_problems("vae")
-        found = [*([denoiser] if denoiser else []), *text, *vae, *([] if text else self._tokenizer_problems())]
+        denoiser = check_slot(self._denoiser_path, self.denoiser_option, set(self.denoiser_kinds))
+        text, vae = ([] if self.lacks(part) else self._slot_problems(part) for part in ("text_encoders", "vae"))
+        tokenizers = [] if text or self.lacks("text_encoders") else self._tokenizer_problems()
+        found = [*([denoiser] if denoiser else []), *text, *vae, *tokenizers]
         if denoiser or text or vae:
             return found
         try:

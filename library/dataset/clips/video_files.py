@@ -1,0 +1,94 @@
+"""Videos as the data side sees them, files and folders of frames: what is known of one before it is used, and its frames
+one by one. PyAV reads files where it is installed, else OpenCV."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
+from typing import Protocol
+
+import numpy as np
+
+from library.dataset.cache_index import CacheIndex
+from library.dataset.clips import frame_folders, opencv_video, pyav_video
+from library.dataset.clips.video_check import VideoCheck
+from library.dataset.media_utils import ImageFileError
+
+VIDEO_EXTENSIONS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg")
+"""of video files, in lower case, in the order in which control videos of one name are preferred"""
+QUESTION = "what the frames of a video tell"
+FLAGS = ("deep", "transparent", "invisible", "reads_alpha", "mixed_sizes")
+
+
+class VideoReader(Protocol):
+    """A module that reads one kind of video."""
+
+    def look(self, path: str) -> VideoCheck: ...
+
+    def each_frame(self, path: str, with_alpha: bool) -> Iterator[Callable[[], np.ndarray]]: ...
+
+
+def reader_of(path: str) -> VideoReader:
+    if os.path.isdir(path):
+        return frame_folders
+    return pyav_video if has_pyav() else opencv_video
+
+
+def has_pyav() -> bool:
+    return importlib.util.find_spec("av") is not None
+
+
+def look_at_video(path: str) -> VideoCheck:
+    """Size, frames and times of a video. Raises ImageFileError, which names the file, for what cannot be used."""
+    return reader_of(path).look(path)
+
+
+def look_at_noted_video(path: str, index: CacheIndex) -> VideoCheck:
+    """`look_at_video`, of which an index may know the result from an earlier start: then the file is not opened. A
+    folder of frames, whose files may change without it, is always looked at."""
+    if os.path.isdir(path):
+        return look_at_video(path)
+
+    def look() -> tuple[str, str]:
+        return _to_note(look_at_video(path)), ""
+
+    return _from_note(index.find(path, f"{QUESTION}, read by {reader_of(path).__name__}", look)[0])
+
+
+def _to_note(check: VideoCheck) -> str:
+    flags = (int(getattr(check, name)) for name in FLAGS)
+    times = ",".join(map(str, check.times)) or "-"
+    return " ".join(map(str, (*check.size, check.frames, check.promised, check.rate or 0, times, *flags)))
+
+
+def _from_note(text: str) -> VideoCheck:
+    width, height, frames, promised, rate, times, *flags = text.split(" ")
+    begins = () if times == "-" else tuple(map(Fraction, times.split(",")))
+    return VideoCheck(
+        (int(width), int(height)), frames=int(frames), promised=int(promised), rate=Fraction(rate) or None,
+        times=begins, **{name: flag == "1" for name, flag in zip(FLAGS, flags)},
+    )
+
+
+def frames_of(path: str, numbers: Sequence[int], *, with_alpha: bool = False) -> Iterator[np.ndarray]:
+    """The frames of these numbers, which may repeat and never fall, [H, W, 3 or 4] uint8 as shown; one at a time is in
+    memory. Raises ImageFileError where one is not there."""
+    wanted = iter(numbers)
+    next_number = next(wanted, None)
+    for number, read in enumerate(reader_of(path).each_frame(path, with_alpha)):
+        frame = None
+        while number == next_number:
+            frame = read() if frame is None else frame
+            yield frame
+            next_number = next(wanted, None)
+        if next_number is None:
+            return
+    if next_number is not None:
+        raise ImageFileError(f"{path} has no frame {next_number}, or it cannot be decoded; the file is damaged")
+
+
+def padded_numbers(numbers: Iterable[int], frames: int) -> list[int]:
+    """Numbers of frames as far as a file has them, the last one in place of those beyond."""
+    return [min(number, frames - 1) for number in numbers]

@@ -1,0 +1,262 @@
+"""Clips as video files, or as one picture for each frame: written through PyAV where it is installed, else through
+OpenCV.
+
+The same frames, rate and size give the same bytes. A file is complete or not there.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.core.atomic_file import atomic_path
+from library.core.errors import AtelierError, ConfigError, foreign_errors
+from library.core.write_errors import write_errors_of
+from library.generation.image_grid import GridCell, image_grid
+from library.generation.picture_files import write_picture
+
+if TYPE_CHECKING:
+    import numpy
+    from PIL import Image
+
+BITS_PER_SECOND = 4_000_000
+LARGEST_FPS = 1000
+CONTACT_CELLS = 9
+"""frames on a contact sheet"""
+_SIDE_STEP = 2  # colours are stored at half the size
+
+_PYAV_CODECS: Mapping[str, tuple[str, ...]] = {
+    ".mp4": ("libx264", "libopenh264", "mpeg4"),
+    ".mov": ("libx264", "libopenh264", "mpeg4"),
+    ".mkv": ("libx264", "libopenh264", "mpeg4"),
+    ".avi": ("libx264", "mpeg4", "mjpeg"),
+    ".webm": ("libvpx-vp9", "libvpx"),
+}
+"""ending -> encoders of PyAV, the first that works is taken"""
+_OPENCV_CODECS: Mapping[str, tuple[str, ...]] = {
+    ".mp4": ("avc1", "mp4v"),
+    ".mov": ("avc1", "mp4v"),
+    ".avi": ("mp4v", "MJPG"),
+}
+"""the same of OpenCV, four letters each. Its .mkv and .webm have a drawn number in them: no two files are equal"""
+VIDEO_ENDINGS = tuple(_PYAV_CODECS)
+H264_CODECS = frozenset({"libx264", "libopenh264", "avc1"})
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What writes video files of one ending. `tried`: those before it that this machine does not have."""
+
+    package: str
+    codec: str
+    tried: tuple[str, ...] = ()
+
+    @property
+    def notice(self) -> str | None:
+        """A line for the log where the file is not what players like best."""
+        if self.codec in H264_CODECS or self.codec.startswith("libvpx-vp9"):
+            return None
+        missing = f" (not there: {', '.join(self.tried)})" if self.tried else ""
+        return (
+            f"videos are written as {self.codec} by {self.package}{missing}, which web browsers do not play;"
+            " H.264 comes with PyAV: pip install av"
+        )
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def ending_problem(ending: str) -> str | None:
+    """Why files of this ending cannot be written here, or None."""
+    if ending.lower() not in VIDEO_ENDINGS:
+        return f"video files end in {', '.join(VIDEO_ENDINGS)}, not in '{ending}'"
+    try:
+        encoder_of(ending)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def encoder_of(ending: str) -> Encoder:
+    """The first encoder that writes two frames into a file of this ending. ConfigError that names those tried."""
+    ending, tried = ending.lower(), []
+    ways = [("PyAV", codec, _write_pyav) for codec in _PYAV_CODECS.get(ending, ()) if has_pyav()]
+    ways += [("OpenCV", codec, _write_opencv) for codec in _OPENCV_CODECS.get(ending, ())]
+    for package, codec, write in ways:
+        if _works(write, codec, ending):
+            return Encoder(package, codec, tuple(tried))
+        tried.append(f"{codec} of {package}")
+    known = f"tried: {', '.join(tried)}" if tried else "OpenCV writes none that are equal for equal frames"
+    raise ConfigError(f"no encoder for {ending} files ({known}); PyAV brings one: pip install av, or choose .mp4")
+
+
+def has_pyav() -> bool:
+    return find_spec("av") is not None
+
+
+def write_video(frames: Sequence[Image.Image], path: Path, fps: float) -> Path:
+    """A video file of RGB frames of one size, shown at `fps` frames per second. Both sides must be even.
+
+    ConfigError without an encoder for the ending, for a rate or a size that no file has; AtelierError when the encoder
+    fails.
+    """
+    import numpy
+
+    pixels = [numpy.ascontiguousarray(numpy.asarray(frame.convert("RGB"))) for frame in frames]  # F of [H, W, 3]
+    problems = shape_problems(pixels, fps)
+    if problems:
+        raise ConfigError([f"{path.name}: {problem}" for problem in problems])
+    encoder = encoder_of(path.suffix)
+    write = _write_pyav if encoder.package == "PyAV" else _write_opencv
+    with atomic_path(path) as temporary:
+        with_ending = temporary.with_name(temporary.name + path.suffix)  # encoders go by the ending
+        told = f"{path}: {encoder.codec} of {encoder.package} cannot write it"
+        try:
+            with foreign_errors(AtelierError, told), write_errors_of(path), _quiet_stderr():
+                write(pixels, with_ending, fps, encoder.codec)
+            os.replace(with_ending, temporary)
+        finally:
+            with suppress(OSError):
+                with_ending.unlink(missing_ok=True)
+    return path
+
+
+def shape_problems(frames: Sequence[numpy.ndarray], fps: float) -> list[str]:
+    """What is wrong with frames [H, W, 3] and their rate."""
+    if not frames:
+        return ["there are no frames"]
+    sizes = {(frame.shape[1], frame.shape[0]) for frame in frames}
+    found = [] if len(sizes) == 1 else [f"the frames have {len(sizes)} sizes; needed: one"]
+    width, height = next(iter(sizes))
+    if width % _SIDE_STEP or height % _SIDE_STEP:
+        found.append(f"the size is {width}x{height}; video files have even sides")
+    if not (math.isfinite(fps) and 0 < fps <= LARGEST_FPS):
+        found.append(f"the rate is {fps:g} frames per second; needed: above 0, at most {LARGEST_FPS}")
+    return found
+
+
+def write_frames(frames: Sequence[Image.Image], folder: Path, texts: Mapping[str, str] | None = None) -> Path:
+    """One PNG for each frame in a folder of their own: `{folder}/{its name}_{number:03d}.png`."""
+    for number, frame in enumerate(frames):
+        write_picture(frame, folder / f"{folder.name}_{number:03d}.png", texts)
+    return folder
+
+
+def contact_sheet(frames: Sequence[Image.Image], fps: float) -> Image.Image:
+    """A picture of up to CONTACT_CELLS frames, evenly spread from the first to the last, with their times."""
+    last, cells = len(frames) - 1, min(len(frames), CONTACT_CELLS)
+    numbers = [round(place * last / (cells - 1)) for place in range(cells)] if cells > 1 else [0]
+    shown = [GridCell(frames[number], f"{number}: {number / fps:.2f} s") for number in numbers]
+    return image_grid(shown, min_cell_px=1)
+
+
+def _works(write: Any, codec: str, ending: str) -> bool:
+    import numpy
+
+    with tempfile.TemporaryDirectory() as folder, _quiet_stderr():
+        target = Path(folder) / f"probe{ending}"
+        try:
+            write([numpy.full((32, 48, 3), level, numpy.uint8) for level in (40, 200)], target, 24.0, codec)
+        except Exception:  # each encoder has its own ways to say that it is not there
+            return False
+        return target.is_file() and target.stat().st_size > 0
+
+
+def _write_pyav(frames: Sequence[numpy.ndarray], path: Path, fps: float, codec: str) -> None:
+    """One thread and no date, version or drawn number in the file: equal bytes on every machine."""
+    import av
+
+    rate = Fraction(fps).limit_denominator(1001 * 1000)
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.bit_rate = BITS_PER_SECOND
+        stream.thread_count = 1
+        stream.codec_context.time_base = 1 / rate
+        for pixels in frames:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def _write_opencv(frames: Sequence[numpy.ndarray], path: Path, fps: float, codec: str) -> None:
+    import cv2
+
+    height, width = frames[0].shape[:2]
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), fps, (width, height))
+    if not writer.isOpened():
+        raise RuntimeError("it cannot be opened for writing")
+    try:
+        for pixels in frames:
+            writer.write(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+    finally:
+        writer.release()
+    capture = cv2.VideoCapture(str(path))  # a full disk is no error for OpenCV
+    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    capture.release()
+    if count != len(frames):
+        raise RuntimeError(f"the file holds {count} of {len(frames)} frames; is the disk full?")
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Inside, what encoders print past Python is thrown away: what matters of it is in our own messages."""
+    try:
+        saved = os.dup(2)
+    except OSError:
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+@dataclass(frozen=True)
+class ClipFile:
+    """A video file and the contact sheet beside it."""
+
+    video: Path
+    sheet: Path
+
+
+def write_clip(frames: Sequence[Image.Image], path: Path, fps: float, texts: Mapping[str, str]) -> ClipFile:
+    """A video file, and beside it a contact sheet (`.png`), which tells how it was made."""
+    video = write_video(frames, path, fps)
+    return ClipFile(video, write_picture(contact_sheet(frames, fps), path.with_suffix(".png"), texts))
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_video(path: str | os.PathLike[str], most: int | None = None) -> list[Image.Image]:
+    """The first `most` frames of a video file as RGB, as they are shown. ConfigError when it cannot be read."""
+    import cv2
+    from PIL import Image
+
+    with _quiet_stderr():
+        capture, frames = cv2.VideoCapture(str(path)), []
+        while len(frames) < (math.inf if most is None else most):
+            there, pixels = capture.read()
+            if not there:
+                break
+            frames.append(Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)))
+        capture.release()
+    if not frames:
+        raise ConfigError(f"{path} cannot be read as a video; needed: a file with a video stream")
+    return frames

@@ -1,0 +1,181 @@
+"""What flow models of clips have in common beside those of pictures: a clip to start from, guidance in some of the
+steps, blocks that are left out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+
+from library.core.errors import ConfigError
+from library.dataset.bucket import centre_offset, cover_size
+from library.dataset.media_utils import resize_and_crop
+from library.families.registry import record_of
+from library.generation.control_pictures import open_picture
+from library.generation.flow_pipeline import FlowPipeline
+from library.generation.picture_files import FRAMES_PER_SECOND, read_frames
+from library.generation.sampling_utils import (
+    NUM_TRAIN_TIMESTEPS,
+    Conditioning,
+    computing_on,
+    guided,
+    guided_velocity,
+    start_noise,
+)
+from library.generation.video_files import read_video
+from library.generation.video_requests import VideoRequest, guided_steps
+
+IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+
+
+@dataclass
+class VideoPipeline(FlowPipeline[VideoRequest]):
+    """A flow model of clips. A subclass gives `velocity`, `sigmas` and, where clips may start from others, `encode`.
+
+    `velocity` of a model whose blocks can be left out takes `skip_layers`, the numbers of those.
+    """
+
+    request_class = VideoRequest
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of what the family was trained on, which are those of its clips."""
+        return frame_rate(self.family)
+
+    def encode(self, pixels: Tensor, seed: int) -> Tensor:
+        """Latents [1, C, F, h, w], as the denoiser has them, of a clip [1, 3, F, H, W] in -1..1; the VAE is on the
+        pixels' device. `seed`: of a posterior that is drawn."""
+        raise ConfigError(f"{record_of(self.family).title} makes no clip from another one (video_path)")
+
+    def sigmas(self, request: VideoRequest) -> Tensor:
+        """Those of `schedule`; of a clip that starts from another one the last int(steps * strength) steps."""
+        sigmas = self.schedule(request)
+        return sigmas if request.video_path is None else sigmas[len(sigmas) - 1 - kept_steps(request) :]
+
+    def schedule(self, request: VideoRequest) -> Tensor:
+        """[steps + 1] float32 from 1 to 0."""
+        return super().sigmas(request)
+
+    def start(self, request: VideoRequest, sigmas: Tensor) -> Tensor:
+        noise = self.noise(request)
+        if request.video_path is None:
+            return noise
+        clip = self.starting_clip(request)
+        return sigmas[0] * noise.to(clip) + (1 - sigmas[0]) * clip
+
+    def noise(self, request: VideoRequest) -> Tensor:
+        return start_noise(request.seed, *self.latent_shape(request))
+
+    @torch.no_grad()
+    def starting_clip(self, request: VideoRequest) -> Tensor:
+        """Latents [1, C, F, h, w] of the first frames of `video_path`; one that is too short is filled up with its
+        first or last latent frame, as `pad_mode` says."""
+        frames = read_clip_frames(request.video_path, request.frames)
+        frames = frames[: self.latent_spec.usable_frames(len(frames))]
+        pixels = clip_pixels(frames, request.width, request.height).to(self.denoiser.device)
+        with computing_on(self.vae, pixels.device):
+            latents = self.encode(pixels, request.seed).float()
+        return fitted(latents, self.latent_shape(request), request.pad_mode)
+
+    def guided(
+        self, request: VideoRequest, conditioning: Conditioning, negative: Conditioning | None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        if negative is None or request.cfg_scale == 1.0:
+            return super().guided(request, conditioning, None)
+        sigmas, skip = self.sigmas(request), request.skip_layers
+        steps = len(sigmas) - 1
+        wanted = guided_steps(request.cfg_skip_mode, request.cfg_apply_ratio, steps)
+        alone = super().guided(request, conditioning, None)
+        both = super().guided(request, conditioning, negative)
+        skipping = skip and self._skipping(request, conditioning, negative)
+
+        def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+            step = min(int((sigmas - float(sigma)).abs().argmin()), steps - 1)
+            if not wanted[step]:
+                return alone(latents, sigma)
+            return (skipping if skip and skip.works_at(step, steps) else both)(latents, sigma)
+
+        return velocity
+
+    def _skipping(
+        self, request: VideoRequest, conditioning: Conditioning, negative: Conditioning
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """The velocity of a step in which a forward for the negative text leaves blocks out."""
+        skip, scale = request.skip_layers, request.cfg_scale
+
+        def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+            times = torch.full((len(latents),), float(sigma) * NUM_TRAIN_TIMESTEPS, device=latents.device)
+
+            def predict(texts: Conditioning, **how: Any) -> Tensor:
+                return self.velocity(latents, times, texts, request, **how).float()
+
+            positive, skipped = predict(conditioning), predict(negative, skip_layers=skip.layers)
+            if skip.mode == "uncond":
+                return guided(skipped, positive, scale)
+            return guided(predict(negative), positive, scale) + skip.scale * (positive - skipped)
+
+        return velocity
+
+
+def kept_steps(request: VideoRequest) -> int:
+    """How many of the steps change the clip that is started from."""
+    return int(request.steps * request.strength)
+
+
+def fitted(latents: Tensor, shape: Sequence[int], pad_mode: str) -> Tensor:
+    """Latents [1, C, F, h, w] of a clip with the frames of `shape` ([C, F, h, w], or of a picture [C, h, w]): cut at
+    the end, or filled up by repeating the first ("front") or the last ("end") frame."""
+    frames = shape[1] if len(shape) == 4 else 1
+    missing = frames - latents.shape[2]
+    if missing > 0:
+        edge = latents[:, :, :1] if pad_mode == "front" else latents[:, :, -1:]
+        more = edge.expand(-1, -1, missing, -1, -1)
+        latents = torch.cat([more, latents] if pad_mode == "front" else [latents, more], dim=2)
+    return latents[:, :, :frames].reshape(1, *shape)
+
+
+def frame_rate(family: str) -> float:
+    """Frames per second of the clips of a family."""
+    clips = record_of(family).clips
+    return clips.fps if clips is not None and clips.fps else FRAMES_PER_SECOND
+
+
+# -- what clips are made of --------------------------------------------------------------------------------------------
+
+
+def read_clip_frames(path: str | os.PathLike[str], most: int | None = None) -> list[Image.Image]:
+    """The first `most` frames of a video file, of an animated picture or of a folder of pictures, in the order of their
+    names. ConfigError when there are none."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS)[:most]
+        if not files:
+            raise ConfigError(f"{path} is a folder without pictures; needed: the frames of a clip")
+        return [open_picture(file) for file in files]
+    if path.suffix.lower() in IMAGE_ENDINGS:
+        return read_frames(path)[:most]
+    return read_video(path, most)
+
+
+def clip_pixels(frames: Sequence[Image.Image], width: int, height: int) -> Tensor:
+    """[1, 3, F, H, W] float32 in -1..1: each frame scaled to cover the size, and its middle cut out, as the frames of a
+    dataset are."""
+    made = []
+    for frame in frames:
+        image = numpy.asarray(frame.convert("RGB"))
+        resized = cover_size(frame.size, (width, height))
+        made.append(resize_and_crop(image, resized, (width, height), centre_offset(resized, (width, height))))
+    values = torch.from_numpy(numpy.stack(made).astype(numpy.float32))  # [F, H, W, 3]
+    return (values / 127.5 - 1).permute(3, 0, 1, 2)[None].contiguous()
+
+
+def picture_pixels(path: str | os.PathLike[str], width: int, height: int) -> Tensor:
+    """[1, 3, 1, H, W] float32 in -1..1 of one picture file, as `clip_pixels` reads it. ConfigError."""
+    return clip_pixels([open_picture(path)], width, height)

@@ -1,0 +1,125 @@
+"""HunyuanVideo checkpoints: what a file holds, loading and saving it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.checkpoints import hunyuan_video_convert
+from library.checkpoints.hunyuan_convert import comfy_rules, rows_of
+from library.checkpoints.layout_rules import DenoiserLayouts
+from library.checkpoints.loading import Transform
+from library.components.hunyuan_stream_utils import (
+    StreamInfo,
+    StreamKind,
+    inspect_streams,
+    load_streams,
+    save_streams,
+    stream_state,
+)
+from library.core.errors import CheckpointError
+from library.hunyuan_video_models import HYVideoDiffusionTransformer, HYVideoParams
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN_INPUTS = 33
+"""input channels of a released image to video model that works otherwise"""
+
+
+def _sizes(size, shapes: Mapping[str, Tensor]) -> dict[str, Any]:
+    patch = tuple(size("img_in.proj.weight", dim) for dim in (2, 3, 4))
+    places = patch[0] * patch[1] * patch[2]
+    return {
+        "patch_size": patch,
+        "out_channels": size("final_layer.linear.weight", 0) // places,
+        "vec_dim": size("vector_in.in_layer.weight", 1),
+    }
+
+
+KIND = StreamKind(
+    title="HunyuanVideo",
+    model=HYVideoDiffusionTransformer,
+    params=HYVideoParams,
+    names=hunyuan_video_convert.NAMES,
+    roots=hunyuan_video_convert.ROOTS,
+    marks=("vector_in.in_layer.weight", "double_blocks.0.img_attn_qkv.weight"),
+    sizes=_sizes,
+    axes=lambda head_dim: (head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
+    of_diffusers={"rope_axes_dim": "rope_dim_list", "rope_theta": "rope_theta"},
+)
+
+
+def inspect_hunyuan_video(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> StreamInfo:
+    """Recognise a HunyuanVideo or SkyReels V1 denoiser from headers alone; `config` overrides hyper-parameters by the
+    names of HYVideoParams.
+
+    CheckpointError when the file is damaged, no such denoiser, or one that is shown its first frame in another way.
+    """
+    info = inspect_streams(KIND, path, config)
+    if info.params.in_channels == 2 * info.params.out_channels + 1:
+        raise CheckpointError(
+            f"{path} is an image to video model with {info.params.in_channels} input channels (a mask beside the latents"
+            f" of the picture), which is not supported; take a text to video file, or SkyReels V1 image to video"
+        )
+    return info
+
+
+def load_hunyuan_video(
+    path: str | os.PathLike,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+    *,
+    fp8_scaled: bool = False,
+    transform: Transform | None = None,
+) -> HYVideoDiffusionTransformer:
+    """Load a denoiser in any layout; its sizes come from the file. As `load_streams` otherwise."""
+    info = inspect_hunyuan_video(path, config)
+    params = info.params
+    logger.info(
+        "loading HunyuanVideo%s from %s (%d double and %d single blocks)",
+        " (image to video)" if params.shown_channels else "", path, params.depth, params.depth_single,
+    )  # fmt: skip
+    return load_streams(info, dtype, device, disable_mmap, fp8_scaled=fp8_scaled, transform=transform)
+
+
+def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The denoiser's entries of a checkpoint's state under the names of the module tree."""
+    return stream_state(KIND, state)
+
+
+def save_hunyuan_video(
+    model: HYVideoDiffusionTransformer,
+    path: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a denoiser in the original layout. Hyper-parameters that its shapes do not tell go into `model_config`."""
+    save_streams(KIND, model, path, dtype, metadata)
+
+
+def _config_of_diffusers(params: HYVideoParams) -> dict[str, Any]:
+    """config.json of diffusers' HunyuanVideoTransformer3DModel."""
+    return {
+        "_class_name": "HunyuanVideoTransformer3DModel",
+        "in_channels": params.in_channels, "out_channels": params.out_channels,
+        "num_attention_heads": params.num_heads, "attention_head_dim": params.head_dim,
+        "num_layers": params.depth, "num_single_layers": params.depth_single,
+        "num_refiner_layers": params.refiner_depth, "mlp_ratio": params.mlp_ratio, "qk_norm": "rms_norm",
+        "patch_size": params.patch_size[1], "patch_size_t": params.patch_size[0],
+        "guidance_embeds": params.guidance_embed, "text_embed_dim": params.text_dim,
+        "pooled_projection_dim": params.vec_dim, "rope_theta": params.rope_theta,
+        "rope_axes_dim": list(params.rope_dim_list), "image_condition_type": None,
+    }  # fmt: skip
+
+
+LAYOUTS = DenoiserLayouts(
+    inspect_hunyuan_video, KIND.names.rules, _config_of_diffusers,
+    rows_of=lambda params: rows_of(params.hidden_size), further=comfy_rules,
+)  # fmt: skip

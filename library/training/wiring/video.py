@@ -1,0 +1,134 @@
+"""VideoFamily: what the families of videos share of their wiring."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from library.core.errors import Problems
+from library.dataset import CachingOptions
+from library.training.option_groups import ModelOptions, NoiseOptions, PrecisionOptions, SamplingOptions
+from library.training.timestep_samplers import MODES, TimestepOptions
+from library.training.wiring import video_options
+from library.training.wiring.base import FlowFamily, ignored_by_flow
+from library.training.wiring.video_options import VideoOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.training.accelerator_setup import Runtime
+    from library.training.objective import Objective
+    from library.training.protocols import Plain
+
+PARTS = ("vae", "text_encoders")
+_IMAGE_MODELS = "it belongs to Stable Diffusion; video models have no such variant"
+
+
+class VideoFamily(FlowFamily):
+    """A family whose options derive from VideoOptions. Its runs use caches on the disk unless told otherwise, and do
+    without the VAE and the text encoders where these are complete and nothing is sampled: then `lacks` says so, and no
+    method that needs the files of such a part is called, nor tokenizers of it."""
+
+    options: ClassVar[type[VideoOptions]]
+    timestep_modes = MODES
+    denoiser_option = "dit"
+    defaults = video_options.DEFAULTS
+    stands_for = video_options.STANDS_FOR
+    refused = {"weighted_captions": "no video model is trained with weighted words"}
+    ignored = {
+        **ignored_by_flow("a video model"),
+        "v2": _IMAGE_MODELS,
+        "v_parameterization": "video models predict the velocity of their flow in any case",
+        "clip_skip": "video models take a fixed layer of their text encoders",
+        "max_token_length": "it counts CLIP tokens of Stable Diffusion; video models have lengths of their own",
+    }
+
+    @classmethod
+    def following_defaults(cls, values: Mapping[str, object]) -> Mapping[str, object]:
+        return video_options.following_defaults(values)
+
+    @abstractmethod
+    def part_files(self, part: str) -> Mapping[str, str | None]:
+        """The options that name the files of a part, "vae" (with what encodes pictures beside it) or "text_encoders"
+        -> what they say."""
+
+    def lacks(self, part: str) -> bool:
+        return not any(self.part_files(part).values())
+
+    def check(self) -> None:
+        problems = Problems()
+        problems.attempt(super().check)
+        for problem in [*self._part_needs(), *self._dtype_problems()]:
+            problems.add(problem)
+        problems.raise_if_any()
+
+    def _part_needs(self) -> list[str]:
+        """Parts without files that a run needs whatever the caches hold."""
+        from library.training.checks import wants_samples
+
+        caching, sampling = self.config[CachingOptions], self.config[SamplingOptions]
+        reasons = dict.fromkeys(PARTS, "it makes the samples of --sample_prompts")
+        if not (sampling.sample_prompts and wants_samples(sampling)):
+            kept = {
+                "vae": (caching.caches_latents, caching.cache_latents_to_disk, "clips"),
+                "text_encoders": (caching.caches_text, caching.cache_text_encoder_outputs_to_disk, "captions"),
+            }
+            reasons = {
+                part: f"it encodes the {what} {'at each start, as caches in memory do' if cached else 'in every step'}"
+                for part, (cached, on_disk, what) in kept.items()
+                if not on_disk
+            }
+        return [
+            f"--{option} is not given; needed: {reason}"
+            for part, reason in reasons.items()
+            if self.lacks(part)
+            for option in self.part_files(part)
+        ]
+
+    def _dtype_problems(self) -> list[str]:
+        wanted, precision = self.opts.dit_dtype, self.config[PrecisionOptions]
+        computes = {"no": "fp32"}.get(precision.mixed_precision, precision.mixed_precision)
+        if wanted in (None, computes) or (wanted == "fp8" and precision.fp8_base_unet):
+            return []
+        if wanted == "fp8":
+            return ["--dit_dtype is fp8; needed: --fp8_base, with which the frozen weights are kept so"]
+        return [
+            f"--dit_dtype is {wanted} with --mixed_precision {precision.mixed_precision}; the denoiser is kept in the"
+            f" format in which it computes: needed: --mixed_precision {'no' if wanted == 'fp32' else wanted}"
+        ]
+
+    def vae_dtype(self, runtime: Runtime) -> torch.dtype:
+        """That of --vae_dtype, or else of the run."""
+        from library.training.accelerator_setup import DTYPES
+
+        wanted = self.opts.vae_dtype
+        return runtime.vae_dtype if wanted is None else DTYPES["no" if wanted == "fp32" else wanted]
+
+    @property
+    def _denoiser_path(self) -> str | None:
+        return self.config[ModelOptions].pretrained_model_name_or_path
+
+    @property
+    def _vae_path(self) -> str | None:
+        return self.config[ModelOptions].vae
+
+    def _notices(self) -> list[str]:
+        return ["the time reaches the network in float32, as 1000 sigma (known trainers add 1)"]
+
+    def objective(self) -> Objective:
+        """Velocity, weighted by `--weighting_scheme`."""
+        from library.training.objective import FlowMatchingObjective
+
+        return FlowMatchingObjective(
+            self.config[TimestepOptions], self.config[NoiseOptions], target="velocity", weigh=True
+        )
+
+    def timestep_metadata(self) -> dict[str, Plain]:
+        """The ss_* keys of noise levels and guidance, for `metadata`."""
+        times = self.config[TimestepOptions]
+        names = (
+            "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
+            "discrete_flow_shift",
+        )  # fmt: skip
+        return {**{f"ss_{name}": getattr(times, name) for name in names}, "ss_guidance_scale": self.opts.guidance_scale}

@@ -1,0 +1,112 @@
+"""Options that the training scripts of all video families have, under the names of the known scripts, and what they stand
+for among the options of every script."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from library.core.errors import Problems
+from library.core.options import equivalent_option, option, refused_option
+
+_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention, which takes the fastest way there is"
+_STAYS = "layers of a few megabytes, which stay on the device"
+_SWAP = "swapped blocks exchange their places on a stream of their own, whose memory is taken once"
+
+DTYPES = {
+    "fp32": "fp32", "float32": "fp32", "float": "fp32",
+    "fp16": "fp16", "float16": "fp16", "half": "fp16",
+    "bf16": "bf16", "bfloat16": "bf16",
+    "fp8": "fp8", "fp8_e4m3": "fp8", "fp8_e4m3fn": "fp8", "float8_e4m3fn": "fp8",
+}  # fmt: skip
+"""names of number formats as users write them -> fp32, fp16, bf16 or fp8"""
+
+
+def dtype_name(text: str) -> str | None:
+    """fp32, fp16, bf16 or fp8 by any of its names; an empty text is None. ArgumentTypeError."""
+    if text == "":
+        return None
+    name = DTYPES.get(str(text).lower().removeprefix("torch."))
+    if name is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number format; use fp32, fp16, bf16 or fp8")
+    return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions:
+    """What video models share"""
+
+    dit: str | None = option(None, help="another name of --pretrained_model_name_or_path: file of the denoiser")
+    dit_dtype: str | None = option(
+        None, help="number format of the frozen denoiser: that of --mixed_precision, or fp8, which is --fp8_base",
+        convert=dtype_name,
+    )
+    vae_dtype: str | None = option(
+        None, help="number format of the VAE: fp32, fp16 or bf16; that of --mixed_precision when not given",
+        convert=dtype_name,
+    )
+    live_encoding: bool = option(
+        False,
+        help="encode clips and captions in every step; without it, and without --cache_*, both are cached on the disk, and"
+        " neither VAE nor text encoders are needed where the caches are complete",
+    )
+    guidance_scale: float = option(1.0, help="embedded guidance that models distilled for it are trained with")
+    fp8_scaled: bool = option(
+        False, help="keep the large matrices of the denoiser in 8 bits, with scales by which they use the whole range"
+    )
+    gradient_checkpointing_cpu_offload: bool = option(
+        False, help="another name of --cpu_offload_checkpointing, for --gradient_checkpointing"
+    )
+    disable_numpy_memmap: bool = option(False, help="another name of --disable_mmap_load_safetensors")
+    flash_attn: bool = equivalent_option(
+        False, help="attention of flash-attn", reason=f"--flash_attn: {_ATTENTION}"
+    )
+    flash3: bool = equivalent_option(False, help="attention of flash-attn 3", reason=f"--flash3: {_ATTENTION}")
+    sage_attn: bool = refused_option(
+        False, help="attention of SageAttention", reason="SageAttention has no backward pass; use --sdpa or --flash_attn"
+    )
+    split_attn: bool = equivalent_option(
+        False, help="one attention call for each sample", reason=f"--split_attn: {_ATTENTION}, which needs no splitting"
+    )
+    use_pinned_memory_for_block_swap: bool = equivalent_option(
+        False, help="pinned memory for swapped blocks", reason=f"--use_pinned_memory_for_block_swap: {_SWAP}"
+    )
+    block_swap_h2d_only: bool = equivalent_option(
+        False, help="never copy frozen weights back to main memory", reason=f"--block_swap_h2d_only: {_SWAP}"
+    )
+    block_swap_ring_size: int = equivalent_option(
+        2, help="places on the device for swapped blocks", reason=f"--block_swap_ring_size: {_SWAP}"
+    )
+    img_in_txt_in_offloading: bool = equivalent_option(
+        False, help="keep the first layers in main memory", reason=f"--img_in_txt_in_offloading: {_STAYS}"
+    )
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            problems.add(f"--guidance_scale is {self.guidance_scale}; needed: 0 or more, e.g. 1.0")
+        if self.vae_dtype == "fp8":
+            problems.add("--vae_dtype is fp8; needed: fp32, fp16 or bf16, in which the VAE computes")
+        problems.raise_if_any()
+
+
+STANDS_FOR: Mapping[str, Mapping[str, object]] = {
+    "dit": {"pretrained_model_name_or_path": str},
+    "fp8_base": {"fp8_base_unet": True, "fp8_base": False},
+    "gradient_checkpointing_cpu_offload": {"cpu_offload_checkpointing": True},
+    "disable_numpy_memmap": {"disable_mmap_load_safetensors": True},
+}
+"""for ModelFamily.stands_for"""
+
+DEFAULTS: Mapping[str, object] = {"discrete_flow_shift": 1.0, "weighting_scheme": "none"}
+"""for ModelFamily.defaults: those of the known scripts, where they differ from the shared ones"""
+
+
+def following_defaults(values: Mapping[str, object]) -> dict[str, object]:
+    """Caches on the disk, for clips and captions each, unless something is said of them."""
+    if values.get("live_encoding") or values.get("dataset_class"):
+        return {}
+    kinds = ("cache_latents", "cache_text_encoder_outputs")
+    return {f"{kind}_to_disk": True for kind in kinds if kind not in values and f"{kind}_to_disk" not in values}
