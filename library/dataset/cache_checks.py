@@ -123,6 +123,7 @@ def check_cache_folders(paths: Iterable[str]) -> None:
     for folder in sorted({os.path.dirname(path) or "." for path in paths}):
         clean_leftovers(folder)
         try:
+            os.makedirs(folder, exist_ok=True)  # a cache_directory may be a new one
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:

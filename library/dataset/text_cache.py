@@ -80,6 +80,13 @@ class TextCache:
     def get_outputs_npz_path(self, image_abs_path: str) -> str:
         return cache_io.text_npz_path(self.architecture, image_abs_path)
 
+    def path_of(self, item: ImageItem, image_path: str) -> str:
+        """Where the outputs for an item belong: beside its file, of which `image_path` is the name, or in the cache
+        directory of its subset. All clips of a video share a file."""
+        if item.subset.cache_directory is None:
+            return self.get_outputs_npz_path(image_path)
+        return cache_io.text_npz_path(self.architecture, image_path, item.subset.cache_directory)
+
     def record_of(self, caption: str) -> TextRecord:
         return TextRecord(
             caption=text_cache_io.caption_hash(caption), model=self.model_identity,
