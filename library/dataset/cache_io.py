@@ -39,31 +39,18 @@ LATENT_KEYS = ("latents", "original_size", "crop_ltrb", "latents_flipped", "alph
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
-def latents_npz_path(
-    architecture: DataArchitecture, image_path: str, image_size: tuple[int, int], window: Sequence[int] = (),
-    folder: str | None = None,
-) -> str:
-    """`<image without extension>_<WWWW>x<HHHH><suffix>`; the size is that of the image. Of a clip `window`, (first
-    frame, frames) and perhaps a section, stands before the size: `_<SSSSS>-<LLL>-<NNNN>`. It lies beside the image, or
-    in `folder`. A name that would be too long for the file system is cut and ends in a hash, here and for text
-    outputs."""
+def latents_npz_path(architecture: DataArchitecture, image_path: str, image_size: tuple[int, int]) -> str:
+    """`<image without extension>_<WWWW>x<HHHH><suffix>`; the size is that of the image. A name that would be too long
+    for the file system is cut and ends in a hash, here and for text outputs."""
     width, height = image_size
-    clip = "-".join(f"{number:0{digits}d}" for number, digits in zip(window, (5, 3, 4)))
-    size = f"_{width:04d}x{height:04d}{architecture.latents_suffix}"
-    return path_within_limit(_stem_in(folder, image_path), f"_{clip}{size}" if clip else size)
+    return path_within_limit(stem_of(image_path), f"_{width:04d}x{height:04d}{architecture.latents_suffix}")
 
 
-def text_npz_path(architecture: DataArchitecture, image_path: str, folder: str | None = None) -> str:
-    """`<image without extension><suffix>`, beside the image or in `folder`; ValueError for a family whose text outputs
-    are never cached."""
+def text_npz_path(architecture: DataArchitecture, image_path: str) -> str:
+    """`<image without extension><suffix>`; ValueError for a family whose text outputs are never cached."""
     if architecture.text_suffix is None:
         raise ValueError(f"{architecture.name} has no cache of text encoder outputs")
-    return path_within_limit(_stem_in(folder, image_path), architecture.text_suffix)
-
-
-def _stem_in(folder: str | None, image_path: str) -> str:
-    stem = stem_of(image_path)
-    return stem if folder is None else os.path.join(folder, os.path.basename(stem))
+    return path_within_limit(stem_of(image_path), architecture.text_suffix)
 
 
 def image_size_from_latents_path(
@@ -282,7 +269,7 @@ def _condition_problem(headers: Mapping[str, ArrayHeader], wanted: Mapping[str, 
 
 def mask_shape(bucket: Sequence[int]) -> tuple[int, ...]:
     """Of the weights of a sample's pixels: [H, W] of a picture, [F, H, W] of a clip."""
-    width, height, frames = Bucket(*bucket)
+    width, height, frames, _ = Bucket(*bucket)
     return (height, width) if frames == 1 else (frames, height, width)
 
 

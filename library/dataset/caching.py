@@ -111,7 +111,8 @@ def plan_latents(
     missing = [job for job, reason in zip(jobs, reasons) if reason is not None]
     counts = dict(Counter(reason for reason in reasons if reason is not None))
     logger.info("latents: %d images cached, %d to encode %s", len(jobs) - len(missing), len(missing), counts or "")
-    check_cache_folders(job.item.latents_npz for job in missing)
+    subsets = [item.subset for job in missing for item in job.items]
+    check_cache_folders((job.item.latents_npz for job in missing), subsets)
     return _sorted(missing)
 
 
@@ -376,7 +377,7 @@ def cache_one_batch(
     batch = []
     for item in items:
         if strategy.cache_to_disk and item.latents_npz is None:
-            item.latents_npz = strategy.path_of(item, item.absolute_path)
+            item.latents_npz = strategy.path_of(item)
         batch.append(decode(LatentsJob([item], flip_aug, alpha_mask)))
     for decoded, encoded in zip(batch, encode_batch(strategy, vae, batch)):
         if strategy.cache_to_disk:

@@ -15,6 +15,7 @@ from library.core.keyed_random import key_seed
 from library.dataset import cache_io
 from library.dataset.batch import CONDITIONING_IMAGES
 from library.dataset.cache_io import Array, ImageIdentity, LatentsRecord
+from library.dataset.cache_names import latents_base
 from library.dataset.cache_stores import LatentStore, latent_store
 from library.families.latents import Bucket
 
@@ -173,27 +174,21 @@ class LatentCache:
     def get_latents_npz_path(self, absolute_path: str, image_size: tuple[int, int]) -> str:
         return cache_io.latents_npz_path(self.architecture, absolute_path, image_size)
 
-    def path_of(self, item: ImageItem, image_path: str) -> str:
-        """Where the latents of an item belong: beside its file, of which `image_path` is the name, or in the cache
-        directory of its subset."""
-        if not item.window_key and item.subset.cache_directory is None:
-            return self.get_latents_npz_path(image_path, item.image_size)
-        return cache_io.latents_npz_path(
-            self.architecture, image_path, item.image_size, item.window_key, item.subset.cache_directory
-        )
+    def path_of(self, item: ImageItem, path: str | None = None) -> str:
+        """The cache file of an item: in its cache_directory, with its clip in the name. `path` stands for the item's
+        own."""
+        return self.get_latents_npz_path(latents_base(item, path), item.image_size)
 
     def known_path_of(self, item: ImageItem) -> str | None:
         """Where the known video trainer keeps the latents of a clip: it takes the size that it reads frames in for that
         of the file. None where it has no other name for them."""
         if not (self.store.has_one_size and item.window_key):
             return None
-        return cache_io.latents_npz_path(
-            self.architecture, item.absolute_path, item.bucket_reso, item.window_key, item.subset.cache_directory
-        )
+        return self.get_latents_npz_path(latents_base(item), item.bucket_reso)
 
     def problem_of(self, item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
         """Why the item's cache file cannot be used, with everything that is known of the item; None when it can."""
-        path = item.latents_npz or self.path_of(item, item.absolute_path)
+        path = item.latents_npz or self.path_of(item)
         if self.skip_disk_cache_validity_check:
             return None if os.path.exists(path) else "no file"
         return self.store.problem(
@@ -224,7 +219,7 @@ class LatentCache:
             kind = (item.bucket, item.clip, item.resized_size, item.subset.resize_interpolation, flip_aug, alpha_mask)
             if kind not in questions:
                 questions[kind] = question(item, flip_aug, alpha_mask)
-            path = item.latents_npz or self.path_of(item, item.absolute_path)
+            path = item.latents_npz or self.path_of(item)
             answer, problem = index.find(
                 path, questions[kind], lambda: read(item, flip_aug, alpha_mask), source=item.absolute_path
             )

@@ -12,6 +12,7 @@ import torch
 
 from library.core.errors import TrainingError
 from library.dataset import cache_io, text_cache_io
+from library.dataset.cache_names import text_base
 from library.dataset.cache_stores import text_store
 from library.dataset.strategies import Conditioning, StrategySet
 from library.dataset.text_cache_io import MERGED, TEXT_LAYOUTS, TextLayout, TextRecord
@@ -80,12 +81,9 @@ class TextCache:
     def get_outputs_npz_path(self, image_abs_path: str) -> str:
         return cache_io.text_npz_path(self.architecture, image_abs_path)
 
-    def path_of(self, item: ImageItem, image_path: str) -> str:
-        """Where the outputs for an item belong: beside its file, of which `image_path` is the name, or in the cache
-        directory of its subset. All clips of a video share a file."""
-        if item.subset.cache_directory is None:
-            return self.get_outputs_npz_path(image_path)
-        return cache_io.text_npz_path(self.architecture, image_path, item.subset.cache_directory)
+    def path_of(self, item: ImageItem, path: str | None = None) -> str:
+        """The cache file of an item's caption, in its cache_directory. `path` stands for the item's own."""
+        return self.get_outputs_npz_path(text_base(item, path))
 
     def record_of(self, caption: str) -> TextRecord:
         return TextRecord(

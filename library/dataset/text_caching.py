@@ -109,7 +109,7 @@ def plan_text(
         reasons[reason] += 1
     cached = sum(len(by_file[path]) for path in mine) - len(missing)
     logger.info("text encoder outputs: %d captions cached, %d to encode %s", cached, len(missing), dict(reasons) or "")
-    check_cache_folders(item.text_encoder_outputs_npz for item in missing)
+    check_cache_folders((item.text_encoder_outputs_npz for item in missing), [item.subset for item in missing])
     written = {item.text_encoder_outputs_npz for item in missing}
     in_use = {path: frozenset(text_cache_io.caption_hash(cached_caption(i)) for i in by_file[path]) for path in written}
     return TextPlan(_jobs_of(missing), in_use)
@@ -287,7 +287,7 @@ def cache_one_batch(
     """Encode and store exactly these items in one batch; their paths are set when they are not."""
     for item in items:
         if strategy.cache_to_disk and item.text_encoder_outputs_npz is None:
-            item.text_encoder_outputs_npz = strategy.path_of(item, item.absolute_path)
+            item.text_encoder_outputs_npz = strategy.path_of(item)
     jobs = [TextJob(cached_caption(item), [item]) for item in items]
     for job, outputs in zip(jobs, _encode_batch(jobs, strategies, models)):
         if strategy.cache_to_disk:
