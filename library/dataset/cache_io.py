@@ -236,7 +236,7 @@ def _condition_problem(headers: Mapping[str, ArrayHeader], wanted: Mapping[str, 
 
 def mask_shape(bucket: Sequence[int]) -> tuple[int, ...]:
     """Of the weights of a sample's pixels: [H, W] of a picture, [F, H, W] of a clip."""
-    width, height, frames = Bucket(*bucket)
+    width, height, frames, _ = Bucket(*bucket)
     return (height, width) if frames == 1 else (frames, height, width)
 
 

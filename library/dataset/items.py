@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from library.dataset.clips.settings import WINDOW_SIZE, ClipSettings, OneFrameSettings
-from library.dataset.clips.windows import ClipWindow
-from library.families.latents import Bucket
+from library.dataset.clips.windows import ClipWindow, ControlClip
+from library.families.latents import Bucket, SampleKind
 
 if TYPE_CHECKING:
     import torch
@@ -143,10 +144,16 @@ class ImageItem:
     """Control pictures, or the one control clip of a clip, of a control_directory or a JSONL file, in order."""
     target_paths: tuple[str, ...] = ()
     """Its layers (multiple_target), in order."""
+    control_image_sizes: tuple[tuple[int, int], ...] = ()
+    """of their files"""
+    control_clip: ControlClip | None = None
+    """Which frames of the control clip belong to a clip."""
     captions_extra: dict[str, Any] = field(default_factory=dict)
 
     bucket_reso: tuple[int, int] | None = None
     resized_size: tuple[int, int] | None = None
+    control_sizes: tuple[tuple[int, int], ...] = ()
+    """of control pictures in training"""
 
     latents_npz: str | None = None
     latents: torch.Tensor | None = None  # [C, h, w] or [C, F, h, w]
@@ -176,7 +183,24 @@ class ImageItem:
     @property
     def bucket(self) -> Bucket:
         """Its size in training; known once buckets are made."""
-        return Bucket(*self.bucket_reso, self.frames)
+        return Bucket(*self.bucket_reso, self.frames, self.kind)
+
+    @property
+    def kind(self) -> SampleKind:
+        """What it shares with the samples of its batches beside the size."""
+        one_frame = self.subset.one_frame if self.clip is None else None
+        is_section = self.clip is not None and self.clip.section is not None
+        return sample_kind(self.control_sizes, one_frame, self.subset.window_size if is_section else None)
+
+
+@lru_cache
+def sample_kind(
+    controls: tuple[tuple[int, int], ...], one_frame: OneFrameSettings | None, section_frames: int | None
+) -> SampleKind:
+    one_frame = one_frame or OneFrameSettings()
+    return SampleKind(
+        controls, one_frame.fp_1f_clean_indices, one_frame.fp_1f_target_index, one_frame.fp_1f_no_post, section_frames
+    )
 
 
 ImageInfo = ImageItem  # the name under which plug-ins know the record
