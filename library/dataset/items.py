@@ -31,6 +31,8 @@ class SubsetParams:
     control_resolution: tuple[int, int] | None = None
     """(width, height): the area of control pictures that have a bucket of their own"""
     no_resize_control: bool = False
+    control_count: int | None = 1
+    """control files of each picture or video; None: any number of pictures; 0: the family reads none"""
     multiple_target: bool = False
     """each picture with a caption is followed by its layers: pictures of the same name and a number"""
     clips: ClipSettings | None = None
@@ -77,6 +79,16 @@ class SubsetParams:
         """(key, path) of what it reads: a folder, or the file that lists its images or videos."""
         names = ("metadata_file", "image_jsonl_file", "video_jsonl_file", "video_directory", "image_dir")
         return next(((name, path) for name in names if (path := getattr(self, name)) is not None), None)
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether a file lists what it reads, captions with it; else it is a folder."""
+        return self.source is not None and self.source[0].endswith("_file")
+
+    @property
+    def medium(self) -> str:
+        """For messages: what it is made of."""
+        return "images" if self.clips is None else "videos"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +151,8 @@ class ImageItem:
     """The mask or control image that belongs to this image (datasets of kind CN)."""
     control_paths: tuple[str, ...] = ()
     """Control pictures, or the one control clip of a clip, of a control_directory or a JSONL file, in order."""
+    target_paths: tuple[str, ...] = ()
+    """Its layers (multiple_target), in order."""
     control_image_sizes: tuple[tuple[int, int], ...] = ()
     """of their files"""
     control_clip: ControlClip | None = None
