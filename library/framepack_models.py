@@ -23,13 +23,12 @@ from library.attention import (
     per_token,
     plain_norm,
     rope_cos_sin,
-    rotate_pairs,
     scaled_attention,
     timestep_embedding,
 )
+from library.components.hunyuan_stream_models import RMSNorm, Rope, TextProjection, rotated
 from library.custom_offloading_utils import StreamStackMixin
 
-Rope = tuple[Tensor, Tensor]
 FREQUENCY_WIDTH = 256
 """of the sinusoid of times and guidance, which the first layer of their embedders tells"""
 
@@ -96,30 +95,6 @@ class BlockCache(Protocol):
     def __call__(self, tokens: Tensor, blocks: Callable[[], Tensor]) -> Tensor: ...
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) in float32, rounded to the type of x and then multiplied by the weight."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        full = x.float()
-        return (full * torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype) * self.weight
-
-
-class TwoLinears(nn.Module):
-    """A vector or a number's sinusoid [B, in_dim] to [B, hidden]."""
-
-    def __init__(self, in_dim: int, hidden: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_dim, hidden)
-        self.linear_2 = nn.Linear(hidden, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.bias.dtype))))
-
-
 class TimeTextEmbedding(nn.Module):
     """One vector [B, hidden] of time, embedded guidance and a summary of the text. Times may be one per token [B, L]:
     then [B, L, hidden]."""
@@ -127,16 +102,17 @@ class TimeTextEmbedding(nn.Module):
     def __init__(self, params: FramePackParams, summary_dim: int, *, guidance: bool) -> None:
         super().__init__()
         self.width, hidden = params.time_embed_dim, params.hidden_size
-        self.timestep_embedder = TwoLinears(self.width, hidden)
+        self.timestep_embedder = TextProjection(self.width, hidden)
         if guidance:
-            self.guidance_embedder = TwoLinears(self.width, hidden)
-        self.text_embedder = TwoLinears(summary_dim, hidden)
+            self.guidance_embedder = TextProjection(self.width, hidden)
+        self.text_embedder = TextProjection(summary_dim, hidden)
 
     def forward(self, timestep: Tensor, summary: Tensor, guidance: Tensor | None = None) -> Tensor:
-        times = self.timestep_embedder(timestep_embedding(timestep, self.width, 1.0))
-        rest = self.text_embedder(summary)
+        kind = self.text_embedder.linear_1.bias.dtype  # weights may be stored in 8 bits
+        times = self.timestep_embedder(timestep_embedding(timestep, self.width, 1.0).to(kind))
+        rest = self.text_embedder(summary.to(kind))
         if guidance is not None:
-            rest = rest + self.guidance_embedder(timestep_embedding(guidance, self.width, 1.0))
+            rest = rest + self.guidance_embedder(timestep_embedding(guidance, self.width, 1.0).to(kind))
         return times + (rest[:, None] if times.ndim == 3 else rest)
 
 
@@ -319,12 +295,6 @@ def frame_rope(
     pooled = [F.avg_pool3d(padded_to(grid, kernel), kernel) for grid in grids]
     cos, sin = (rearrange(grid, "1 d f h w -> (f h w) d") for grid in pooled)
     return cos, sin
-
-
-def rotated(states: Tensor, rope: Rope) -> Tensor:
-    """Query or key [B, heads, L + T, D] with its first L places, those of the frames, turned."""
-    places = rope[0].shape[1]
-    return torch.cat((rotate_pairs(states[:, :, :places], rope).to(states.dtype), states[:, :, places:]), dim=2)
 
 
 class HunyuanVideoTransformerBlock(nn.Module):

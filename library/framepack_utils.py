@@ -28,13 +28,13 @@ from library.checkpoints.loading import (
     size_of,
     strip_prefix,
 )
+from library.components.hunyuan_stream_utils import DENOISER_PREFIXES
 from library.fp8_optimization_utils import FP8_STORAGE, scaled_fp8, store_linears_in_fp8, use_scales
 from library.framepack_models import FramePackParams, HunyuanVideoTransformer3DModelPacked
 from library.safetensors_utils import cast_all, save_file_atomic
 
 logger = logging.getLogger(__name__)
 
-DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.", "transformer.")
 DENOISER_ROOTS = (
     "x_embedder", "clean_x_embedder", "context_embedder", "image_projection", "time_text_embed", "transformer_blocks",
     "single_transformer_blocks", "norm_out", "proj_out",

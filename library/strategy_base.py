@@ -210,7 +210,7 @@ class LatentsCachingStrategy(PluginSlot, LatentCache, LatentEncoder, ABC):
             return super().problem_with(index)
 
         def problem_of(item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
-            path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
+            path = item.latents_npz or self.path_of(item)
             is_expected = self.is_disk_cached_latents_expected(item.bucket.key, path, flip_aug, alpha_mask)
             return None if is_expected else f"not what {type(self).__name__} expects"
 

@@ -279,6 +279,32 @@ def vae_hunyuan_image(weights: Tensors, inputs: Tensors, config: dict[str, Any])
 
 
 @torch.no_grad()
+def vae_hunyuan_video(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    """What the reference decodes is not scaled."""
+    from library.components.hunyuan_vae_utils import load_hunyuan_vae
+
+    vae = _loaded(load_hunyuan_vae, weights, config)
+    factor = vae.params.scaling_factor
+    assert factor == config["scaling_factor"]
+    mean, logvar = vae.encode_moments(inputs["video"])
+    return {
+        "mean_video": mean,
+        "logvar_video": logvar,
+        "mean_image": vae.encode_moments(inputs["image"])[0],
+        **{f"decoded_{name}": vae.decode(inputs[f"latent_{name}"] * factor) for name in ("video", "image")},
+    }
+
+
+@torch.no_grad()
+def te_llama(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
+    from library.components.llama_encoder_utils import load_llama
+
+    model = _loaded(load_llama, weights, config)
+    result = model(inputs["ids"], attention_mask=inputs["mask"], output_hidden_states=True)
+    return {"hidden_minus_3": result.hidden_states[-3], "last_hidden_state": result.last_hidden_state}
+
+
+@torch.no_grad()
 def te_qwen25vl(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
     from library.components.llm_encoder_utils import load_qwen25_vl
 
@@ -490,6 +516,7 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "framepack": framepack,
     "vae_hunyuan_image": vae_hunyuan_image,
     "hunyuan_video": hunyuan_video,
+    "vae_hunyuan_video": vae_hunyuan_video,
     "te_qwen25vl": te_qwen25vl,
     "lumina2": lumina2,
     "te_gemma2": te_gemma2,

@@ -191,6 +191,7 @@ class AutoEncoder(nn.Module):
 
     encoder_class: ClassVar[Callable[[AutoEncoderParams], nn.Module]] = Encoder
     decoder_class: ClassVar[Callable[[AutoEncoderParams], nn.Module]] = Decoder
+    convolution: ClassVar[type[nn.Module]] = nn.Conv2d
 
     def __init__(self, params: AutoEncoderParams) -> None:
         super().__init__()
@@ -198,8 +199,8 @@ class AutoEncoder(nn.Module):
         self.encoder = self.encoder_class(params)
         self.decoder = self.decoder_class(params)
         if params.quant_conv:
-            self.quant_conv = nn.Conv2d(2 * params.z_channels, 2 * params.z_channels, 1)
-            self.post_quant_conv = nn.Conv2d(params.z_channels, params.z_channels, 1)
+            self.quant_conv = self.convolution(2 * params.z_channels, 2 * params.z_channels, 1)
+            self.post_quant_conv = self.convolution(params.z_channels, params.z_channels, 1)
 
     @property
     def device(self) -> torch.device:

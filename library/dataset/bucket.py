@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.core.keyed_random import keyed_random
+from library.dataset.area_buckets import area_buckets, control_bucket, on_grid
 from library.dataset.items import DatasetParams, ImageItem
 from library.dataset.plan import BucketList
 from library.families.latents import Bucket
@@ -94,14 +95,18 @@ class BucketSelector:
         max_bucket_reso: int = 1024,
         bucket_reso_steps: int = 64,
         bucket_no_upscale: bool = False,
+        bucket_rule: str = "steps",
     ) -> None:
         self.resolution = resolution
+        self.rule = bucket_rule
         self.enable_bucket = enable_bucket
         self.no_upscale = bucket_no_upscale
         self.step = bucket_reso_steps
         self.min_reso, self.max_reso = effective_limits(min_bucket_reso, max_bucket_reso, bucket_reso_steps)
         if not enable_bucket:
             self.predefined = [resolution]
+        elif bucket_rule == "area":
+            self.predefined = area_buckets(resolution, self.step)
         elif bucket_no_upscale:
             self.predefined = []
         else:
@@ -116,11 +121,17 @@ class BucketSelector:
             max_bucket_reso=params.max_bucket_reso,
             bucket_reso_steps=params.bucket_reso_steps,
             bucket_no_upscale=params.bucket_no_upscale,
+            bucket_rule=params.bucket_rule,
         )
 
     def select(self, size: Size) -> BucketChoice | None:
         """The bucket of an image of this size; None when a side would be shorter than one step (no-upscale only)."""
-        if self.enable_bucket and self.no_upscale:
+        if self.enable_bucket and self.rule == "area":
+            bucket = self._own_or_nearest(size)
+            if 0 in bucket:
+                return None
+            resized = cover_size(size, bucket)
+        elif self.enable_bucket and self.no_upscale:
             resized = self._shrunk(size)
             bucket = (resized[0] // self.step * self.step, resized[1] // self.step * self.step)
             if 0 in bucket:
@@ -137,6 +148,12 @@ class BucketSelector:
             return size
         ratio = size[0] / size[1]
         return min(self.predefined, key=lambda bucket: abs(bucket[0] / bucket[1] - ratio))
+
+    def _own_or_nearest(self, size: Size) -> Size:
+        """By the area rule. What would be enlarged keeps its size with no-upscale, as far as the grid allows."""
+        if self.no_upscale and size[0] * size[1] <= self.resolution[0] * self.resolution[1]:
+            return on_grid(size[0], self.step), on_grid(size[1], self.step)
+        return self._nearest(size)
 
     def _shrunk(self, size: Size) -> Size:
         """Size of an image after it is made small enough for the area of the resolution; small images stay as they are.
@@ -226,6 +243,7 @@ def assign_buckets(
     for item, choice in zip(items, choices):
         if choice is not None:
             item.bucket_reso, item.resized_size = choice.bucket_reso, choice.resized_size
+            item.control_sizes = _control_sizes(item, finest_step)
     repeats, notes = _repeats(items, choices, seed)
 
     samples: dict[Bucket, list[int]] = {}
@@ -242,6 +260,18 @@ def assign_buckets(
         *_quality_warnings(items, choices, params, finest_step),
     ]
     return BucketAssignment(buckets, tuple(repeats), too_small, bucket_info(buckets, choices, params), tuple(warnings))
+
+
+def _control_sizes(item: ImageItem, step: int) -> tuple[Size, ...]:
+    if item.clip is not None:  # the control of a clip goes with it, frame by frame
+        return (item.bucket_reso,) * len(item.control_paths)
+    subset = item.subset
+    return tuple(
+        control_bucket(
+            size, item.bucket_reso, step, no_resize=subset.no_resize_control, resolution=subset.control_resolution
+        )
+        for size in item.control_image_sizes
+    )
 
 
 def _repeats(
@@ -354,7 +384,7 @@ def cutting_setting(size: Size, params: DatasetParams, finest_step: int = 1) -> 
     }
     finer = {"bucket_reso_steps": max(step // 4 // finest_step, 1) * finest_step}
     ways = [{name: value} for name, value in limits.items()] + [limits]
-    for change in [finer] if params.bucket_no_upscale else [*ways, finer, {**limits, **finer}]:
+    for change in [finer] if params.bucket_no_upscale or params.bucket_rule == "area" else [*ways, finer, {**limits, **finer}]:
         choice = BucketSelector.of(dataclasses.replace(params, **change)).select(size)
         if choice is not None and cut_of(choice) <= CROP_WARNING:
             are = " and ".join(f"{name} = {getattr(params, name)}" for name in change)

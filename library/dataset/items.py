@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from library.dataset.clips.settings import WINDOW_SIZE, ClipSettings, OneFrameSettings
-from library.dataset.clips.windows import ClipWindow
-from library.families.latents import Bucket
+from library.dataset.clips.windows import ClipWindow, ControlClip
+from library.families.latents import Bucket, SampleKind
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,8 @@ class SubsetParams:
     control_resolution: tuple[int, int] | None = None
     """(width, height): the area of control pictures that have a bucket of their own"""
     no_resize_control: bool = False
+    control_count: int | None = 1
+    """control files of each picture or video; None: any number of pictures; 0: the family reads none"""
     multiple_target: bool = False
     """each picture with a caption is followed by its layers: pictures of the same name and a number"""
     clips: ClipSettings | None = None
@@ -76,6 +79,16 @@ class SubsetParams:
         """(key, path) of what it reads: a folder, or the file that lists its images or videos."""
         names = ("metadata_file", "image_jsonl_file", "video_jsonl_file", "video_directory", "image_dir")
         return next(((name, path) for name in names if (path := getattr(self, name)) is not None), None)
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether a file lists what it reads, captions with it; else it is a folder."""
+        return self.source is not None and self.source[0].endswith("_file")
+
+    @property
+    def medium(self) -> str:
+        """For messages: what it is made of."""
+        return "images" if self.clips is None else "videos"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +142,18 @@ class ImageItem:
     """The mask or control image that belongs to this image (datasets of kind CN)."""
     control_paths: tuple[str, ...] = ()
     """Control pictures, or the one control clip of a clip, of a control_directory or a JSONL file, in order."""
+    target_paths: tuple[str, ...] = ()
+    """Its layers (multiple_target), in order."""
+    control_image_sizes: tuple[tuple[int, int], ...] = ()
+    """of their files"""
+    control_clip: ControlClip | None = None
+    """Which frames of the control clip belong to a clip."""
     captions_extra: dict[str, Any] = field(default_factory=dict)
 
     bucket_reso: tuple[int, int] | None = None
     resized_size: tuple[int, int] | None = None
+    control_sizes: tuple[tuple[int, int], ...] = ()
+    """of control pictures in training"""
 
     latents_npz: str | None = None
     latents: torch.Tensor | None = None  # [C, h, w] or [C, F, h, w]
@@ -162,7 +183,24 @@ class ImageItem:
     @property
     def bucket(self) -> Bucket:
         """Its size in training; known once buckets are made."""
-        return Bucket(*self.bucket_reso, self.frames)
+        return Bucket(*self.bucket_reso, self.frames, self.kind)
+
+    @property
+    def kind(self) -> SampleKind:
+        """What it shares with the samples of its batches beside the size."""
+        one_frame = self.subset.one_frame if self.clip is None else None
+        is_section = self.clip is not None and self.clip.section is not None
+        return sample_kind(self.control_sizes, one_frame, self.subset.window_size if is_section else None)
+
+
+@lru_cache
+def sample_kind(
+    controls: tuple[tuple[int, int], ...], one_frame: OneFrameSettings | None, section_frames: int | None
+) -> SampleKind:
+    one_frame = one_frame or OneFrameSettings()
+    return SampleKind(
+        controls, one_frame.fp_1f_clean_indices, one_frame.fp_1f_target_index, one_frame.fp_1f_no_post, section_frames
+    )
 
 
 ImageInfo = ImageItem  # the name under which plug-ins know the record

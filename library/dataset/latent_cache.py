@@ -15,6 +15,7 @@ from library.core.keyed_random import key_seed
 from library.dataset import cache_io
 from library.dataset.batch import CONDITIONING_IMAGES
 from library.dataset.cache_io import Array, ImageIdentity, LatentsRecord
+from library.dataset.cache_names import latents_base
 from library.dataset.cache_stores import LatentStore, latent_store
 from library.families.latents import Bucket
 
@@ -173,9 +174,21 @@ class LatentCache:
     def get_latents_npz_path(self, absolute_path: str, image_size: tuple[int, int]) -> str:
         return cache_io.latents_npz_path(self.architecture, absolute_path, image_size)
 
+    def path_of(self, item: ImageItem, path: str | None = None) -> str:
+        """The cache file of an item: in its cache_directory, with its clip in the name. `path` stands for the item's
+        own."""
+        return self.get_latents_npz_path(latents_base(item, path), item.image_size)
+
+    def known_path_of(self, item: ImageItem) -> str | None:
+        """Where the known video trainer keeps the latents of a clip: it takes the size that it reads frames in for that
+        of the file. None where it has no other name for them."""
+        if not (self.store.has_one_size and item.window_key):
+            return None
+        return self.get_latents_npz_path(latents_base(item), item.bucket_reso)
+
     def problem_of(self, item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
         """Why the item's cache file cannot be used, with everything that is known of the item; None when it can."""
-        path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
+        path = item.latents_npz or self.path_of(item)
         if self.skip_disk_cache_validity_check:
             return None if os.path.exists(path) else "no file"
         return self.store.problem(
@@ -197,13 +210,16 @@ class LatentCache:
                 f"{type(self.encoder).__qualname__} {self.architecture.name} {item.bucket.key} {needs} {made.model} "
                 f"{made.latent_space} {made.manner}"
                 f" {made.resized} {made.interpolation} {made.exif} {made.version}"
+                f"{f' {made.made_with} {made.frame_count}' if item.clip is not None else ''}"
             )
 
         def problem_of(item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
-            kind = (item.bucket, item.resized_size, item.subset.resize_interpolation, flip_aug, alpha_mask)
+            if item.clip is not None and os.path.isdir(item.absolute_path):  # which an index cannot see change
+                return self.problem_of(item, flip_aug, alpha_mask)
+            kind = (item.bucket, item.clip, item.resized_size, item.subset.resize_interpolation, flip_aug, alpha_mask)
             if kind not in questions:
                 questions[kind] = question(item, flip_aug, alpha_mask)
-            path = item.latents_npz or self.get_latents_npz_path(item.absolute_path, item.image_size)
+            path = item.latents_npz or self.path_of(item)
             answer, problem = index.find(
                 path, questions[kind], lambda: read(item, flip_aug, alpha_mask), source=item.absolute_path
             )
@@ -221,7 +237,9 @@ class LatentCache:
         return LatentsRecord(
             model=self.model_identity, latent_space=self.architecture.latents.fingerprint, image=image,
             pictures=pictures, resized=tuple(item.resized_size), interpolation=item.subset.resize_interpolation,
-            manner=self.encoder.manner(item.bucket.key),
+            manner=self.encoder.manner(item.bucket.key), made_with=_made_with(item),
+            source=cache_io.source_of(item.latents_npz, item.absolute_path) if self.store.has_one_size else "",
+            frame_count=None if item.clip is None else item.clip.length,
         )
 
     def load_conditions_from_disk(
@@ -247,6 +265,16 @@ class LatentCache:
             arrays.latents_flipped,
             arrays.alpha_mask,
         )
+
+
+def _made_with(item: ImageItem) -> dict[str, str]:
+    """What the latents of a clip hang on beside its file and size, in words."""
+    if item.clip is None:
+        return {}
+    conversion = item.clip.conversion
+    return {
+        "frames": "-".join(map(str, item.clip.key)), "frame rate": conversion.words if conversion else "the file's own"
+    }
 
 
 def condition_paths(item: ImageItem, names: Iterable[str]) -> dict[str, str]:

@@ -242,12 +242,17 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.clip(0, 255).astype(np.uint8), "L")
 
 
+def usual_filter(size: Size, wanted: Size) -> str:
+    """Area when both sides shrink or stay, else lanczos."""
+    return "area" if wanted[0] <= size[0] and wanted[1] <= size[1] else "lanczos"
+
+
 def resize_image(image: np.ndarray, size: Size, interpolation: str | None = None) -> np.ndarray:
-    """Resize [H, W, C] to `size`. Without a name: area when both sides shrink or stay, else lanczos."""
+    """Resize [H, W, C] to `size`. Without a name: by `usual_filter`."""
     height, width = image.shape[:2]
     if (width, height) == size:
         return image
-    name = interpolation or ("area" if size[0] <= width and size[1] <= height else "lanczos")
+    name = interpolation or usual_filter((width, height), size)
     if name in PILLOW_FILTERS:
         # channels that Pillow takes for colour and alpha together would blacken what is transparent
         if image.ndim == 3 and image.shape[2] == 4:

@@ -12,6 +12,7 @@ import torch
 
 from library.core.errors import TrainingError
 from library.dataset import cache_io, text_cache_io
+from library.dataset.cache_names import text_base
 from library.dataset.cache_stores import text_store
 from library.dataset.strategies import Conditioning, StrategySet
 from library.dataset.text_cache_io import MERGED, TEXT_LAYOUTS, TextLayout, TextRecord
@@ -79,6 +80,10 @@ class TextCache:
 
     def get_outputs_npz_path(self, image_abs_path: str) -> str:
         return cache_io.text_npz_path(self.architecture, image_abs_path)
+
+    def path_of(self, item: ImageItem, path: str | None = None) -> str:
+        """The cache file of an item's caption, in its cache_directory. `path` stands for the item's own."""
+        return self.get_outputs_npz_path(text_base(item, path))
 
     def record_of(self, caption: str) -> TextRecord:
         return TextRecord(

@@ -26,11 +26,19 @@ FAMILY = FamilyRecord(
         ModelKind(
             name="vae_hunyuan_video",
             role="vae",
+            wanted="a HunyuanVideo autoencoder (hunyuan_video_vae_bf16.safetensors)",
+            subfolder="vae",
             signatures=(
                 Signature(
                     title="a HunyuanVideo autoencoder",
                     ranks=(("encoder.down_blocks.0.resnets.0.conv1.conv.weight", 5),),
                     priority=20,
+                ),
+                Signature(
+                    title="a HunyuanVideo autoencoder",
+                    ranks=(("encoder.down.0.block.0.conv1.conv.weight", 5),),
+                    layout="ComfyUI",
+                    priority=95,
                 ),
             ),
         ),

@@ -7,18 +7,41 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
+@dataclass(frozen=True)
+class SampleKind:
+    """What samples have in common beside their size, where they are more than a picture or a clip."""
+
+    controls: tuple[tuple[int, int], ...] = ()
+    """(width, height) of the control pictures, in order"""
+    clean_indices: tuple[int, ...] | None = None
+    """latent times of the control pictures, of a single frame that is learned with others as reference"""
+    target_index: int | None = None
+    """latent time of that frame"""
+    no_post: bool = False
+    """no zeros stand behind the reference frames"""
+    section_frames: int | None = None
+    """latent frames of the sections in which a clip is learned; None: whole"""
+
+    def __lt__(self, other: SampleKind) -> bool:
+        return repr(self) < repr(other)  # any order will do, of buckets that are sorted
+
+
+PLAIN = SampleKind()
+
+
 class Bucket(NamedTuple):
-    """Size of a sample in pixels and frames."""
+    """What samples of a batch have in common: size in pixels, frames, and what else `kind` says."""
 
     width: int
     height: int
     frames: int = 1
+    kind: SampleKind = PLAIN
 
     @property
     def key(self) -> tuple[int, ...]:
         """(width, height) of a picture, (width, height, frames) of a clip: how caches, records and random draws name
         it."""
-        return self[:2] if self.frames == 1 else tuple(self)
+        return self[:2] if self.frames == 1 else self[:3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +82,7 @@ class LatentSpec:
     def latent_shape(self, bucket: Sequence[int]) -> tuple[int, ...]:
         """Shape of the latents of a sample of this size (a Bucket, or its key): (C, h, w) of a picture, (C, F, h, w) of
         a clip."""
-        width, height, frames = Bucket(*bucket)
+        width, height, frames, _ = Bucket(*bucket)
         picture = (self.channels, height // self.spatial_stride, width // self.spatial_stride)
         if frames == 1:
             return picture

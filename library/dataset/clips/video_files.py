@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Protocol
 
@@ -87,8 +87,3 @@ def frames_of(path: str, numbers: Sequence[int], *, with_alpha: bool = False) ->
             return
     if next_number is not None:
         raise ImageFileError(f"{path} has no frame {next_number}, or it cannot be decoded; the file is damaged")
-
-
-def padded_numbers(numbers: Iterable[int], frames: int) -> list[int]:
-    """Numbers of frames as far as a file has them, the last one in place of those beyond."""
-    return [min(number, frames - 1) for number in numbers]

@@ -37,6 +37,20 @@ class ClipWindow:
         return f"frames {self.start} to {self.start + self.length - 1}{rate}{section}"
 
 
+@dataclass(frozen=True)
+class ControlClip:
+    """The list of frames that a control video makes: as `frames` says, and its last frame for all that come after."""
+
+    frames: int
+    conversion: Conversion | None = None
+
+    def frame_numbers(self, window: ClipWindow) -> list[int]:
+        """Numbers of the control file's frames that belong to the frames of a clip."""
+        last = self.frames - 1
+        places = [min(place, last) for place in range(window.start, window.start + window.length)]
+        return places if self.conversion is None else [self.conversion.frame(place) for place in places]
+
+
 def windows_of(frames: int, settings: ClipSettings, temporal_stride: int | None) -> list[tuple[int, int]]:
     """(start, length) of the clips of a video of so many frames, each once: by length, then by start. Empty where the
     video is too short for every length."""
