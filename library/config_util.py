@@ -276,7 +276,7 @@ class _Resolver:
         values["custom_attributes"] = scope.merged("custom_attributes")
         if isinstance(values["caption_extension"], str) and not is_flat:
             values["caption_extension"] = dotted(values["caption_extension"])
-        values |= {"whole_captions": is_flat, **source_settings(scope)}
+        values |= {"whole_captions": is_flat, **source_settings(scope, self.architecture)}
         subset = SubsetParams(label=table.path, **_without_bad(values, SubsetParams))
         check_subset(scope, subset, dataset, self.caching, self.problems)
         check_targets(scope, subset, self.architecture, self.problems)

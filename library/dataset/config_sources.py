@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from library.dataset.architectures import DataArchitecture
@@ -97,7 +97,7 @@ def check_area(scope: Scope, architecture: DataArchitecture, problems: ProblemLi
         )
 
 
-def source_settings(scope: Scope) -> dict[str, Any]:
+def source_settings(scope: Scope, architecture: DataArchitecture) -> dict[str, Any]:
     """Fields of SubsetParams that hang on several keys."""
     table = scope.tables[0]
     fields: dict[str, Any] = {}
@@ -107,8 +107,20 @@ def source_settings(scope: Scope) -> dict[str, Any]:
         fields["clips"] = ClipSettings(**_written(scope, CLIP_KEYS))
     elif any(scope.written_at(name) for name in ONE_FRAME_KEYS):
         fields["one_frame"] = OneFrameSettings(**_written(scope, ONE_FRAME_KEYS))
+    fields["control_count"] = _control_count(fields, architecture)
     size = scope.get("fp_latent_window_size")
     return fields if size is BAD else {**fields, "window_size": size}
+
+
+def _control_count(fields: Mapping[str, Any], architecture: DataArchitecture) -> int | None:
+    """Control files of each picture or video; single frames have one for each time of a reference."""
+    facts = architecture.clips
+    if facts is None or facts.controls == 0:
+        return 0
+    one_frame = fields.get("one_frame")
+    if facts.one_frame and one_frame is not None and one_frame.fp_1f_clean_indices:
+        return len(one_frame.fp_1f_clean_indices)
+    return 1 if "clips" in fields else facts.controls
 
 
 def _written(scope: Scope, names: Sequence[str]) -> dict[str, Any]:
@@ -155,7 +167,7 @@ def told(scope: Scope, subset: SubsetParams, architecture: DataArchitecture) -> 
             f"{label}: {name} has no effect with frame_extraction {clips.frame_extraction}; it is for {mode}"
             for name, mode in idle.items() if scope.written_at(name) and mode != subset.clips.frame_extraction
         ]
-    unread = {name: facts is None for name in CONTROL_KEYS}
+    unread = {name: subset.control_count == 0 for name in CONTROL_KEYS}
     unread |= {name: facts is None or not facts.one_frame for name in ONE_FRAME_KEYS}
     unread["fp_latent_window_size"] = facts is None or not facts.sections
     names = [name for name, is_unread in unread.items() if is_unread and scope.written_at(name)]

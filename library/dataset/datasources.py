@@ -14,14 +14,15 @@ from operator import itemgetter
 
 from library.config_util import Blueprint, DatasetConfigError, ScriptRules, load_blueprint
 from library.core.console import storable
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, listed
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
 from library.dataset.background import map_in_threads, records_stay
 from library.dataset.bucket import BucketSelector
 from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import caption_ending, read_caption, tags_of_folders
-from library.dataset.discovery import FoundImage, Scanner, discover, listed
+from library.dataset.clips.video_files import VIDEO_EXTENSIONS
+from library.dataset.discovery import FoundImage, Scanner, discover
 from library.dataset.image_headers import look_at_noted_image
 from library.dataset.info_cache import info_entry, known_image, read_info, write_info
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
@@ -180,7 +181,7 @@ def _read_files(blueprint: Blueprint, found: list[list[list[FoundImage]]], scann
     owners = [dataset for dataset in blueprint.datasets for _ in dataset.subsets]
     for dataset, (subset, images) in zip(owners, pairs, strict=True):
         images[:] = [image for image in images if _take_check(image, subset, scanner)]
-        if subset.metadata_file is None:
+        if not subset.is_listed:
             _read_captions(images, subset, scanner)
         _warn_of_pixels(images, subset, dataset, scanner)
         _settle_captions(images, subset, scanner)
@@ -270,22 +271,22 @@ def _settle_captions(images: Sequence[FoundImage], subset: SubsetParams, scanner
     """Mention images without a caption or with an empty one, and what is to be written for them."""
     bare = [image.path for image in images if image.caption is None]
     empty = [image.path for image in images if image.caption == ""]
-    scanner.summary_warning(empty, f"images in {subset.label} have an empty caption")
-    if not bare or (subset.class_tokens and subset.metadata_file):
+    scanner.summary_warning(empty, f"{subset.medium} in {subset.label} have an empty caption")
+    if not bare or (subset.class_tokens and subset.is_listed):
         return
     hint = _caption_hint(bare, subset)
     if subset.class_tokens:
         if hint:
             scanner.warnings.append(
-                f"{len(bare)} images in {subset.label} train with class_tokens {subset.class_tokens!r}{hint}"
+                f"{len(bare)} {subset.medium} in {subset.label} train with class_tokens {subset.class_tokens!r}{hint}"
             )
     elif scanner.fail_on_missing_captions:
         scanner.problems.append(
-            f"{subset.label}: {len(bare)} images have no caption: {listed(bare)}{hint or CLASS_TOKENS_HINT}"
+            f"{subset.label}: {len(bare)} {subset.medium} have no caption: {listed(bare)}{hint or CLASS_TOKENS_HINT}"
         )
     else:
         scanner.warnings.append(
-            f"{len(bare)} images in {subset.label} have no caption and train with an empty one: "
+            f"{len(bare)} {subset.medium} in {subset.label} have no caption and train with an empty one: "
             f"{listed(bare)}{hint or CLASS_TOKENS_HINT}"
         )
 
@@ -293,7 +294,7 @@ def _settle_captions(images: Sequence[FoundImage], subset: SubsetParams, scanner
 def _caption_hint(paths: Sequence[str], subset: SubsetParams) -> str:
     """The line to add when images without a caption have a text file of another extension beside them; "" when they
     have none."""
-    if subset.metadata_file is not None:
+    if subset.is_listed:
         return ""
     wanted = caption_ending(subset)
     others = [extension for extension in CAPTION_EXTENSIONS if extension != wanted]
@@ -400,6 +401,8 @@ def _item(image: FoundImage, subset: SubsetParams, num_repeats: int, absolute: A
     return ImageItem(
         image_key=image.key, absolute_path=absolute.of(image.path), caption=caption, subset=subset,
         image_size=image.size or (0, 0), num_repeats=num_repeats, cond_path=image.cond_path,
+        control_paths=tuple(map(absolute.of, image.control_paths)),
+        target_paths=tuple(map(absolute.of, image.target_paths)),
         captions_extra={} if image.tags is None else {"tags": storable(image.tags)},
     )
 
@@ -438,30 +441,32 @@ def _check_counts(
     if not any(not item.is_reg for items in train for item in items):
         only_reg = any(items for items in train)
         reason = "there are only regularisation images" if only_reg else "there is no image to train on"
-        scanner.problems.append(f"{reason}; check image_dir, num_repeats and validation_split of the datasets")
+        scanner.problems.append(f"{reason}; check the folders, num_repeats and validation_split of the datasets")
     if has_validation and not any(validation):
         scanner.warnings.append("a validation split is set and leaves no image for validation; nothing is validated")
 
 
 def _is_readable(subset: SubsetParams) -> bool:
     """Whether the folder or file is there: if not, that was reported already."""
-    if subset.metadata_file is not None:
-        return os.path.isfile(subset.metadata_file)
-    return subset.image_dir is not None and os.path.isdir(subset.image_dir)
+    if subset.source is None:
+        return False
+    return os.path.isfile(subset.source[1]) if subset.is_listed else os.path.isdir(subset.source[1])
 
 
 def _why_empty(subset: SubsetParams, dataset: DatasetParams, scanner: Scanner) -> str:
     if subset.label in scanner.too_small and dataset.skip_image_resolution is not None:
         width, height = dataset.skip_image_resolution
         return f"every image has no more pixels than skip_image_resolution {width}x{height}; lower it, or leave the dataset out"
-    if subset.metadata_file is not None:
-        return f"{subset.metadata_file} names no image that can be used"
-    folder = subset.image_dir or ""
-    if any(os.path.splitext(name)[1].lower() in scanner.extensions for name in os.listdir(folder)):
-        return f"no image in {folder} can be used"
+    _, folder = subset.source or ("", "")
+    medium = subset.medium.removesuffix("s")
+    if subset.is_listed:
+        return f"{folder} names no {medium} that can be used"
+    extensions = scanner.extensions if subset.clips is None else VIDEO_EXTENSIONS
+    if any(os.path.splitext(name)[1].lower() in extensions for name in os.listdir(folder)):
+        return f"no {medium} in {folder} can be used"
     inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     hint = f"; it has sub-folders ({listed(inner)}): give each its own subset" if inner else ""
-    return f"the folder {folder} holds no images ({', '.join(sorted(scanner.extensions))}){hint}"
+    return f"the folder {folder} holds no {subset.medium} ({', '.join(sorted(extensions))}){hint}"
 
 
 def _cut(problems: Sequence[str]) -> list[str]:

@@ -1,32 +1,37 @@
-"""Which images a subset names: folders, metadata files, masks by name. Also what the steps of a scan share."""
+"""Which images and videos a subset names: folders, metadata files and lists; masks and control files by name. Also what
+the steps of a scan share."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, listed
 from library.core.file_limits import stem_of
 from library.dataset.cache_checks import crowded_names
 from library.dataset.cache_index import CacheIndex
-from library.dataset.captions import metadata_caption
+from library.dataset.captions import caption_ending, metadata_caption
+from library.dataset.clips.video_files import VIDEO_EXTENSIONS
+from library.dataset.control_files import control_pictures, control_videos, layers
 from library.dataset.items import SubsetParams
+from library.dataset.jsonl_lists import read_list
 from library.dataset.media_utils import ImageCheck, image_extensions
 from library.dataset.metadata_files import ImageFinder, read_metadata_file
 
-SHOWN = 5
 
 
 @dataclass
 class FoundImage:
-    """An image on its way to an ImageItem. `caption` None: no caption file."""
+    """An image or video on its way to an ImageItem. `caption` None: no caption file."""
 
     key: str
     path: str
     caption: str | None = None
     cond_path: str | None = None
+    control_paths: tuple[str, ...] = ()
+    target_paths: tuple[str, ...] = ()
     size: tuple[int, int] | None = None
     tags: str | None = None
     is_known: bool = False
@@ -66,39 +71,188 @@ class Scanner:
         if names:
             self.warnings.append(f"{len(names)} {what}: {listed(names)}")
 
+    def missing_files(self, paths: Iterable[str], what: str) -> None:
+        """A problem that names those of the paths that lead nowhere."""
+        if missing := [path for path in dict.fromkeys(paths) if not os.path.exists(path)]:
+            self.problems.append(f"{what}: {listed(missing)}")
+
 
 def discover(subset: SubsetParams, kind: str, scanner: Scanner) -> list[FoundImage]:
-    """The images that a subset names, sorted; nothing is opened but metadata files and the lists of folders."""
-    if subset.num_repeats == 0:
+    """The images or videos that a subset names, sorted where a folder is read; nothing is opened but metadata files,
+    lists and the lists of folders."""
+    if subset.num_repeats == 0 or subset.source is None:  # a missing source was reported with the configuration
         return []
     if kind == "FT":
         return _from_metadata(subset, scanner)
-    if subset.image_dir is None:
-        return []  # the missing key was reported with the configuration
-    images = [FoundImage(path, path) for path in _image_paths(subset.image_dir, subset, scanner)]
-    _warn_of_shared_stems(images, subset, scanner)
+    source, path = subset.source
+    if source in ("image_jsonl_file", "video_jsonl_file"):
+        images = _from_list(path, subset, scanner)
+    else:
+        images = _from_folder(path, subset, scanner)
+        _warn_of_shared_stems(images, subset, scanner)
     if kind == "CN":
         images = _paired(images, subset, scanner)
+    _check_cache_names(images, subset, scanner)
     return images
 
 
-def _image_paths(folder: str, subset: SubsetParams, scanner: Scanner) -> list[str]:
-    """Image files directly in a folder, sorted by path; the case of the extension does not matter."""
+@dataclass(frozen=True)
+class Listing:
+    """What lies directly in a folder: names of files and of folders, sorted."""
+
+    path: str
+    files: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+
+    def of(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+
+def _listing(folder: str, subset: SubsetParams, scanner: Scanner) -> Listing | None:
+    """None where the folder cannot be read, which is noted."""
+    files, folders = [], []
     try:
         with os.scandir(folder) as entries:
-            paths = [
-                entry.path for entry in entries if _has_extension(entry.name, scanner.extensions) and entry.is_file()
-            ]
-        return sorted(paths)
+            for entry in entries:
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.is_file():
+                    files.append(entry.name)
+        return Listing(folder, tuple(sorted(files)), tuple(sorted(folders)))
     except FileNotFoundError:
         scanner.problem_or_warning(f"{subset.label}: the folder {folder} does not exist")
-        return []
     except NotADirectoryError:
         scanner.problem_or_warning(f"{subset.label}: {folder} is a file; a folder is needed")
-        return []
     except OSError as error:
         scanner.problem_or_warning(f"{subset.label}: the folder {folder} cannot be read ({error.strerror})")
+    return None
+
+
+def _from_folder(folder: str, subset: SubsetParams, scanner: Scanner) -> list[FoundImage]:
+    listing = _listing(folder, subset, scanner)
+    if listing is None:
         return []
+    names = _of_medium(listing, subset, scanner)
+    targets: dict[str, tuple[str, ...]] = {}
+    if subset.multiple_target:
+        targets = _fitted(lambda: layers(names, _captioned(names, listing, subset)), subset, scanner)
+        layered = {name for found in targets.values() for name in found}
+        names = [name for name in names if name not in layered]
+    names = _with_captions(names, listing, subset, scanner)
+    controls = _controls(names, subset, scanner)
+    return [
+        FoundImage(
+            listing.of(name), listing.of(name), control_paths=controls.get(name, ()),
+            target_paths=tuple(map(listing.of, targets.get(name, ()))),
+        )
+        for name in names
+    ]  # fmt: skip
+
+
+def _of_medium(listing: Listing, subset: SubsetParams, scanner: Scanner) -> list[str]:
+    """The pictures or videos among the names; of a dataset without subsets those whose extension is all in small or all
+    in capital letters."""
+    extensions = scanner.extensions if subset.clips is None else frozenset(VIDEO_EXTENSIONS)
+    names = [name for name in listing.files if _has_extension(name, extensions)]
+    if subset.whole_captions:
+        mixed = [name for name in names if not _is_plain(os.path.splitext(name)[1])]
+        scanner.summary_warning(
+            mixed, f"files in {subset.label} have an extension of small and capital letters and are left out"
+        )
+        names = [name for name in names if name not in set(mixed)]
+    if subset.clips is None:
+        return names
+    return sorted([*names, *_frame_folders(listing, subset)])
+
+
+def _is_plain(extension: str) -> bool:
+    return extension in (extension.lower(), extension.upper())
+
+
+def _frame_folders(listing: Listing, subset: SubsetParams) -> list[str]:
+    """Sub-folders that have a caption file: videos in single frames."""
+    ending, files = caption_ending(subset), set(listing.files)
+    return [] if ending is None else [name for name in listing.folders if stem_of(name) + ending in files]
+
+
+def _captioned(names: Sequence[str], listing: Listing, subset: SubsetParams) -> set[str]:
+    """Names without extension of those that have a caption file."""
+    ending, files = caption_ending(subset), set(listing.files)
+    return set() if ending is None else {stem for stem in map(stem_of, names) if stem + ending in files}
+
+
+def _with_captions(names: list[str], listing: Listing, subset: SubsetParams, scanner: Scanner) -> list[str]:
+    """Without the pictures that have no caption file, where a dataset without subsets says what these are called."""
+    is_choosy = subset.whole_captions and subset.clips is None and subset.class_tokens is None
+    if not is_choosy or caption_ending(subset) is None or scanner.fail_on_missing_captions:
+        return names
+    captioned = _captioned(names, listing, subset)
+    bare = [name for name in names if stem_of(name) not in captioned]
+    scanner.skipped.update(map(listing.of, bare))
+    scanner.summary_warning(
+        bare, f"pictures in {subset.label} have no caption file ({caption_ending(subset)}) and are left out"
+    )
+    return [name for name in names if stem_of(name) in captioned] if bare else names
+
+
+def _controls(names: Sequence[str], subset: SubsetParams, scanner: Scanner) -> dict[str, tuple[str, ...]]:
+    """Of each name the paths of its control files."""
+    if subset.control_directory is None or subset.control_count == 0:
+        return {}
+    listing = _listing(subset.control_directory, subset, scanner)
+    if listing is None:
+        return {}
+    if subset.clips is None:
+        pictures = [name for name in listing.files if _has_extension(name, scanner.extensions)]
+        found = _fitted(lambda: control_pictures(names, pictures, subset.control_count), subset, scanner)
+    else:
+        files, folders = set(listing.files), set(listing.folders)
+        videos = _fitted(lambda: control_videos(names, files, folders, VIDEO_EXTENSIONS), subset, scanner)
+        found = {name: (control,) for name, control in videos.items()}
+    return {name: tuple(map(listing.of, controls)) for name, controls in found.items()}
+
+
+def _fitted(find: Callable[[], dict], subset: SubsetParams, scanner: Scanner) -> dict:
+    """What `find` gives; nothing where names do not fit, which is noted."""
+    try:
+        return find()
+    except ConfigError as error:
+        scanner.problems += [f"{subset.label}: {problem}" for problem in error.problems]
+        return {}
+
+
+def _from_list(path: str, subset: SubsetParams, scanner: Scanner) -> list[FoundImage]:
+    """Paths of a list start from the working folder."""
+    medium = "image" if subset.clips is None else "video"
+    try:
+        entries = read_list(path, medium, subset.control_count)
+    except ConfigError as error:
+        scanner.problems += [f"{subset.label}: {problem}" for problem in error.problems]
+        return []
+    if subset.multiple_target and len({len(entry.targets) for entry in entries} | {0}) != 2:
+        scanner.problems.append(f"{subset.label}: {path}: multiple_target needs equally many layers of each picture,"
+                                " image_path_1, image_path_2, ...")  # fmt: skip
+    wanted = (path for entry in entries for path in entry.controls)
+    scanner.missing_files(wanted, f"{subset.label}: {path} names control files that do not exist")
+    return [
+        FoundImage(
+            entry.path, entry.path, entry.caption, control_paths=entry.controls,
+            target_paths=entry.targets if subset.multiple_target else (),
+        )
+        for entry in entries
+    ]  # fmt: skip
+
+
+def _check_cache_names(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> None:
+    """Files of different folders that have one name cannot share a folder of caches."""
+    if subset.cache_directory is None:
+        return
+    paths = [image.path for image in images]
+    crowded = crowded_names(list(map(os.path.basename, paths)), paths)
+    groups = {tuple(group) for group in crowded.values()}
+    scanner.problems += [
+        f"{subset.label}: {' and '.join(group)} would share a file in cache_directory; rename one of them" for group in groups
+    ]
 
 
 def _has_extension(name: str, extensions: Container[str]) -> bool:
@@ -147,12 +301,13 @@ def _paired(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner
         return list(images)
     by_stem: dict[str, str] = {}
     second: list[str] = []
-    for path in _image_paths(folder, subset, scanner):
+    listing = _listing(folder, subset, scanner)
+    if listing is None:
+        return []
+    for path in (listing.of(name) for name in listing.files if _has_extension(name, scanner.extensions)):
         first = by_stem.setdefault(os.path.splitext(os.path.basename(path))[0], path)
         if first != path:
             second.append(f"{path} ({os.path.basename(first)} is taken)")
-    if not os.path.isdir(folder):
-        return []
     paired, used = [], set()
     for image in images:
         stem = os.path.splitext(os.path.basename(image.path))[0]
@@ -168,7 +323,3 @@ def _paired(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner
     scanner.summary_warning(extra, f"images in {folder} ({subset.label}) belong to no training image")
     return paired
 
-
-def listed(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

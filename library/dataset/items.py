@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.dataset.clips.settings import WINDOW_SIZE, ClipSettings, OneFrameSettings
 from library.dataset.clips.windows import ClipWindow, ControlClip
-from library.families.latents import Bucket, SampleKind
+from library.families.latents import PLAIN, Bucket, SampleKind
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,8 @@ class SubsetParams:
     control_resolution: tuple[int, int] | None = None
     """(width, height): the area of control pictures that have a bucket of their own"""
     no_resize_control: bool = False
+    control_count: int | None = 1
+    """control files of each picture or video; None: any number of pictures; 0: the family reads none"""
     multiple_target: bool = False
     """each picture with a caption is followed by its layers: pictures of the same name and a number"""
     clips: ClipSettings | None = None
@@ -78,6 +80,16 @@ class SubsetParams:
         names = ("metadata_file", "image_jsonl_file", "video_jsonl_file", "video_directory", "image_dir")
         return next(((name, path) for name in names if (path := getattr(self, name)) is not None), None)
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether a file lists what it reads, captions with it; else it is a folder."""
+        return self.source is not None and self.source[0].endswith("_file")
+
+    @property
+    def medium(self) -> str:
+        """For messages: what it is made of."""
+        return "images" if self.clips is None else "videos"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetParams:
@@ -108,6 +120,15 @@ class DatasetParams:
     label: str = ""
 
 
+@dataclass(frozen=True)
+class SampleFacts:
+    """What an encoder may know of a sample beside its pixels: its kind, and which section of its clip is learned (None:
+    the whole clip or picture is)."""
+
+    kind: SampleKind = PLAIN
+    section: int | None = None
+
+
 @dataclass
 class ImageItem:
     """One image, or one clip of a video, of one subset. Sizes are (width, height), after the EXIF orientation is applied.
@@ -130,6 +151,8 @@ class ImageItem:
     """The mask or control image that belongs to this image (datasets of kind CN)."""
     control_paths: tuple[str, ...] = ()
     """Control pictures, or the one control clip of a clip, of a control_directory or a JSONL file, in order."""
+    target_paths: tuple[str, ...] = ()
+    """Its layers (multiple_target), in order."""
     control_image_sizes: tuple[tuple[int, int], ...] = ()
     """of their files"""
     control_clip: ControlClip | None = None
@@ -165,6 +188,11 @@ class ImageItem:
         """What tells samples of one file apart, in draws and in names of caches: () of a picture, else (first frame,
         frames) and, where a clip is learned in sections, the section."""
         return () if self.clip is None else self.clip.key
+
+    @property
+    def facts(self) -> SampleFacts:
+        """For encoders."""
+        return SampleFacts(self.kind, None if self.clip is None else self.clip.section)
 
     @property
     def bucket(self) -> Bucket:
