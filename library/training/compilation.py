@@ -21,8 +21,12 @@ def unknown_backend(backend: str) -> list[str]:
     ]
 
 
-def compile_blocks(denoiser: torch.nn.Module, backend: str) -> int:
-    """Compile the repeated blocks of `denoiser` one by one, in place; returns their number.
+def compile_blocks(
+    denoiser: torch.nn.Module, backend: str, *, mode: str | None = None, fullgraph: bool = False,
+    dynamic: bool | None = None,
+) -> int:
+    """Compile the repeated blocks of `denoiser` one by one, in place; returns their number. `mode`, `fullgraph` and
+    `dynamic` are those of torch.compile.
 
     Blocks of a kind and size share one compiled graph, so that compiling takes seconds where the whole model takes
     minutes. Call it after adapters are attached: what they put in place of a layer's forward is compiled with the
@@ -30,7 +34,7 @@ def compile_blocks(denoiser: torch.nn.Module, backend: str) -> int:
     """
     blocks = denoiser.repeated_blocks()
     for block in blocks:
-        block.compile(backend=backend)
+        block.compile(backend=backend, mode=mode, fullgraph=fullgraph, dynamic=dynamic)
     # A U-Net has blocks of one class in many sizes, and a set many sizes of pictures; past its limit dynamo gives up in
     # silence.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))
