@@ -140,6 +140,7 @@ def _idle_memory(config: Config) -> Iterator[tuple[str, str]]:
     settings = {
         "dynamo_backend": memory.dynamo_backend not in ("inductor", "no"), "dynamo_mode": memory.dynamo_mode,
         "dynamo_fullgraph": memory.dynamo_fullgraph, "dynamo_dynamic": memory.dynamo_dynamic is not None,
+        "dynamo_cache_size_limit": memory.dynamo_cache_size_limit,
     }  # fmt: skip
     if not memory.torch_compile:
         yield from ((name, "has no effect without --torch_compile") for name, is_set in settings.items() if is_set)

@@ -281,6 +281,10 @@ class MemoryOptions:
     dynamo_dynamic: bool | None = option(
         None, help="whether --torch_compile compiles for sizes that change; found out while training when not given"
     )
+    dynamo_cache_size_limit: int | None = option(
+        None, help="most versions of a block that --torch_compile keeps; room for the sizes of all blocks when not given",
+        convert=count_or_none,
+    )
     cuda_allow_tf32: bool = option(
         False, help="let NVIDIA GPUs multiply float32 matrices in TF32: faster, fewer digits"
     )
@@ -299,7 +303,8 @@ class MemoryOptions:
     )
 
     def __post_init__(self) -> None:
-        raise_problems(too_small(self, 0, "blocks_to_swap", hint=" (0 = no swapping)"))
+        problems = too_small(self, 0, "blocks_to_swap", hint=" (0 = no swapping)")
+        raise_problems(problems + too_small(self, 1, "dynamo_cache_size_limit"))
 
     @property
     def compiles(self) -> bool:

@@ -320,7 +320,7 @@ class Trainer:
                 if hasattr(part, "repeated_blocks"):
                     compile_blocks(
                         part, memory.dynamo_backend, mode=memory.dynamo_mode, fullgraph=memory.dynamo_fullgraph,
-                        dynamic=memory.dynamo_dynamic,
+                        dynamic=memory.dynamo_dynamic, variants=memory.dynamo_cache_size_limit,
                     )  # fmt: skip
 
     # ---- the Run -----------------------------------------------------------------------------------------------------

@@ -71,10 +71,7 @@ class VideoOptions:
         choices=(None, "true", "false", "auto"), convert=str.lower,
     )
     compile_fullgraph: bool = option(False, help="another name of --dynamo_fullgraph, for --compile")
-    compile_cache_size_limit: int | None = equivalent_option(
-        None, help="most versions of a block that are kept",
-        reason="--compile_cache_size_limit: there is room for the sizes of all blocks in any case",
-    )
+    compile_cache_size_limit: int | None = option(None, help="another name of --dynamo_cache_size_limit, for --compile")
     flash_attn: bool = equivalent_option(
         False, help="attention of flash-attn", reason=f"--flash_attn: {_ATTENTION}"
     )
@@ -116,6 +113,7 @@ STANDS_FOR: Mapping[str, Mapping[str, object]] = {
     "compile_mode": {"dynamo_mode": str},
     "compile_dynamic": {"dynamo_dynamic": {"true": True, "false": False, "auto": None}.get},
     "compile_fullgraph": {"dynamo_fullgraph": True},
+    "compile_cache_size_limit": {"dynamo_cache_size_limit": int},
     "gradient_checkpointing_cpu_offload": {"cpu_offload_checkpointing": True},
     "disable_numpy_memmap": {"disable_mmap_load_safetensors": True},
 }
