@@ -111,10 +111,12 @@ def ignores_case(path: str) -> bool:
         return False
 
 
-def check_cache_folders(paths: Iterable[str]) -> None:
+def check_cache_folders(paths: Iterable[str], subsets: Iterable[SubsetParams] = ()) -> None:
     """Raise ConfigError when one of these files could not be written, naming every folder that refuses and everything
-    that is no file where one belongs. What killed runs left half written there goes."""
+    that is no file where one belongs. What killed runs left half written there goes, and a cache_directory of the
+    `subsets` is made."""
     paths = list(paths)
+    new = {os.path.abspath(subset.cache_directory) for subset in subsets if subset.cache_directory is not None}
     problems = [
         f"{path} is where a cache file belongs, and is a {'folder' if os.path.isdir(path) else 'pipe or device'}; "
         "remove or rename it"
@@ -123,6 +125,8 @@ def check_cache_folders(paths: Iterable[str]) -> None:
     for folder in sorted({os.path.dirname(path) or "." for path in paths}):
         clean_leftovers(folder)
         try:
+            if folder in new:
+                os.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:

@@ -7,6 +7,7 @@ without it (written by another trainer) is judged by its keys and shapes alone.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -63,6 +64,15 @@ def image_size_from_latents_path(
     return size if is_own else None
 
 
+def source_of(cache_path: str | None, path: str) -> str:
+    """The name of a file as a cache of it records it: from the folder of the cache, with "/"."""
+    folder = os.path.dirname(os.path.abspath(cache_path or path))
+    try:
+        return os.path.relpath(os.path.abspath(path), folder).replace(os.sep, "/")
+    except ValueError:  # on another drive of Windows
+        return os.path.abspath(path).replace(os.sep, "/")
+
+
 def size_suffix(architecture: DataArchitecture, bucket: Sequence[int]) -> str:
     """`_<h>x<w>` of a picture, `_<F>x<h>x<w>` of a clip, in latent units. `bucket`, here and below: a Bucket or its
     key."""
@@ -73,7 +83,8 @@ def size_suffix(architecture: DataArchitecture, bucket: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class ImageIdentity:
-    """What is known of an image file. `content` is the sha256 of its bytes, "" while nobody needed it."""
+    """What is known of an image file, or of a folder with the frames of a clip. `content` is the sha256 of its bytes,
+    "" while nobody needed it."""
 
     num_bytes: int
     mtime_ns: int
@@ -81,8 +92,9 @@ class ImageIdentity:
 
     @classmethod
     def of(cls, path: str, with_content: bool = False) -> ImageIdentity:
-        status = os.stat(path)
-        return cls(status.st_size, status.st_mtime_ns, file_content_id(path) if with_content else "")
+        stats = [os.stat(file) for file in _files_of(path)]
+        size, newest = sum(status.st_size for status in stats), max((status.st_mtime_ns for status in stats), default=0)
+        return cls(size, newest, file_content_id(path) if with_content else "")
 
     @classmethod
     def from_record(cls, values: Any) -> ImageIdentity | None:
@@ -100,12 +112,33 @@ class ImageIdentity:
 
 
 def file_content_id(path: str) -> str:
-    """32 hex digits of the sha256 of a file."""
+    """32 hex digits of the sha256 of a file, or of the files of a folder."""
+    stamps = tuple((file, (status := os.stat(file)).st_size, status.st_mtime_ns) for file in _files_of(path))
+    is_large = sum(size for _, size, _ in stamps) >= _WORTH_REMEMBERING
+    return (_content_id if is_large else _content_id.__wrapped__)(stamps)
+
+
+_WORTH_REMEMBERING = 1 << 24
+"""bytes of a file that many clips are cut out of"""
+
+
+@functools.lru_cache(maxsize=4096)
+def _content_id(stamps: tuple[tuple[str, int, int], ...]) -> str:
+    """Of files by name, size and time, which change when a file does."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for path, _, _ in stamps:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()[:32]
+
+
+def _files_of(path: str) -> list[str]:
+    """The file, or the files of a folder of frames."""
+    if not os.path.isdir(path):
+        return [path]
+    with os.scandir(path) as entries:
+        return sorted(entry.path for entry in entries if entry.is_file())
 
 
 # ---- latents ---------------------------------------------------------------------------------------------------------
@@ -235,9 +268,10 @@ def _condition_problem(headers: Mapping[str, ArrayHeader], wanted: Mapping[str, 
 
 
 def mask_shape(bucket: Sequence[int]) -> tuple[int, ...]:
-    """Of the weights of a sample's pixels: [H, W] of a picture, [F, H, W] of a clip."""
-    width, height, frames, _ = Bucket(*bucket)
-    return (height, width) if frames == 1 else (frames, height, width)
+    """Of the weights of a sample's pixels: [H, W] of a picture, [F, H, W] of a clip, of a section in frames of its
+    latents."""
+    width, height, frames, kind = Bucket(*bucket)
+    return (height, width) if frames == 1 else (kind.section_frames or frames, height, width)
 
 
 def _check_others(

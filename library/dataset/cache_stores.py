@@ -33,13 +33,14 @@ class LatentStore:
 class TextStore:
     """Files of text encoder outputs. `find` and `keys_problem` are called as those of text_cache_io, with the
     architecture behind the path; `save` with the caption too. `keeps_bfloat16`: number formats are those of the
-    encoders."""
+    encoders; `keeps_source`: records name the file whose caption it is."""
 
     find: Callable[..., tuple[str | None, str]]
     keys_problem: Callable[..., str | None]
     load: Callable[..., Mapping[str, cache_io.Array]]
     save: Callable[..., str]
     keeps_bfloat16: bool = False
+    keeps_source: bool = False
 
 
 def _save_npz_latents(
@@ -79,7 +80,7 @@ _TENSOR_LATENTS = LatentStore(
 _NPZ_TEXT = TextStore(_find_npz_text, _npz_keys_problem, text_cache_io.load_text, _save_npz_text)
 _TENSOR_TEXT = TextStore(
     tensor_cache_io.find_text, tensor_cache_io.keys_problem, tensor_cache_io.load_text, tensor_cache_io.save_text,
-    keeps_bfloat16=True,
+    keeps_bfloat16=True, keeps_source=True,
 )
 
 

@@ -111,7 +111,8 @@ def plan_latents(
     missing = [job for job, reason in zip(jobs, reasons) if reason is not None]
     counts = dict(Counter(reason for reason in reasons if reason is not None))
     logger.info("latents: %d images cached, %d to encode %s", len(jobs) - len(missing), len(missing), counts or "")
-    check_cache_folders(job.item.latents_npz for job in missing)
+    subsets = [item.subset for job in missing for item in job.items]
+    check_cache_folders((job.item.latents_npz for job in missing), subsets)
     return _sorted(missing)
 
 
@@ -128,7 +129,8 @@ def uncached_latents(
 def _name_files(items: Sequence[ImageItem], strategy: LatentCache) -> None:
     """Set `latents_npz` of the items."""
     for item, path in zip(items, cache_paths(items, strategy.path_of)):
-        item.latents_npz = path
+        known = strategy.known_path_of(item)
+        item.latents_npz = known if known and os.path.exists(known) and not os.path.exists(path) else path
 
 
 def check_jobs(jobs: Sequence[LatentsJob], strategy: LatentCache, index: CacheIndex | None) -> list[str | None]:
@@ -143,7 +145,10 @@ def _jobs_of(items: Iterable[ImageItem], strategy: LatentCache) -> list[LatentsJ
     jobs: dict[tuple, LatentsJob] = {}
     for item in items:
         beside = tuple(condition_paths(item, strategy.encoder.condition_pictures).values())
-        key = (item.absolute_path, item.bucket, item.resized_size, item.subset.resize_interpolation, beside)
+        key = (
+            item.absolute_path, item.clip, item.bucket, item.resized_size, item.subset.resize_interpolation,
+            item.subset.cache_directory, beside,
+        )  # fmt: skip
         jobs.setdefault(key, LatentsJob()).add(item)
     return list(jobs.values())
 
@@ -154,13 +159,20 @@ def _sorted(jobs: Iterable[LatentsJob]) -> list[LatentsJob]:
 
 def _conflicts(items: Iterable[ImageItem], strategy: LatentCache) -> list[str]:
     """Images that two subsets want at one size with different resampling, or with different pictures that the family
-    caches with them: a file has room for one."""
+    caches with them, or at two sizes or rates where a file has one: a file has room for one."""
     names = strategy.encoder.condition_pictures
     wanted: dict[tuple, ImageItem] = {}
     problems = []
     for item in items:
-        other = wanted.setdefault((item.latents_npz, item.bucket), item)
-        if other.subset.resize_interpolation != item.subset.resize_interpolation:
+        place = (item.latents_npz,) if strategy.store.has_one_size else (item.latents_npz, item.bucket)
+        other = wanted.setdefault(place, item)
+        if (other.bucket, other.clip) != (item.bucket, item.clip):
+            problems.append(
+                f"{item.absolute_path} is used at {_words(other)} ({other.subset.label}) and at {_words(item)}"
+                f" ({item.subset.label}); its cache file {item.latents_npz} has room for one of them: give each dataset a"
+                " cache_directory of its own"
+            )
+        elif other.subset.resize_interpolation != item.subset.resize_interpolation:
             problems.append(
                 f"{item.absolute_path} is used at {'x'.join(map(str, item.bucket.key))} with resize_interpolation"
                 f" {other.subset.resize_interpolation} ({other.subset.label}) and {item.subset.resize_interpolation}"
@@ -172,6 +184,12 @@ def _conflicts(items: Iterable[ImageItem], strategy: LatentCache) -> list[str]:
                 f" {other.subset.label} and of {item.subset.label}; its cache file has room for one of them"
             )
     return problems
+
+
+def _words(item: ImageItem) -> str:
+    """Size, and what is taken of a video."""
+    size = "x".join(map(str, item.bucket.key))
+    return size if item.clip is None else f"{size} ({item.clip.words})"
 
 
 # ---- the pipeline ----------------------------------------------------------------------------------------------------
@@ -290,7 +308,8 @@ def _encode(
         name: torch.stack([image_tensor(entry.pictures[name], is_flipped) for entry in batch])  # [B, 3, H, W]
         for name in batch[0].pictures
     }
-    latents, conditions = strategy.encode_as_made(vae, parts or {}, images, seeds, pictures)
+    facts = [entry.job.item.facts for entry in batch]
+    latents, conditions = strategy.encode_as_made(vae, parts or {}, images, seeds, pictures, facts)
     latents, conditions = latents.cpu(), {name: tensor.cpu() for name, tensor in conditions.items()}
     finite = torch.stack(
         [_is_usable(tensor.flatten(1), strategy.store.most_nan) for tensor in (latents, *conditions.values())]

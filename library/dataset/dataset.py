@@ -191,6 +191,7 @@ class Dataset:
             target_size_hw=(geometry.bucket[1], geometry.bucket[0]),
             flipped=flipped,
             custom_attributes=dict(item.subset.custom_attributes),
+            facts=item.facts,
         )
         if item.latents is not None or item.latents_npz is not None:
             self._add_latents(sample, item)
@@ -212,9 +213,11 @@ class Dataset:
             latents, mirrored, mask = item.latents, item.latents_flipped, item.alpha_mask
             conditions = item.conditions_flipped if sample.flipped else item.conditions
         else:
-            caching, size = self.strategies.latents_caching, item.bucket.key
+            # plug-ins know pictures by (width, height)
+            caching, bucket = self.strategies.latents_caching, item.bucket
+            size = bucket if bucket.kind.section_frames else bucket.key
             latents, _, _, mirrored, mask = caching.load_latents_from_disk(item.latents_npz, size)
-            conditions = caching.load_conditions_from_disk(item.latents_npz, size, sample.flipped)
+            conditions = caching.load_conditions_from_disk(item.latents_npz, bucket, sample.flipped)
         sample.latents = torch.as_tensor(mirrored if sample.flipped else latents).float()  # [C, h, w] or [C, F, h, w]
         found = {name: float32_if_floats(torch.as_tensor(value)) for name, value in (conditions or {}).items()}
         sample.conditions |= found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.dataset.clips.settings import WINDOW_SIZE, ClipSettings, OneFrameSettings
 from library.dataset.clips.windows import ClipWindow, ControlClip
-from library.families.latents import Bucket, SampleKind
+from library.families.latents import PLAIN, Bucket, SampleKind
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +123,15 @@ class DatasetParams:
     label: str = ""
 
 
+@dataclass(frozen=True)
+class SampleFacts:
+    """What an encoder may know of a sample beside its pixels: its kind, and which section of its clip is learned (None:
+    the whole clip or picture is)."""
+
+    kind: SampleKind = PLAIN
+    section: int | None = None
+
+
 @dataclass
 class ImageItem:
     """One image, or one clip of a video, of one subset. Sizes are (width, height), after the EXIF orientation is applied.
@@ -182,6 +191,11 @@ class ImageItem:
         """What tells samples of one file apart, in draws and in names of caches: () of a picture, else (first frame,
         frames) and, where a clip is learned in sections, the section."""
         return () if self.clip is None else self.clip.key
+
+    @property
+    def facts(self) -> SampleFacts:
+        """For encoders."""
+        return SampleFacts(self.kind, None if self.clip is None else self.clip.section)
 
     @property
     def bucket(self) -> Bucket:

@@ -11,7 +11,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ from library.dataset import text_cache_io
 from library.dataset.background import BackgroundWriter, map_in_threads, records_stay
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
+from library.dataset.cache_io import source_of
 from library.dataset.cache_stores import text_store
 from library.dataset.captions import deterministic_caption
 from library.dataset.items import ImageItem
@@ -80,8 +81,9 @@ def empty_caption_item(items: Sequence[ImageItem]) -> ImageItem | None:
     if first is None:
         return None
     path = os.path.join(os.path.dirname(first.absolute_path), EMPTY_CAPTION_FILE + ".png")
+    subset = type(first.subset)(cache_directory=first.subset.cache_directory)
     return ImageItem(
-        image_key=EMPTY_CAPTION_FILE, absolute_path=path, caption="", subset=type(first.subset)(),
+        image_key=EMPTY_CAPTION_FILE, absolute_path=path, caption="", subset=subset,
         image_size=first.image_size
     )
 
@@ -107,7 +109,7 @@ def plan_text(
         reasons[reason] += 1
     cached = sum(len(by_file[path]) for path in mine) - len(missing)
     logger.info("text encoder outputs: %d captions cached, %d to encode %s", cached, len(missing), dict(reasons) or "")
-    check_cache_folders(item.text_encoder_outputs_npz for item in missing)
+    check_cache_folders((item.text_encoder_outputs_npz for item in missing), [item.subset for item in missing])
     written = {item.text_encoder_outputs_npz for item in missing}
     in_use = {path: frozenset(text_cache_io.caption_hash(cached_caption(i)) for i in by_file[path]) for path in written}
     return TextPlan(_jobs_of(missing), in_use)
@@ -237,8 +239,9 @@ def _store_on_disk(
     for item in job.items:
         path = item.text_encoder_outputs_npz
         if path not in written:
+            made_of = replace(record, source=source_of(path, item.absolute_path)) if store.keeps_source else record
             written[path] = store.save(
-                path, strategy.architecture, strategy.layout, outputs, record, caption=job.caption,
+                path, strategy.architecture, strategy.layout, outputs, made_of, caption=job.caption,
                 in_use=in_use.get(path, frozenset()),
             )
         item.text_encoder_outputs_suffix = written[path]

@@ -40,7 +40,7 @@ def converted(family: str, file: AdapterFile, layout: Layout) -> AdapterFile:
     """`file` in another layout, with a record where the way back needs one. A file that carries a valid record is first
     put back into what it was, so that nothing is lost over several steps."""
     source, is_restored = restored(family, file)
-    is_alike = _like(layout_of(source), layout)
+    is_alike = _like(layout_of(source, family), layout)
     if is_restored and is_alike:
         return source
     result = rewritten(family, source, layout)
@@ -101,11 +101,11 @@ def _traits(layout: Layout) -> tuple[object, ...]:
 def _record(family: str, source: AdapterFile, result: AdapterFile, layout: Layout) -> dict[str, Any] | None:
     """What is to be remembered; None when the plain way back gives the same tensors."""
     record: dict[str, Any] = {
-        "layout": asdict(layout_of(source)), "fold": layout.fold,
+        "layout": asdict(layout_of(source, family)), "fold": layout.fold,
         "alphas": _alphas(family, source) if layout.fold else {},
         "renamed": {}, "changed": {}, "metadata": {}, "absent": [], "configs": source.configs, "prefix": result.prefix,
     }  # fmt: skip
-    plain = rewritten(family, result, layout_of(source))
+    plain = rewritten(family, result, layout_of(source, family))
     if _equal(plain, source):
         return None
     base = _base(family, result, record)

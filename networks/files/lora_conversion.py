@@ -16,6 +16,7 @@ Sizes are read from the tensors, so models of any width work.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -172,13 +173,15 @@ def _shape_of(name: str, part: Module) -> tuple[int, ...]:
 def fold_factors(fold: str | None, scale: float) -> tuple[float, float]:
     """What down and up are multiplied by when alpha / rank (= `scale`) goes into them.
 
-    None: nothing, alpha stays; "up": all into up; "balanced": into down, of which powers of two go over to up until
+    None: nothing, alpha stays; "up": all into up; "root": the square root into each (a sign into up); "balanced": into down, of which powers of two go over to up until
     both are of about one size (16-bit numbers lose least so).
     """
     if fold is None:
         return 1.0, 1.0
     if fold == "up":
         return 1.0, scale
+    if fold == "root":
+        return math.sqrt(abs(scale)), math.copysign(math.sqrt(abs(scale)), scale)
     down, up = scale, 1.0
     while 0 < 2 * down < up:
         down, up = 2 * down, up / 2

@@ -10,7 +10,7 @@ strength.
 | ai-toolkit | as diffusers, comfy or kohya: `ai_toolkit` of the record | folded, balanced (LoKr and kohya names: alpha) |
 | xlabs | double_blocks.N.processor.qkv_lora1 | folded, balanced |
 | lycoris | lycoris_... | alpha |
-| other | any prefix, then original paths | folded, balanced |
+| other | any prefix, then original paths | folded, half into each matrix |
 """
 
 from __future__ import annotations
@@ -26,8 +26,23 @@ import torch
 from library.core.errors import CheckpointError
 from library.families.record import AdapterFacts
 from library.families.registry import records
-from networks.files.file_names import DOTTED_PREFIX, LYCORIS_PREFIX, PEFT_PREFIX, is_kohya_name, names_of_family
-from networks.files.lora_conversion import is_beside, refuse_parts, to_diffusers, to_dotted, to_kohya, to_lycoris
+from networks.files.file_names import (
+    DENOISER_MODELS,
+    DOTTED_PREFIX,
+    LYCORIS_PREFIX,
+    PEFT_PREFIX,
+    is_kohya_name,
+    names_of_family,
+)
+from networks.files.lora_conversion import (
+    is_beside,
+    named_parameter,
+    refuse_parts,
+    to_diffusers,
+    to_dotted,
+    to_kohya,
+    to_lycoris,
+)
 from networks.files.network_files import by_module
 from networks.files.parameter_names import RENAMED
 from networks.files.peft_config import METADATA_KEY, with_alphas
@@ -78,11 +93,11 @@ def layout_for(name: str, family: str, prefix: str | None = None, wrapped: bool 
         "comfy": Layout("dotted"),
         "xlabs": Layout("xlabs", "balanced"),
         "lycoris": Layout("lycoris"),
-        "other": Layout("dotted", "balanced", prefix=prefix or DOTTED_PREFIX),
+        "other": Layout("dotted", "root", prefix=prefix or DOTTED_PREFIX),
     }[name]
 
 
-def layout_of(file: AdapterFile) -> Layout:
+def layout_of(file: AdapterFile, family: str) -> Layout:
     """The layout of a file by its names; files without alpha count as those of layouts into which it is folded."""
     has_alpha = any(key.endswith(_ALPHA) for key in file.tensors)
     for key in file.tensors:
@@ -94,9 +109,19 @@ def layout_of(file: AdapterFile) -> Layout:
             return Layout("dotted", None if has_alpha else "balanced", prefix=file.prefix)
         if key.startswith(LYCORIS_PREFIX):
             return Layout("lycoris")
+        prefix = next((f"{model}." for model in DENOISER_MODELS if key.startswith(f"{model}.")), None)
+        if prefix and _is_own_path(key, prefix, family):
+            return Layout("dotted", None if has_alpha else "balanced", prefix=prefix)
     if all(is_kohya_name(key.partition(".")[0]) or is_beside(key) for key in file.tensors):
         return Layout("kohya")
     return Layout("diffusers", config=True) if file.configs else Layout("diffusers", None if has_alpha else "up")
+
+
+def _is_own_path(key: str, prefix: str, family: str) -> bool:
+    """Whether what stands behind the prefix is a path of our module tree, and none of diffusers."""
+    found = named_parameter(key, {})
+    place = names_of_family(family).find(found[0]) if found else None
+    return place is not None and place.layer is not None and found[0] not in place.diffusers and place.part is None
 
 
 def kohya_tensors(family: str, file: AdapterFile) -> dict[str, torch.Tensor]:

@@ -21,6 +21,20 @@ LOADERS = {
 """key table -> the function that loads its denoiser"""
 
 
+ON_META = {
+    "hunyuan_video": (
+        "library.hunyuan_video_utils:inspect_hunyuan_video", "library.hunyuan_video_models:HYVideoDiffusionTransformer",
+    ),
+    "wan_t2v_1_3b": ("library.wan_utils:inspect_wan", "library.wan_models:WanModel"),
+    "framepack": (
+        "library.framepack_utils:inspect_framepack",
+        "library.framepack_models:HunyuanVideoTransformer3DModelPacked",
+    ),
+}  # fmt: skip
+"""key table -> the function that reads the sizes of its denoiser, and the class: of those that are never read, made
+without data"""
+
+
 class RealModels:
     """Denoisers by their key tables, made when first asked for and kept."""
 
@@ -35,7 +49,11 @@ class RealModels:
         return path
 
     def __getitem__(self, name: str) -> torch.nn.Module:
-        if name not in self._made:
+        if name in ON_META and name not in self._made:
+            inspect, made_of = map(import_target, ON_META[name])
+            with torch.device("meta"):
+                self._made[name] = made_of(inspect(self.file(name)).params)
+        elif name not in self._made:
             load: Any = import_target(LOADERS[name])
             self._made[name] = load(self.file(name), None, "cpu")
         return self._made[name]

@@ -3,6 +3,7 @@ a condition beside the latents, a named part beside the VAE."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import cv2
@@ -12,6 +13,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from library.core.registry import import_target
+from library.families.record import CacheNames
 from library.generation.video_files import read_video
 from library.training import cli, parser_common
 from library.training.trainables.network import NetworkTrainable
@@ -20,6 +22,7 @@ from tests.forked import run_ranks
 from tests.planted import plant
 from tests.runs.conftest import DATASET, fingerprint, largest_difference, sample_pictures
 from tests.toy_video.clips import draw_clips
+from tests.toy_video.family import ToyLatentsCaching, ToyTextCaching
 from tests.toy_video.record import FAMILY
 
 LENGTHS = (5, 6, 3, 1, 5, 5, 5)
@@ -78,6 +81,22 @@ def test_cached_and_live_give_the_same_adapter(work):
     for name in ("memory", "disk"):
         assert largest_difference(made["live"], made[name]) == 0, name
     assert len(list(work.clips.glob("*_toy.npz"))) == len(LENGTHS)
+
+
+def test_caches_in_tensor_files_give_the_adapter_of_a_run_without(tmp_path, monkeypatch):
+    names = CacheNames(latents="_toy.safetensors", text="_toy_te.safetensors")
+    record = dataclasses.replace(FAMILY, caches=names)
+    plant(monkeypatch, record)
+    for strategy in (ToyLatentsCaching, ToyTextCaching):
+        monkeypatch.setattr(strategy, "architecture", record.architecture)
+    work = VideoWork(tmp_path)
+    made = [
+        work.train(name, *CACHES[kind], "--network_train_unet_only", subset_keys="flip_aug = true")
+        for name, kind in (("live", "live"), ("disk", "disk"), ("again", "disk"))
+    ]
+    assert fingerprint(made[1]) == fingerprint(made[2]), "caches that lie there are as good as those that were made"
+    assert largest_difference(made[0], made[1]) == 0
+    assert len(list(work.clips.glob("*_toy.safetensors"))) == len(list(work.clips.glob("*_toy_te.safetensors"))) == 7
 
 
 def test_what_is_learned_depends_on_the_condition_and_on_every_frame(work, monkeypatch):
