@@ -40,15 +40,17 @@ ROW_BLOCK = 1 << 22
 @dataclass(frozen=True)
 class Adapter:
     """An adapter to be merged: `layers` maps the names of its layers to their tensors; `multiplier_of` gives the
-    strength of a layer by its name."""
+    strength of a layer by its name, `accepts` says which of them take part (None: all)."""
 
     label: str
     layers: Mapping[str, Tensors]
     multiplier_of: Callable[[str], float]
+    accepts: Accepts | None = None
 
 
 def read_adapter(
-    path: str | os.PathLike[str], targets: NetworkTargets, multiplier: float | Callable[[str], float] = 1.0
+    path: str | os.PathLike[str], targets: NetworkTargets, multiplier: float | Callable[[str], float] = 1.0,
+    accepts: Accepts | None = None,
 ) -> Adapter:
     """An adapter file of any kind and naming. CheckpointError when it is none, is damaged or holds a value that is not
     finite."""
@@ -56,7 +58,8 @@ def read_adapter(
     check_finite(tensors, str(path))
     layers = by_module(tensors)
     check_layers(layers, str(path))
-    return Adapter(str(path), layers, multiplier if callable(multiplier) else lambda name: float(multiplier))
+    multiplier_of = multiplier if callable(multiplier) else lambda name: float(multiplier)
+    return Adapter(str(path), layers, multiplier_of, accepts)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class CheckpointMerge:
 
     def __init__(
         self, targets: NetworkTargets, shapes: Mapping[str, tuple[int, ...]], adapters: Sequence[Adapter],
-        accepts: Accepts | None = None, part: str = "",
+        part: str = "",
     ) -> None:
         self._adapters, self._family = tuple(adapters), targets.family
         layers: dict[str, list[LayerParameter]] = {}
@@ -109,7 +112,7 @@ class CheckpointMerge:
             found, unknown = match_names(adapter.layers, layers, targets)
             self.matched_of[adapter.label] = len(found)
             for name, own in found.items():
-                if accepts is None or accepts([own, layers[own][0].path]):
+                if adapter.accepts is None or adapter.accepts([own, layers[own][0].path]):
                     sources.setdefault(own, []).append((adapter.layers[name], adapter.multiplier_of(own)))
             for name in unknown:
                 lacks = targets.encoder_of(targets.canonical_names(name)[-1]) not in present
@@ -182,10 +185,9 @@ class MergeOnLoad:
     A part is one file of several, so that layers of other parts are not missed; `report` says what fitted nowhere.
     """
 
-    def __init__(self, targets: NetworkTargets, adapters: Sequence[Adapter], accepts: Accepts | None = None) -> None:
+    def __init__(self, targets: NetworkTargets, adapters: Sequence[Adapter]) -> None:
         self.targets = targets
         self.adapters = tuple(adapters)
-        self.accepts = accepts
         self._left_out: dict[str, set[str]] = {}
         self._matched_of = {adapter.label: 0 for adapter in self.adapters}
         self._merged: set[str] = set()
@@ -204,7 +206,7 @@ class MergeOnLoad:
     def plan(self, files: CheckpointFiles) -> CheckpointMerge:
         """What would be merged into this file."""
         shapes = {key: tuple(tensor.shape) for key, tensor in files.shapes.items()}
-        return CheckpointMerge(self.targets, shapes, self.adapters, self.accepts, files.part)
+        return CheckpointMerge(self.targets, shapes, self.adapters, files.part)
 
     def finish(self) -> None:
         """When the whole model was read: CheckpointError when an adapter has no layer of it or the filter leaves

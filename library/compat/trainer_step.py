@@ -83,7 +83,7 @@ class CalledStep(TrainStep):
         if not isinstance(latents, Tensor) or len(latents) != len(batch):
             raise calls.wrong("encode_images_to_latents", latents, f"latents of {len(batch)} images")
         conditions = dict(batch.conditions)
-        if self.strategies.latents_caching.encoder.condition_shapes(bucket_of(batch.images)):
+        if self.strategies.latents_caching.encoder.condition_shapes(bucket_of(batch.images, batch.facts[0].kind)):
             conditions = super().with_latents(batch).conditions
         return dataclasses.replace(batch, latents=latents, conditions=conditions)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from library.dataset.items import SampleFacts
 from library.dataset.plan import BatchRequest
 
 CONDITIONING_IMAGES = "conditioning_images"
@@ -38,6 +39,8 @@ class Batch:
     latents: torch.Tensor | None = None  # [B, C, h, w] or [B, C, F, h, w]
     latent_seeds: list[int] = field(default_factory=list)
     """for live encoding: the seed of each sample's posterior draw, the same that its cache would have used"""
+    facts: list[SampleFacts] = field(default_factory=list)
+    """for live encoding: what encoders know of each sample beside its pixels"""
     alpha_masks: torch.Tensor | None = None  # [B, H, W] or [B, F, H, W] weights 0..1, in pixels
     conditions: dict[str, torch.Tensor] = field(default_factory=dict)
     """what samples have beside latents and captions, name -> [B, ...]: control pictures and masks (CONDITIONING_IMAGES,
@@ -85,7 +88,7 @@ class Batch:
 
         names = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "request"}
         places = {name: tuple(listed(list(getattr(self.request, name)))) for name in ("items", "positions")}
-        of_samples = ("image_keys", "captions", "flippeds", "custom_attributes", "latent_seeds")
+        of_samples = ("image_keys", "captions", "flippeds", "custom_attributes", "latent_seeds", "facts")
         return dataclasses.replace(
             self,
             request=dataclasses.replace(self.request, **places),

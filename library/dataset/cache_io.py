@@ -270,9 +270,10 @@ def _condition_problem(headers: Mapping[str, ArrayHeader], wanted: Mapping[str, 
 
 
 def mask_shape(bucket: Sequence[int]) -> tuple[int, ...]:
-    """Of the weights of a sample's pixels: [H, W] of a picture, [F, H, W] of a clip."""
-    width, height, frames, _ = Bucket(*bucket)
-    return (height, width) if frames == 1 else (frames, height, width)
+    """Of the weights of a sample's pixels: [H, W] of a picture, [F, H, W] of a clip, of a section in frames of its
+    latents."""
+    width, height, frames, kind = Bucket(*bucket)
+    return (height, width) if frames == 1 else (kind.section_frames or frames, height, width)
 
 
 def _check_others(

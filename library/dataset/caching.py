@@ -308,7 +308,8 @@ def _encode(
         name: torch.stack([image_tensor(entry.pictures[name], is_flipped) for entry in batch])  # [B, 3, H, W]
         for name in batch[0].pictures
     }
-    latents, conditions = strategy.encode_as_made(vae, parts or {}, images, seeds, pictures)
+    facts = [entry.job.item.facts for entry in batch]
+    latents, conditions = strategy.encode_as_made(vae, parts or {}, images, seeds, pictures, facts)
     latents, conditions = latents.cpu(), {name: tensor.cpu() for name, tensor in conditions.items()}
     finite = torch.stack(
         [_is_usable(tensor.flatten(1), strategy.store.most_nan) for tensor in (latents, *conditions.values())]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from library.dataset.batch import CONDITIONING_IMAGES, Batch
+from library.dataset.items import SampleFacts
 from library.dataset.plan import BatchRequest
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Sample:
     image: torch.Tensor | None = None  # [3, H, W] or [3, F, H, W]
     latents: torch.Tensor | None = None  # [C, h, w] or [C, F, h, w]
     latent_seed: int | None = None
+    facts: SampleFacts = SampleFacts()
     alpha_mask: torch.Tensor | None = None  # [H, W] or [F, H, W]
     conditions: dict[str, torch.Tensor] = field(default_factory=dict)
     """what a sample has beside its latents and caption, by name; `Batch.conditions`"""
@@ -71,6 +73,7 @@ def collate(
         images=_stack([sample.image for sample in samples]),
         latents=_stack([sample.latents for sample in samples]),
         latent_seeds=[sample.latent_seed for sample in samples if sample.latent_seed is not None],
+        facts=[sample.facts for sample in samples],
         alpha_masks=_masks(samples),
         conditions={
             name: _stack([sample.conditions.get(name) for sample in samples])

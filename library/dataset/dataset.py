@@ -7,6 +7,7 @@ step and the sample's place in the global batch, so that workers, ranks, prefetc
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -190,6 +191,7 @@ class Dataset:
             target_size_hw=(geometry.bucket[1], geometry.bucket[0]),
             flipped=flipped,
             custom_attributes=dict(item.subset.custom_attributes),
+            facts=item.facts,
         )
         if item.latents is not None or item.latents_npz is not None:
             self._add_latents(sample, item)
@@ -211,9 +213,11 @@ class Dataset:
             latents, mirrored, mask = item.latents, item.latents_flipped, item.alpha_mask
             conditions = item.conditions_flipped if sample.flipped else item.conditions
         else:
-            caching, size = self.strategies.latents_caching, item.bucket.key
+            # plug-ins know pictures by (width, height)
+            caching, bucket = self.strategies.latents_caching, item.bucket
+            size = bucket if bucket.kind.section_frames else bucket.key
             latents, _, _, mirrored, mask = caching.load_latents_from_disk(item.latents_npz, size)
-            conditions = caching.load_conditions_from_disk(item.latents_npz, size, sample.flipped)
+            conditions = caching.load_conditions_from_disk(item.latents_npz, bucket, sample.flipped)
         sample.latents = torch.as_tensor(mirrored if sample.flipped else latents).float()  # [C, h, w] or [C, F, h, w]
         found = {name: float32_if_floats(torch.as_tensor(value)) for name, value in (conditions or {}).items()}
         sample.conditions |= found
@@ -258,10 +262,12 @@ class Dataset:
 def subset_record(subset: SubsetParams, num_images: int) -> dict[str, Any]:
     record: dict[str, Any] = {"img_count": num_images}
     record |= {name: getattr(subset, name) for name in SUBSET_RECORD}
-    if subset.image_dir:
-        record["image_dir"] = os.path.basename(os.path.normpath(subset.image_dir))
+    source, path = subset.source or ("", "")
+    names = {"image_dir": subset.image_dir, source: path, "control_directory": subset.control_directory}
+    record |= {name: os.path.basename(os.path.normpath(path)) for name, path in names.items() if path}
+    record |= {} if subset.clips is None else dataclasses.asdict(subset.clips)
     if subset.metadata_file:
-        return record | {"metadata_file": os.path.basename(subset.metadata_file)}
+        return record
     return record | {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
 
 

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from library.dataset.clips.settings import WINDOW_SIZE, ClipSettings, OneFrameSettings
 from library.dataset.clips.windows import ClipWindow, ControlClip
-from library.families.latents import Bucket, SampleKind
+from library.families.latents import PLAIN, Bucket, SampleKind
 
 if TYPE_CHECKING:
     import torch
+
+
+SOURCES = ("metadata_file", "image_jsonl_file", "video_jsonl_file", "video_directory", "image_dir")
+"""keys that say what a subset reads; `image_dir` beside a metadata file only says where its images are"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +81,7 @@ class SubsetParams:
     @property
     def source(self) -> tuple[str, str] | None:
         """(key, path) of what it reads: a folder, or the file that lists its images or videos."""
-        names = ("metadata_file", "image_jsonl_file", "video_jsonl_file", "video_directory", "image_dir")
-        return next(((name, path) for name in names if (path := getattr(self, name)) is not None), None)
+        return next(((name, path) for name in SOURCES if (path := getattr(self, name)) is not None), None)
 
     @property
     def is_listed(self) -> bool:
@@ -118,6 +121,15 @@ class DatasetParams:
     """whether the conditioning images of CN are control pictures, and no masks"""
     subsets: tuple[SubsetParams, ...] = ()
     label: str = ""
+
+
+@dataclass(frozen=True)
+class SampleFacts:
+    """What an encoder may know of a sample beside its pixels: its kind, and which section of its clip is learned (None:
+    the whole clip or picture is)."""
+
+    kind: SampleKind = PLAIN
+    section: int | None = None
 
 
 @dataclass
@@ -179,6 +191,11 @@ class ImageItem:
         """What tells samples of one file apart, in draws and in names of caches: () of a picture, else (first frame,
         frames) and, where a clip is learned in sections, the section."""
         return () if self.clip is None else self.clip.key
+
+    @property
+    def facts(self) -> SampleFacts:
+        """For encoders."""
+        return SampleFacts(self.kind, None if self.clip is None else self.clip.section)
 
     @property
     def bucket(self) -> Bucket:

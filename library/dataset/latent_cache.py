@@ -18,7 +18,8 @@ from library.dataset.cache_io import Array, ImageIdentity, LatentsRecord
 from library.dataset.cache_names import latents_base
 from library.dataset.cache_pruning import listed_in
 from library.dataset.cache_stores import LatentStore, latent_store
-from library.families.latents import Bucket
+from library.dataset.items import SampleFacts
+from library.families.latents import PLAIN, Bucket, SampleKind
 
 if TYPE_CHECKING:
     from library.dataset.cache_index import CacheIndex
@@ -66,6 +67,16 @@ class LatentEncoder(ABC):
         [B, 3, H, W] in -1..1, scaled, cropped and mirrored like the images."""
         return {}
 
+    def encode_with_facts(
+        self, vae: torch.nn.Module, parts: Mapping[str, torch.nn.Module], images: torch.Tensor, seeds: Sequence[int],
+        pictures: Mapping[str, torch.Tensor], facts: Sequence[SampleFacts],
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """(`encode`, `encode_conditions`), where they hang on more than the pixels, or are made of the same latents: a
+        family that learns clips in sections gets the whole clips, and gives of each the section that `facts` names."""
+        latents = self.encode(vae, images, seeds)
+        has_more = self.condition_shapes(bucket_of(images, facts[0].kind))
+        return latents, self.encode_conditions(vae, parts, images, seeds, pictures) if has_more else {}
+
 
 class LatentCache:
     """Latents of one family in memory or on the disk, and live encoding."""
@@ -109,45 +120,51 @@ class LatentCache:
         """
         parameter = next(vae.parameters())
         latents = encode_apart(self.encoder, vae, images.to(parameter.device, parameter.dtype), seeds)
-        wanted = self.architecture.latents.latent_shape(bucket_of(images))
+        self._check_shape(latents, images, bucket_of(images))
+        return latents
+
+    def _check_shape(self, latents: torch.Tensor, images: torch.Tensor, bucket: Bucket) -> None:
+        wanted = self.architecture.latents.latent_shape(bucket)
         if tuple(latents.shape[1:]) != wanted:
             raise CheckpointError(
                 f"the VAE makes latents of shape {list(latents.shape[1:])} from images of shape "
                 f"{list(images.shape[1:])};"
                 f" those of {self.architecture.name} have shape {list(wanted)}: use the VAE that belongs to the model"
             )
-        return latents
 
     @torch.no_grad()
     def encode_samples(
         self, vae: torch.nn.Module, parts: Mapping[str, torch.nn.Module], images: torch.Tensor, seeds: Sequence[int],
-        pictures: Mapping[str, torch.Tensor] = {},
+        pictures: Mapping[str, torch.Tensor] = {}, facts: Sequence[SampleFacts] = (),
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Latents (`encode_images`) and conditions by name, float32 but for whole numbers: what a step without a cache
-        makes. `pictures`: conditions of the samples; those that the family reads must be among them."""
-        latents, conditions = self.encode_as_made(vae, parts, images, seeds, pictures)
+        makes. `pictures`: conditions of the samples; those that the family reads must be among them. `facts`: of each
+        sample; none where there is nothing special to them."""
+        latents, conditions = self.encode_as_made(vae, parts, images, seeds, pictures, facts)
         return latents.float(), {name: float32_if_floats(tensor) for name, tensor in conditions.items()}
 
     @torch.no_grad()
     def encode_as_made(
         self, vae: torch.nn.Module, parts: Mapping[str, torch.nn.Module], images: torch.Tensor, seeds: Sequence[int],
-        pictures: Mapping[str, torch.Tensor] = {},
+        pictures: Mapping[str, torch.Tensor] = {}, facts: Sequence[SampleFacts] = (),
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`encode_samples` in the number formats that the encoder gives, as caches hold them."""
-        latents = self._encoded(vae, images, seeds)
-        shapes = self.encoder.condition_shapes(bucket_of(images))
-        if not shapes:
-            return latents, {}
+        facts = facts or [SampleFacts()] * len(images)
+        bucket = bucket_of(images, facts[0].kind)
+        shapes = self.encoder.condition_shapes(bucket)
         parameter = next(vae.parameters())
         images = images.to(parameter.device, parameter.dtype)
-        read = {name: self._picture(name, pictures).to(images) for name in self.encoder.condition_pictures}
+        read = {name: self._picture(name, pictures).to(images) for name in self.encoder.condition_pictures if shapes}
         rows = [
-            self.encoder.encode_conditions(
-                vae, parts, images[part], seeds[part], {name: picture[part] for name, picture in read.items()}
+            self.encoder.encode_with_facts(
+                vae, parts, images[part], seeds[part], {name: picture[part] for name, picture in read.items()},
+                facts[part],
             )
             for part in parts_apart(images)
         ]
-        conditions = {name: torch.cat([row[name] for row in rows]) for name in shapes}
+        latents = torch.cat([row for row, _ in rows])
+        self._check_shape(latents, images, bucket)
+        conditions = {name: torch.cat([row[name] for _, row in rows]) for name in shapes}
         for name, shape in shapes.items():
             if tuple(conditions[name].shape[1:]) != tuple(shape):
                 raise CheckpointError(
@@ -193,9 +210,9 @@ class LatentCache:
         if self.skip_disk_cache_validity_check:
             return None if os.path.exists(path) else "no file"
         return self.store.problem(
-            path, self.architecture, item.bucket.key, flip_aug=flip_aug, alpha_mask=alpha_mask,
+            path, self.architecture, item.bucket, flip_aug=flip_aug, alpha_mask=alpha_mask,
             expected=self.record_of(item), image_path=item.absolute_path,
-            conditions=self.encoder.condition_shapes(item.bucket.key),
+            conditions=self.encoder.condition_shapes(item.bucket),
             picture_paths=condition_paths(item, self.encoder.condition_pictures),
         )
 
@@ -239,7 +256,7 @@ class LatentCache:
         return LatentsRecord(
             model=self.model_identity, latent_space=self.architecture.latents.fingerprint, image=image,
             pictures=pictures, resized=tuple(item.resized_size), interpolation=item.subset.resize_interpolation,
-            manner=self.encoder.manner(item.bucket.key), made_with=_made_with(item),
+            manner=self.encoder.manner(item.bucket), made_with=_made_with(item),
             source=cache_io.source_of(item.latents_npz, item.absolute_path) if has_source else "",
             listed_in=listed_in(item.latents_npz, item.subset) if has_source else "",
             frame_count=None if item.clip is None else item.clip.length,
@@ -309,9 +326,9 @@ def parts_apart(images: torch.Tensor) -> list[slice]:
     return [slice(i, i + 1) for i in range(len(images))]
 
 
-def bucket_of(images: torch.Tensor) -> Bucket:
-    """The size of images [B, 3, H, W] or clips [B, 3, F, H, W]."""
-    return Bucket(images.shape[-1], images.shape[-2], images.shape[2] if images.ndim == 5 else 1)
+def bucket_of(images: torch.Tensor, kind: SampleKind = PLAIN) -> Bucket:
+    """The size of images [B, 3, H, W] or clips [B, 3, F, H, W], which are of this kind."""
+    return Bucket(images.shape[-1], images.shape[-2], images.shape[2] if images.ndim == 5 else 1, kind)
 
 
 def posterior_seed(content: str, bucket_reso: tuple[int, ...], is_flipped: bool) -> int:

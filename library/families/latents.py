@@ -81,12 +81,20 @@ class LatentSpec:
 
     def latent_shape(self, bucket: Sequence[int]) -> tuple[int, ...]:
         """Shape of the latents of a sample of this size (a Bucket, or its key): (C, h, w) of a picture, (C, F, h, w) of
-        a clip."""
-        width, height, frames, _ = Bucket(*bucket)
+        a clip or of a section."""
+        width, height, frames, kind = Bucket(*bucket)
         picture = (self.channels, height // self.spatial_stride, width // self.spatial_stride)
         if frames == 1:
             return picture
-        return (self.channels, 1 + (frames - 1) // (self.temporal_stride or 1), *picture[1:])
+        return (self.channels, kind.section_frames or 1 + (frames - 1) // (self.temporal_stride or 1), *picture[1:])
+
+    def sections_in(self, frames: int, section_frames: int) -> int:
+        """Whole sections of so many latent frames in a clip, behind its first latent frame; 0 when it is too short."""
+        return max((frames - 1) // (self.temporal_stride or 1), 0) // section_frames
+
+    def frames_of_sections(self, sections: int, section_frames: int) -> int:
+        """Frames of a clip of so many sections."""
+        return 1 + sections * section_frames * (self.temporal_stride or 1)
 
     def side_limit(self, patches: int, lifted_by: str = "") -> SideLimit:
         """That of a denoiser with positions for this many patches along a side."""

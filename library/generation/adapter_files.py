@@ -7,23 +7,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from library.core.errors import ConfigError, Problems
 from library.core.options import option
 
 OWN_MODULE = "networks.lora"
 LYCORIS_MODULE = "lycoris.kohya"
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter file and how strongly it works. `module`: the network module that reads it, with these `arguments`."""
-
-    path: str
-    multiplier: float = 1.0
-    module: str = OWN_MODULE
-    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,12 +43,23 @@ class LayerFilter:
 
 
 @dataclass(frozen=True)
+class AdapterFile:
+    """An adapter file, how strongly it works, and which of its layers do. `module`: the network module that reads it,
+    with these `arguments`."""
+
+    path: str
+    multiplier: float = 1.0
+    module: str = OWN_MODULE
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    layer_filter: LayerFilter = LayerFilter()
+
+
+@dataclass(frozen=True)
 class AdapterChoice:
     """The adapters of a run. `merged`: added to the weights while these are read, not hooked."""
 
     files: Sequence[AdapterFile] = ()
     merged: bool = False
-    layer_filter: LayerFilter = LayerFilter()
 
 
 def parse_adapter_argument(text: str, option: str = "lora_weights") -> AdapterFile:
@@ -129,9 +131,11 @@ class ListedAdapterOptions:
     )
     lycoris: bool = option(False, help="read the adapter files with the package lycoris-lora")
     merge_lora_weights: bool = option(False, help="add the adapters to the weights instead of hooking them")
+    merged_by_default: ClassVar[bool] = False
+    """whether adapters are merged unless something else is asked for"""
 
     def __post_init__(self) -> None:
-        problems = self.layer_filter.problems()
+        problems = self.pattern_problems()
         files, multipliers = len(self.lora_weight or ()), len(self.lora_multiplier or ())
         if multipliers > 1 and multipliers != files or multipliers and not files:
             problems.append(
@@ -142,15 +146,18 @@ class ListedAdapterOptions:
             problems.append(
                 "--include_patterns and --exclude_patterns choose layers of --lora_weight, which is not given"
             )
-        if self.lycoris and self.merge_lora_weights:
+        if self.lycoris and self.merge_lora_weights and not self.merged_by_default:
             problems.append(
                 "--merge_lora_weights: the package lycoris-lora merges without multipliers; leave out it or --lycoris"
             )
         if problems:
             raise ConfigError(problems)
 
-    @property
-    def layer_filter(self) -> LayerFilter:
+    def pattern_problems(self) -> list[str]:
+        return LayerFilter(tuple(self.include_patterns or ()), tuple(self.exclude_patterns or ())).problems()
+
+    def filter_of(self, number: int) -> LayerFilter:
+        """Which layers of the file with this number are used."""
         return LayerFilter(tuple(self.include_patterns or ()), tuple(self.exclude_patterns or ()))
 
     @property
@@ -159,16 +166,46 @@ class ListedAdapterOptions:
 
     @property
     def adapters(self) -> AdapterChoice:
-        return AdapterChoice(self.files, self.merge_lora_weights, self.layer_filter)
+        return AdapterChoice(self.files, self.merge_lora_weights and not self.lycoris)
 
     @property
     def files(self) -> list[AdapterFile]:
         paths, multipliers = self.lora_weight or [], self.lora_multiplier or [1.0]
         strengths = multipliers * len(paths) if len(multipliers) == 1 else multipliers
         return [
-            AdapterFile(p, m, LYCORIS_MODULE if self.lycoris else OWN_MODULE)
-            for p, m in zip(paths, strengths, strict=True)
+            AdapterFile(p, m, LYCORIS_MODULE if self.lycoris else OWN_MODULE, layer_filter=self.filter_of(number))
+            for number, (p, m) in enumerate(zip(paths, strengths, strict=True))
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedModelOptions:
+    """A model with adapters in it"""
+
+    save_merged_model: str | None = option(
+        None, help="write the denoiser with the --lora_weight in it to this file and stop; nothing else is made"
+    )
+
+    def problems(self, adapters: ListedAdapterOptions, *, is_fp8: bool) -> list[str]:
+        """What --save_merged_model cannot do; none without it."""
+        from library.core.atomic_file import unwritable
+
+        if self.save_merged_model is None:
+            return []
+        target, found = Path(self.save_merged_model), []
+        if not adapters.lora_weight:
+            found.append("--save_merged_model writes the denoiser with --lora_weight in it, which is not given")
+        if adapters.lycoris:
+            found.append("--save_merged_model: the package lycoris-lora merges without multipliers; leave out --lycoris")
+        if is_fp8:
+            found.append("--save_merged_model writes whole weights; leave out --fp8 and --fp8_scaled")
+        if target.suffix != ".safetensors":
+            found.append(f"--save_merged_model is {target}; needed: a name that ends in .safetensors")
+        elif reason := unwritable(target.parent):
+            found.append(f"--save_merged_model is {target}; it cannot be written there ({reason})")
+        elif target.exists():
+            found.append(f"--save_merged_model is {target}, which exists; give another name, or remove it")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.core.errors import CheckpointError, ConfigError, foreign_errors
-from library.generation.adapter_files import AdapterChoice, AdapterFile, LayerFilter
+from library.generation.adapter_files import AdapterChoice, AdapterFile
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,15 +72,17 @@ def hook(network: Any, adapter: AdapterFile, text_encoders: Sequence[nn.Module |
     logger.info("hooked %s with multiplier %s", adapter.path, adapter.multiplier)
 
 
-def merging(family: str, adapters: Sequence[AdapterFile], layer_filter: LayerFilter | None = None) -> MergeOnLoad:
+def merging(family: str, adapters: Sequence[AdapterFile]) -> MergeOnLoad:
     """What loaders are given as `transform`, so that these files are part of the weights: rounded once to the type that
     the weights get. Call `finish` on it when the models are there."""
     from library.lora_utils import MergeOnLoad, read_adapter
     from networks.kinds.targets import targets_of_family
 
     targets = targets_of_family(family)
-    read = [read_adapter(adapter.path, targets, adapter.multiplier) for adapter in adapters]
-    return MergeOnLoad(targets, read, layer_filter.accepts if layer_filter else None)
+    read = [
+        read_adapter(adapter.path, targets, adapter.multiplier, adapter.layer_filter.accepts) for adapter in adapters
+    ]
+    return MergeOnLoad(targets, read)
 
 
 def load_with_adapters(
@@ -88,11 +90,11 @@ def load_with_adapters(
 ) -> tuple[nn.Module, list[nn.Module], LoadedAdapters]:
     """(denoiser, text encoders, adapters). `load` reads the models, with what is done to their tensors on the way:
     adapters that are merged become part of them, the others are hooked into the finished models."""
-    merge = merging(family, choice.files, choice.layer_filter) if choice.files and choice.merged else None
+    merge = merging(family, choice.files) if choice.files and choice.merged else None
     denoiser, text_encoders = load(merge)
     if merge:
         merge.finish()
-    adapters = LoadedAdapters(denoiser, text_encoders, choice.layer_filter)
+    adapters = LoadedAdapters(denoiser, text_encoders)
     for adapter in [] if merge else choice.files:
         adapters.add(adapter)
     return denoiser, text_encoders, adapters
@@ -106,7 +108,6 @@ class LoadedAdapters:
 
     denoiser: nn.Module
     text_encoders: Sequence[nn.Module | None]
-    layer_filter: LayerFilter = LayerFilter()
     pre_calc: bool = False
     networks: list[Any] = field(default_factory=list)
     multipliers: tuple[float, ...] = ()
@@ -122,7 +123,7 @@ class LoadedAdapters:
         """Load a file. CheckpointError when it has no layer of these models; ConfigError when its module cannot be used
         as asked."""
         network, _ = network_of(adapter, self.text_encoders, self.denoiser)
-        self._filter(network, adapter.path)
+        self._filter(network, adapter)
         if not self.pre_calc:
             hook(network, adapter, self.text_encoders, self.denoiser)
         elif hasattr(network, "backup_weights"):
@@ -191,22 +192,25 @@ class LoadedAdapters:
             for module in (*network.unet_loras, *network.text_encoder_loras):
                 module.to(next(_layer_of(module).parameters(recurse=False)).device)
 
-    def _filter(self, network: Any, path: str) -> None:
+    def _filter(self, network: Any, adapter: AdapterFile) -> None:
         """Take the layers out that the patterns leave out. ConfigError when nothing is left."""
-        if not (self.layer_filter.include or self.layer_filter.exclude):
+        wanted = adapter.layer_filter
+        if not (wanted.include or wanted.exclude):
             return
         models = [self.denoiser, *(encoder for encoder in self.text_encoders if encoder is not None)]
         paths = {id(module): name for model in models for name, module in model.named_modules()}
 
         def kept(modules: Sequence[Any]) -> list[Any]:
-            return [m for m in modules if self.layer_filter.accepts([m.lora_name, paths.get(id(_layer_of(m)), "")])]
+            return [m for m in modules if wanted.accepts([m.lora_name, paths.get(id(_layer_of(m)), "")])]
 
         total = len(network.unet_loras) + len(network.text_encoder_loras)
         network.unet_loras, network.text_encoder_loras = kept(network.unet_loras), kept(network.text_encoder_loras)
         left = len(network.unet_loras) + len(network.text_encoder_loras)
         if not left:
-            raise ConfigError(f"--include_patterns and --exclude_patterns leave none of the {total} layers of {path}")
-        logger.info("%s: %d of %d layers are used", path, left, total)
+            raise ConfigError(
+                f"--include_patterns and --exclude_patterns leave none of the {total} layers of {adapter.path}"
+            )
+        logger.info("%s: %d of %d layers are used", adapter.path, left, total)
 
 
 def _layer_of(module: Any) -> nn.Module:

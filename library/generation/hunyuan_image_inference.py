@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.core.errors import Problems
 from library.core.options import Config
-from library.generation.adapter_files import ListedAdapterOptions
+from library.generation.adapter_files import ListedAdapterOptions, MergedModelOptions
 from library.generation.hunyuan_image_options import (
     GROUPS,
     LINE_OPTIONS,
@@ -16,7 +14,6 @@ from library.generation.hunyuan_image_options import (
     HunyuanImageModelOptions,
     HunyuanImagePromptOptions,
     HunyuanImageRequest,
-    MergedModelOptions,
 )
 from library.generation.latent_script import LatentScript
 from library.generation.script import format_problems
@@ -27,9 +24,6 @@ if TYPE_CHECKING:
 
     from library.generation.hunyuan_image_pipeline import HunyuanImagePipeline
     from library.generation.pipeline import PictureMaker
-
-logger = logging.getLogger(__name__)
-
 
 GUIDANCE = (
     "negative_prompt", "apg_start_step_ocr", "apg_start_step_general", "guidance_rescale", "guidance_rescale_apg",
@@ -67,16 +61,10 @@ class HunyuanImageScript(LatentScript[HunyuanImageRequest]):
         model = config[HunyuanImageModelOptions]
         return HunyuanImagePipeline(None, load_decoder(model)), device_of(model)
 
-    def make_all(self, config: Config) -> list[Path]:
-        target = config[MergedModelOptions].save_merged_model
-        if not target:
-            return super().make_all(config)
-        self._check_all(config)
+    def save_merged(self, config: Config, target: str) -> None:
         from library.generation.hunyuan_image_pipeline import save_merged
 
         save_merged(config[HunyuanImageModelOptions], config[ListedAdapterOptions], target)
-        logger.info("%s", target)
-        return [Path(target)]
 
 
 def _without_effect(config: Config) -> list[str]:
@@ -113,24 +101,8 @@ def _prompt_problems(config: Config) -> list[str]:
 
 
 def _merge_problems(config: Config) -> list[str]:
-    """What --save_merged_model cannot do."""
-    from library.core.atomic_file import unwritable
-
-    model, adapters = config[HunyuanImageModelOptions], config[ListedAdapterOptions]
-    target, found = Path(config[MergedModelOptions].save_merged_model), []
-    if not adapters.lora_weight:
-        found.append("--save_merged_model writes the denoiser with --lora_weight in it, which is not given")
-    if adapters.lycoris:
-        found.append("--save_merged_model: the package lycoris-lora merges without multipliers; leave out --lycoris")
-    if model.fp8 or model.fp8_scaled:
-        found.append("--save_merged_model writes whole weights; leave out --fp8 and --fp8_scaled")
-    if target.suffix != ".safetensors":
-        found.append(f"--save_merged_model is {target}; needed: a name that ends in .safetensors")
-    elif reason := unwritable(target.parent):
-        found.append(f"--save_merged_model is {target}; it cannot be written there ({reason})")
-    elif target.exists():
-        found.append(f"--save_merged_model is {target}, which exists; give another name, or remove it")
-    return found
+    model = config[HunyuanImageModelOptions]
+    return config[MergedModelOptions].problems(config[ListedAdapterOptions], is_fp8=model.fp8 or model.fp8_scaled)
 
 
 def _file_problems(config: Config) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from library.core.errors import ConfigError
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_STEPS, option
 from library.core.plugins import PluginOptions
-from library.generation.adapter_files import ListedAdapterOptions
+from library.generation.adapter_files import ListedAdapterOptions, MergedModelOptions
 from library.generation.latent_options import DitOptions, LatentPictureOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
@@ -47,15 +47,6 @@ class HunyuanImageModelOptions(DitOptions):
         problems = too_small_problems(self, ("vae_chunk_size", 1), ("blocks_to_swap", 0)) + self.format_problems()
         if problems:
             raise ConfigError(problems)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergedModelOptions:
-    """A model with adapters in it"""
-
-    save_merged_model: str | None = option(
-        None, help="write the denoiser with the --lora_weight in it to this file and stop; no picture is made"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

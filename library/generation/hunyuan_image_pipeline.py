@@ -150,7 +150,7 @@ def load_denoiser(
 def save_merged(options: HunyuanImageModelOptions, adapters: ListedAdapterOptions, target: str) -> None:
     """Write the denoiser with the adapters in it, in the type that the options ask for."""
     wide = getattr(torch, options.dtype_name)
-    merge = merging("hunyuan_image", adapters.files, adapters.layer_filter)
+    merge = merging("hunyuan_image", adapters.files)
     denoiser = load_hunyuan_image(options.dit, wide, "cpu", transform=merge)
     merge.finish()
     save_hunyuan_image(denoiser, target, wide)

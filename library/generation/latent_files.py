@@ -16,14 +16,17 @@ LATENT_KEY = "latent"
 
 
 def save_latents(latents: Tensor, path: Path, texts: Mapping[str, str]) -> Path:
-    """Write latents [1, C, h, w], as the denoiser has them, as `latent` [C, 1, h, w] float32."""
+    """Write latents [1, C, h, w] of a picture or [1, C, F, h, w] of a clip, as the denoiser has them, as `latent`
+    [C, F, h, w] float32, F = 1 of a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file_atomic({LATENT_KEY: latents[0][:, None].float().cpu().contiguous()}, path, dict(texts) or None)
+    made = latents[0][:, None] if latents.ndim == 4 else latents[0]
+    save_file_atomic({LATENT_KEY: made.float().cpu().contiguous()}, path, dict(texts) or None)
     return path
 
 
 def read_latents(path: str | os.PathLike[str], spec: LatentSpec) -> tuple[Tensor, dict[str, str]]:
-    """(latents [1, C, h, w], texts) of a file of `save_latents`. CheckpointError when it holds none of this shape."""
+    """(latents, texts) of a file of `save_latents`: [1, C, h, w] of a picture, where the family makes clips [1, C, F,
+    h, w] of several frames. CheckpointError when it holds none of this shape."""
     with MemoryEfficientSafeOpen(path) as file:
         if LATENT_KEY not in file.keys():
             raise CheckpointError(
@@ -35,7 +38,8 @@ def read_latents(path: str | os.PathLike[str], spec: LatentSpec) -> tuple[Tensor
         latents = latents[0]
     if latents.ndim == 4:  # one frame, or one picture
         latents = latents[:, 0] if latents.shape[1] == 1 else latents[0] if latents.shape[0] == 1 else latents
-    if latents.ndim != 3 or latents.shape[0] != spec.channels:
-        needed = f"[{spec.channels}, 1, height / {spec.spatial_stride}, width / {spec.spatial_stride}]"
-        raise CheckpointError(f"{path} has latents {shape}; needed: {needed} of one picture")
+    if latents.ndim != 3 + (spec.clips and latents.ndim == 4) or latents.shape[0] != spec.channels:
+        sides = f"height / {spec.spatial_stride}, width / {spec.spatial_stride}"
+        needed = f"[{spec.channels}, frames, {sides}]" if spec.clips else f"[{spec.channels}, 1, {sides}] of one picture"
+        raise CheckpointError(f"{path} has latents {shape}; needed: {needed}")
     return latents[None].float(), texts

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.core.options import Config
+from library.generation.adapter_files import MergedModelOptions
 from library.generation.picture_files import write_picture
 from library.generation.requests import Request, SessionOptions
 from library.generation.script import ImageScript, unused_path
@@ -29,11 +30,23 @@ class LatentScript(ImageScript[Request]):
     def load_decoder(self, config: Config) -> tuple[PicturePipeline[Any], torch.device]:
         """A pipeline without a denoiser, and where it computes."""
 
+    def save_merged(self, config: Config, target: str) -> None:
+        """Write the denoiser with the adapters in it, where the script has MergedModelOptions."""
+        raise NotImplementedError
+
     def make_all(self, config: Config) -> list[Path]:
-        if not config[self.pictures].latent_path:
-            return super().make_all(config)
+        target = config[MergedModelOptions].save_merged_model if MergedModelOptions in config else None
+        if not target and not config[self.pictures].latent_path:
+            return self.make_from_prompts(config)
         self._check_all(config)
-        return self.decode_files(config)
+        if not target:
+            return self.decode_files(config)
+        self.save_merged(config, target)
+        logger.info("%s", target)
+        return [Path(target)]
+
+    def make_from_prompts(self, config: Config) -> list[Path]:
+        return super().make_all(config)
 
     def write(
         self, maker: PictureMaker[Request], config: Config, latents: Tensor, path: Path, texts: Mapping[str, str]
@@ -70,7 +83,7 @@ class LatentScript(ImageScript[Request]):
         bits."""
         pictures, session, adapters, found = config[self.pictures], config[SessionOptions], config[self.adapters], []
         if not pictures.save_path:
-            found.append("--save_path is not given; needed: the folder for the pictures")
+            found.append(f"--save_path is not given; needed: the folder for the {self.kind}s")
         from_elsewhere = session.interactive or session.from_file
         if pictures.latent_path and (from_elsewhere or pictures.prompt):
             found.append(

@@ -127,12 +127,19 @@ class PictureMaker(Generic[Request]):
     def generate(self, request: Request) -> Tensor:
         """Latents of one picture; `request` is complete."""
         self.adapters.set_multipliers(request.multipliers)
+        conditioning, negative = self.conditioning(request)
+        with self._at_work([self.pipeline.denoiser], self.device, self.denoiser_waits), self.computing():
+            return self.pipeline.latents(request, conditioning, negative)
+
+    @torch.no_grad()
+    def conditioning(self, request: Request) -> tuple[Conditioning, Conditioning | None]:
+        """That of the prompt, and of the text that guidance leads away from where there is one."""
         with self._at_work(self.text_encoders, self.text_device, self.text_waits):
             conditioning = self._encoded(request.texts, self.strategies.tokenize.tokenize)
             text = request.negative_text
-            negative = None if text is None else self._encoded((text,), self.strategies.tokenize.tokenize_negative)
-        with self._at_work([self.pipeline.denoiser], self.device, self.denoiser_waits), self.computing():
-            return self.pipeline.latents(request, conditioning, negative)
+            return conditioning, (
+                None if text is None else self._encoded((text,), self.strategies.tokenize.tokenize_negative)
+            )
 
     def decode(self, latents: Tensor) -> Picture:
         return self.pipeline.decode(latents)

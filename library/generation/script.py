@@ -112,9 +112,10 @@ class LineReader:
             f"Enter a prompt; options behind it: {' '.join('--' + letter for letter in self.options)}; an empty line "
             "ends"
         )
+        ask = line_asker()
         while True:
             try:
-                line = input("> ")
+                line = ask("> ")
             except EOFError:
                 return
             if not line.strip():
@@ -125,6 +126,18 @@ class LineReader:
                 print(f"error: {error}", file=sys.stderr)
             else:
                 yield request
+
+
+def line_asker() -> Callable[[str], str]:
+    """What reads a typed line: with a history and editing where the package prompt_toolkit is there and a person
+    types."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        return input
+    try:
+        from prompt_toolkit import PromptSession
+    except ImportError:
+        return input
+    return PromptSession().prompt
 
 
 def planned_requests(
@@ -193,9 +206,10 @@ def picture_texts(request: PictureRequest, **more: Any) -> dict[str, str]:
 
 
 class Failures:
-    """Pictures that could not be made: each is told, and the run goes on to its end."""
+    """Pictures, or what `kind` says, that could not be made: each is told, and the run goes on to its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "picture") -> None:
+        self.kind = kind
         self.count = 0
         self.last: AtelierError | None = None
 
@@ -214,18 +228,20 @@ class Failures:
             raise self.last
         if self.count:
             raise AtelierError(
-                f"{self.count} of {self.count + made} pictures could not be made; the reasons stand above, the others"
+                f"{self.count} of {self.count + made} {self.kind}s could not be made; the reasons stand above, the others"
                 " are written"
             )
 
 
-def make_each(requests: Iterable[Request], make: Callable[[Request, int], Path]) -> list[Path]:
-    """`make(request, number)` for each; one log line per file. A picture that cannot be made is told, and the others
-    are; AtelierError at the end."""
-    paths, failures = [], Failures()
+def make_each(
+    requests: Iterable[Request], make: Callable[[Request, int], Path], kind: str = "picture"
+) -> list[Path]:
+    """`make(request, number)` for each; one log line per file. One that cannot be made is told, and the others are;
+    AtelierError at the end. `kind`: what is made, in words."""
+    paths, failures = [], Failures(kind)
     for index, request in enumerate(requests):
         started = time.perf_counter()
-        with failures.told(f"picture {index}"):
+        with failures.told(f"{kind} {index}"):
             paths.append(make(request, index))
             logger.info("%s: %.1f s", paths[-1], time.perf_counter() - started)
     failures.raise_if_any(len(paths))
@@ -251,6 +267,8 @@ class ImageScript(ABC, Generic[Request]):
     """these and the groups that all scripts have, in the order of --help"""
     line_options: ClassVar[Mapping[str, LineOption]]
     size_step: ClassVar[int]
+    kind: ClassVar[str] = "picture"
+    """what is made, in messages"""
     texts: ClassVar[Mapping[str, str]] = {}
     """text entries of the picture files beside those that all have -> fields of the request"""
 
@@ -261,6 +279,14 @@ class ImageScript(ABC, Generic[Request]):
     @abstractmethod
     def load(self, config: Config) -> PictureMaker[Request]: ...
 
+    def load_for(self, config: Config, requests: Iterable[Request]) -> PictureMaker[Request]:
+        """`load`, for a script that takes account of what will be made: a list of all, or what is typed."""
+        return self.load(config)
+
+    def request_problems(self, config: Config, request: Request) -> list[str]:
+        """What is wrong with one prompt and its settings, beside sizes and adapters."""
+        return []
+
     def embedding_widths(self, config: Config) -> Widths:
         """Widths of the vectors that the text encoders take, from headers, where the script has EmbeddingOptions."""
         return {}
@@ -268,6 +294,10 @@ class ImageScript(ABC, Generic[Request]):
     def notices(self, config: Config) -> list[str]:
         """Lines for the log before the models are loaded."""
         return []
+
+    def base_request(self, config: Config) -> Request:
+        """What the options ask for, before lines of prompts change it."""
+        return config[self.pictures].request
 
     def completed(self, request: Request, maker: PictureMaker[Request]) -> Request:
         return with_seed_and_size(request, self.size_step)
@@ -294,15 +324,16 @@ class ImageScript(ABC, Generic[Request]):
         return script.make_all(config)
 
     def make_all(self, config: Config) -> list[Path]:
-        first, reader = config[self.pictures].request, self.line_reader(config)
+        first, reader = self.base_request(config), self.line_reader(config)
         requests = planned_requests(config[SessionOptions], first, reader, lambda: self._check_all(config))
         for line in self.notices(config):
             logger.info(line)
-        if config[self.adapters].merge_lora_weights and not config[self.adapters].num_adapters:
+        adapters = config[self.adapters]
+        if adapters.merge_lora_weights and "merge_lora_weights" in config.explicit and not adapters.num_adapters:
             logger.warning("--merge_lora_weights has no effect: there are no adapters")
-        maker = self.load(config)
+        maker = self.load_for(config, requests)
         self._add_words(maker, config)
-        return make_each(requests, lambda request, index: self.make_picture(maker, config, request, index))
+        return make_each(requests, lambda request, index: self.make_picture(maker, config, request, index), self.kind)
 
     def _check_all(self, config: Config) -> None:
         problems = Problems()
@@ -359,6 +390,7 @@ class ImageScript(ABC, Generic[Request]):
             width, height = rounded_sides(request, self.size_step)
             too_large = limit() and limit().problem(width, height)
             found = multiplier_problems(request.multipliers, count, merged=merged)
+            found += self.request_problems(config, request)
             return [*found, too_large] if too_large else found
 
         return LineReader(self.line_options, self.size_step, problems)

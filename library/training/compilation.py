@@ -11,29 +11,32 @@ import torch
 logger = logging.getLogger(__name__)
 
 
-def unknown_backend(backend: str) -> list[str]:
+def unknown_backend(backend: str, option: str = "dynamo_backend") -> list[str]:
     """A message when this torch has no such backend: the option lists names of many torch versions."""
     known = torch._dynamo.list_backends(exclude_tags=())
     if backend in known:
         return []
     return [
-        f"--dynamo_backend is {backend}, which this version of torch does not have; needed: one of {', '.join(known)}"
+        f"--{option} is {backend}, which this version of torch does not have; needed: one of {', '.join(known)}"
     ]
 
 
-def compile_blocks(denoiser: torch.nn.Module, backend: str) -> int:
+def compile_blocks(
+    denoiser: torch.nn.Module, backend: str, *, mode: str | None = None, dynamic: bool | None = None,
+    fullgraph: bool = False, variants: int | None = None,
+) -> int:
     """Compile the repeated blocks of `denoiser` one by one, in place; returns their number.
 
     Blocks of a kind and size share one compiled graph, so that compiling takes seconds where the whole model takes
     minutes. Call it after adapters are attached: what they put in place of a layer's forward is compiled with the
-    block.
+    block. `mode`, `dynamic` and `fullgraph` are those of torch.compile; `variants`: how many sizes of a block are kept.
     """
     blocks = denoiser.repeated_blocks()
     for block in blocks:
-        block.compile(backend=backend)
+        block.compile(backend=backend, mode=mode if backend == "inductor" else None, dynamic=dynamic, fullgraph=fullgraph)
     # A U-Net has blocks of one class in many sizes, and a set many sizes of pictures; past its limit dynamo gives up in
     # silence.
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))
+    torch._dynamo.config.cache_size_limit = variants or max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))
     logger.info("compiled %d blocks with backend %s", len(blocks), backend)
     return len(blocks)
 

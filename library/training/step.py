@@ -159,7 +159,7 @@ class TrainStep:
             return batch
         caching = self.strategies.latents_caching
         latents, made = caching.encode_samples(
-            self.models.vae, self.models.extra, batch.images, batch.latent_seeds, batch.conditions
+            self.models.vae, self.models.extra, batch.images, batch.latent_seeds, batch.conditions, batch.facts
         )
         read = caching.encoder.condition_pictures
         kept = {name: condition for name, condition in batch.conditions.items() if name not in read}

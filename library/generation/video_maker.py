@@ -1,0 +1,24 @@
+"""A pipeline of clips with its text encoders, which may be gone when the clips are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from library.generation.pipeline import PictureMaker
+from library.generation.sampling_utils import Conditioning
+from library.generation.video_requests import VideoRequest
+
+Texts = tuple[tuple[str, ...], str | None]
+
+
+@dataclass
+class VideoMaker(PictureMaker[VideoRequest]):
+    """What a request's texts are encoded to is kept, by the prompts and the negative text together."""
+
+    known: dict[Texts, tuple[Conditioning, Conditioning | None]] = field(default_factory=dict)
+
+    def conditioning(self, request: VideoRequest) -> tuple[Conditioning, Conditioning | None]:
+        key = (request.texts, request.negative_text)
+        if key not in self.known:
+            self.known[key] = super().conditioning(request)
+        return self.known[key]

@@ -1,0 +1,283 @@
+"""What video scripts are asked, whichever family they are of: option groups without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from library.core.errors import ConfigError
+from library.core.options import (
+    LARGEST_PICTURE_SIDE,
+    LARGEST_SEED,
+    LARGEST_STEPS,
+    equivalent_option,
+    ignored_option,
+    option,
+)
+from library.generation.adapter_files import LayerFilter, ListedAdapterOptions
+from library.generation.requests import DTYPE_NAMES, dtype_problem, too_small_problems
+from library.generation.video_requests import (
+    CFG_SKIP_MODES,
+    LATENT_OUTPUTS,
+    PAD_MODES,
+    SLG_MODES,
+    VIDEO_OUTPUT_TYPES,
+    SkipLayers,
+)
+from library.training.sampling_prompts import DRAWN, MOST_FRAMES
+
+_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention, which takes the fastest way there is"
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_DYNAMIC = {"true": True, "false": False, "auto": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoModelOptions:
+    """Models
+
+    A family has further ones, and says in its own words which files it wants.
+    """
+
+    dit: str | None = option(None, help="file of the denoiser")
+    dit_dtype: str = option("bfloat16", help=f"number format of the denoiser: {', '.join(DTYPE_NAMES)}")
+    vae: str | None = option(None, help="file of the autoencoder")
+    tokenizer_cache_dir: str | None = option(
+        None, help="folder where tokenizers are kept, so that no network is needed"
+    )
+    device: str | None = option(
+        None, help="device of the denoiser, e.g. cuda:1; the first GPU when not given, else the CPU"
+    )
+    fp8: bool = option(False, help="keep the large matrices of the denoiser in 8 bits, as they are")
+    fp8_scaled: bool = option(
+        False,
+        help="keep the large matrices of the denoiser in 8 bits, each row scaled to the whole range; closer than --fp8",
+    )
+    fp8_fast: bool = ignored_option(
+        False, help="multiply 8-bit matrices as they are",
+        reason="8-bit matrices are widened before each product, which is slower and closer",
+    )  # fmt: skip
+    blocks_to_swap: int = option(0, help="blocks whose weights wait in main memory")
+    use_pinned_memory_for_block_swap: bool = equivalent_option(
+        False, help="pinned memory for swapped blocks",
+        reason="--use_pinned_memory_for_block_swap: swapped blocks exchange their places on a stream of their own",
+    )  # fmt: skip
+    attn_mode: str = equivalent_option(
+        "torch", help="which package computes the attention",
+        choices=("flash", "flash2", "flash3", "torch", "sageattn", "xformers", "sdpa"),
+        reason=f"--attn_mode: {_ATTENTION}",
+    )  # fmt: skip
+
+    def model_problems(self) -> list[str]:
+        """What is wrong with formats and numbers of blocks."""
+        found = too_small_problems(self, ("blocks_to_swap", 0))
+        for name in ("dit_dtype", "vae_dtype"):
+            value = getattr(self, name, None)
+            problem = dtype_problem(name, value)
+            if problem is None and value is not None and DTYPE_NAMES[value.lower()].startswith("float8"):
+                problem = f"--{name} is {value}; 8 bits are for the denoiser only: --fp8 or --fp8_scaled"
+            found += [problem] if problem else []
+        return found
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.fp8 or self.fp8_scaled
+
+    @property
+    def dit_dtype_name(self) -> str:
+        return DTYPE_NAMES[self.dit_dtype.lower()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """Compilation"""
+
+    compile: bool = option(False, help="compile the blocks of the denoiser with torch.compile")
+    compile_backend: str = option("inductor", help="backend of --compile")
+    compile_mode: str = option("default", choices=COMPILE_MODES, help="mode of --compile")
+    compile_dynamic: str | None = option(
+        None, choices=tuple(COMPILE_DYNAMIC), help="whether sizes may change without compiling again; auto when not given"
+    )
+    compile_fullgraph: bool = option(False, help="compile each block as one graph, or fail")
+    compile_cache_size_limit: int | None = option(None, help="how many variants of a block are kept", least=1)
+
+    @property
+    def dynamic(self) -> bool | None:
+        return COMPILE_DYNAMIC[self.compile_dynamic or "auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoAdapterOptions(ListedAdapterOptions):
+    """LoRAs"""
+
+    include_patterns: list[str] | None = option(
+        None, nargs="*", help="use only the layers that this regular expression finds: the first one in the first of the"
+        " --lora_weight, the second one in the second, and so on; one alone counts for all"
+    )  # fmt: skip
+    exclude_patterns: list[str] | None = option(
+        None, nargs="*", help="leave out the layers that this regular expression finds, of each file in the same way"
+    )
+    merge_lora_weights: bool = option(
+        True, help="add the adapters to the weights; --no-merge_lora_weights hooks them, for --m in prompt lines"
+    )
+    merged_by_default: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        files = len(self.lora_weight or ())
+        for name in ("include_patterns", "exclude_patterns"):
+            patterns = getattr(self, name) or ()
+            if len(patterns) > 1 and len(patterns) != files:
+                problems.append(
+                    f"--{name} has {len(patterns)} values for {files} --lora_weight; give one for each file, or one"
+                    " for all"
+                )
+        try:
+            super().__post_init__()
+        except ConfigError as error:
+            problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def further_exclude(self) -> tuple[str, ...]:
+        """Patterns of layers that are left out of every file."""
+        return ()
+
+    def filter_of(self, number: int) -> LayerFilter:
+        """Of the file with this number."""
+
+        def own(patterns: list[str] | None) -> tuple[str, ...]:
+            if not patterns:
+                return ()
+            return (patterns[0] if len(patterns) == 1 else patterns[number],)
+
+        return LayerFilter(own(self.include_patterns), (*own(self.exclude_patterns), *self.further_exclude))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipOptions:
+    """Videos"""
+
+    size_step: ClassVar[int] = 16
+    """what both sides are rounded down to a multiple of"""
+
+    prompt: str | None = option(None, help="what the video shows")
+    negative_prompt: str | None = option(None, help="what it should not show, where --guidance_scale is not 1")
+    video_size: tuple[int, ...] = option(
+        (256, 256), nargs=2, metavar="PIXELS", help="height and width", most=LARGEST_PICTURE_SIDE
+    )
+    video_length: int | None = option(None, help="frames, rounded down to 4 n + 1", most=MOST_FRAMES)
+    fps: float = option(24, help="frames per second of the video file", most=1000)
+    infer_steps: int = option(50, help="steps", most=LARGEST_STEPS)
+    guidance_scale: float = option(
+        1.0, help="classifier-free guidance: away from --negative_prompt; 1 = off, else two forwards per step"
+    )
+    split_uncond: bool = option(False, help="both forwards of guidance one after the other: less memory")
+    flow_shift: float | None = option(None, help="how far the steps lie towards noise; 1 = evenly spaced")
+    seed: int | None = option(
+        None, help="number that fixes the video; a drawn one is shown when not given, or with -1", most=LARGEST_SEED
+    )
+    save_path: str | None = option(None, help="folder of the videos; made when missing")
+    output_type: str = option(
+        "video", choices=VIDEO_OUTPUT_TYPES,
+        help="what is written: a video file, its frames as pictures, its latents (safetensors), latents and video, or"
+        " latents and frames",
+    )  # fmt: skip
+    latent_path: list[str] | None = option(None, nargs="*", help="decode these latents instead of making new ones")
+    container: str = option(
+        "mp4", choices=("mp4", "mov", "mkv", "avi", "webm"), help="kind of the video file; mkv and webm need PyAV"
+    )
+
+    def clip_problems(self) -> list[str]:
+        """What is out of range or contradicts itself."""
+        problems = too_small_problems(self, ("infer_steps", 1), ("seed", DRAWN), ("video_length", 1))
+        if len(self.video_size) != 2 or min(self.video_size) < self.size_step:
+            size = " ".join(map(str, self.video_size))
+            problems.append(f"--video_size is {size}; needed: height and width, {self.size_step} or more each")
+        if self.flow_shift is not None and not self.flow_shift > 0:
+            problems.append(f"--flow_shift is {self.flow_shift}; needed: a number above 0")
+        if not self.fps > 0:
+            problems.append(f"--fps is {self.fps}; needed: a number above 0")
+        if self.latent_path and self.output_type in LATENT_OUTPUTS:
+            problems.append(
+                f"--output_type is {self.output_type} and --latent_path gives latents already; use --output_type video"
+                " or images"
+            )
+        return problems
+
+    @property
+    def output_dir(self) -> str | None:
+        return self.save_path
+
+    def request_fields(self) -> dict[str, Any]:
+        """Fields of a VideoRequest that these options say."""
+        height, width = self.video_size
+        return dict(
+            prompt=self.prompt or "", negative_prompt=self.negative_prompt, width=width, height=height,
+            frames=self.video_length or 1, fps=self.fps, steps=self.infer_steps, cfg_scale=self.guidance_scale,
+            flow_shift=self.flow_shift, seed=self.seed,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions:
+    """A clip to start from"""
+
+    video_path: str | None = option(
+        None, help="video file, animated picture or folder of frames, whose first frames the video is made of"
+    )
+    strength: float = option(0.8, help="share of the steps that change --video_path, 0 to 1", least=0, most=1)
+    v2v_pad_mode: str = option(
+        "end", choices=PAD_MODES, help="which end of a --video_path that is too short is repeated"
+    )
+
+    def request_fields(self) -> dict[str, Any]:
+        return dict(video_path=self.video_path, strength=self.strength, pad_mode=self.v2v_pad_mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepGuidanceOptions:
+    """Guidance in some of the steps"""
+
+    cfg_skip_mode: str = option(
+        "none", choices=CFG_SKIP_MODES,
+        help="which steps go without guidance: the early, late or middle ones, those at both ends, or every few",
+    )  # fmt: skip
+    cfg_apply_ratio: float | None = option(None, help="share of the steps that are guided", least=0, most=1)
+    slg_layers: str | None = option(None, help="numbers of blocks that skip-layer guidance leaves out, as 4,5,6")
+    slg_scale: float = option(3.0, help="how strongly --slg_mode original leads away from the forward without them")
+    slg_start: float = option(0.0, help="share of the steps before skip-layer guidance", least=0, most=1)
+    slg_end: float = option(0.3, help="share of the steps at which it ends", least=0, most=1)
+    slg_mode: str | None = option(
+        None, choices=SLG_MODES,
+        help="original: beside plain guidance; uncond: in the place of the forward for the negative prompt",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.slg_layers is not None and _layers(self.slg_layers) is None:
+            problems.append(f"--slg_layers is '{self.slg_layers}'; needed: numbers of blocks with commas, as 4,5,6")
+        if self.slg_mode and not self.slg_layers:
+            problems.append("--slg_mode is given without --slg_layers, the blocks that are left out")
+        if self.cfg_apply_ratio is not None and self.cfg_skip_mode == "none":
+            problems.append("--cfg_apply_ratio needs --cfg_skip_mode, which says where the guided steps are")
+        if problems:
+            raise ConfigError(problems)
+
+    def request_fields(self) -> dict[str, Any]:
+        skip = None
+        if self.slg_layers and self.slg_mode:
+            skip = SkipLayers(
+                layers=_layers(self.slg_layers) or (), mode=self.slg_mode, scale=self.slg_scale, start=self.slg_start,
+                end=self.slg_end,
+            )  # fmt: skip
+        return dict(cfg_skip_mode=self.cfg_skip_mode, cfg_apply_ratio=self.cfg_apply_ratio, skip_layers=skip)
+
+
+def _layers(text: str) -> tuple[int, ...] | None:
+    """Numbers with commas, or None."""
+    try:
+        numbers = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        return None
+    return numbers if numbers and min(numbers) >= 0 else None

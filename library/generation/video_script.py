@@ -1,0 +1,351 @@
+"""What the video scripts share: models one after the other in memory, names and kinds of files, latents, V2V and I2V
+files, checks. The script of a family says how its parts are loaded and what its pipeline is told."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import logging
+import re
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from library.core.errors import Problems
+from library.core.options import Config
+from library.families.registry import record_of
+from library.generation.adapter_files import MergedModelOptions
+from library.generation.latent_script import LatentScript
+from library.generation.requests import SessionOptions
+from library.generation.script import format_problems, free_path, picture_texts
+from library.generation.video_options import (
+    CompileOptions,
+    StartOptions,
+    StepGuidanceOptions,
+    VideoAdapterOptions,
+    VideoModelOptions,
+)
+from library.generation.video_requests import FRAME_OUTPUTS, LATENT_OUTPUTS, VideoRequest
+from library.scripts.command_line import script_parser
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from torch import Tensor, nn
+
+    from library.checkpoints.loading import Transform
+    from library.dataset.strategies import StrategySet
+    from library.generation.pipeline import PictureMaker
+    from library.generation.video_pipeline import VideoPipeline
+
+logger = logging.getLogger(__name__)
+
+REQUEST_GROUPS = (StartOptions, StepGuidanceOptions)
+"""groups that say fields of a request, where a script has them"""
+NAMED_FILES: Mapping[str, str] = {
+    "image_path": "image_path", "end_image_path": "end_image_path", "video_path": "video_path",
+    "control_path": "control_path", "control_image_paths": "control_image_path",
+    "control_mask_paths": "control_image_mask_path",
+}  # fmt: skip
+"""fields of a request that name files -> their option"""
+
+
+class VideoScript(LatentScript[VideoRequest]):
+    """`pictures` is a ClipOptions, `models` a VideoModelOptions."""
+
+    adapters = VideoAdapterOptions
+    models: ClassVar[type[VideoModelOptions]]
+    size_step = 16
+    kind = "video"
+
+    # -- what a family says --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def slots(self, config: Config) -> list[tuple[str, set[str]]]:
+        """(option, kinds of file that it may be) of what must be there to make videos of prompts, without the VAE."""
+
+    vae_kinds: ClassVar[frozenset[str]]
+
+    @abstractmethod
+    def load_encoders(self, config: Config) -> list[nn.Module]:
+        """Text encoders on the CPU."""
+
+    @abstractmethod
+    def strategies(self, config: Config) -> StrategySet: ...
+
+    @abstractmethod
+    def load_vae(self, config: Config) -> nn.Module:
+        """On the CPU, where it waits."""
+
+    @abstractmethod
+    def load_denoiser(
+        self, config: Config, dtype: torch.dtype, device: torch.device, transform: Transform | None
+    ) -> nn.Module:
+        """In `dtype`, or in 8 bits of it where the options say so."""
+
+    @abstractmethod
+    def pipeline(self, config: Config, denoiser: Any, vae: Any) -> VideoPipeline: ...
+
+    def save_denoiser(self, denoiser: Any, target: str, dtype: torch.dtype) -> None:
+        """Write a denoiser file, for --save_merged_model."""
+        raise NotImplementedError
+
+    def fitting_problems(self, config: Config) -> list[str]:
+        """Files that do not fit each other, a block swap that the depth does not allow, tokenizers that are not
+        there."""
+        return []
+
+    def defaults(self, request: VideoRequest) -> VideoRequest:
+        """What a request leaves open, filled; the number of frames is still as asked."""
+        return request
+
+    def build_parser(self) -> argparse.ArgumentParser:
+        return script_parser(f"Make videos with {self.title}", self.groups)
+
+    # -- making --------------------------------------------------------------------------------------------------------
+
+    def base_request(self, config: Config) -> VideoRequest:
+        """That of the options, before lines of prompts change it."""
+        fields = config[self.pictures].request_fields()
+        for group in REQUEST_GROUPS:
+            if group in config:
+                fields |= config[group].request_fields()
+        return VideoRequest(**fields)
+
+    def load(self, config: Config) -> PictureMaker[VideoRequest]:
+        return self.load_for(config, None)
+
+    def load_for(self, config: Config, requests: Iterable[VideoRequest] | None) -> PictureMaker[VideoRequest]:
+        """Text encoders first: those of a list of requests encode all and go, those of typed ones wait. Then the
+        denoiser and the autoencoder."""
+        import torch
+
+        from library.device_utils import clean_memory_on_device
+        from library.generation.adapters import LoadedAdapters, load_with_adapters
+        from library.generation.video_maker import VideoMaker
+
+        options, device = config[self.models], device_of(config[self.models])
+        maker = VideoMaker(
+            self.pipeline(config, None, None), self.strategies(config), self.load_encoders(config),
+            LoadedAdapters(None, []), device, self.text_device(config), text_waits=True,
+        )  # fmt: skip
+        if isinstance(requests, Sequence):
+            for request in requests:
+                maker.conditioning(request)
+            maker.text_encoders = []
+            clean_memory_on_device(device)
+        waits = device.type == "cuda" and not options.blocks_to_swap
+        home = torch.device("cpu") if waits or options.blocks_to_swap else device
+        wide = getattr(torch, options.dit_dtype_name)
+
+        def load(transform: Transform | None) -> tuple[nn.Module, list[nn.Module]]:
+            return self.load_denoiser(config, wide, home, transform), []
+
+        denoiser, _, maker.adapters = load_with_adapters(self.family, config[self.adapters].adapters, load)
+        if options.blocks_to_swap:
+            denoiser.enable_block_swap(options.blocks_to_swap, device)
+            denoiser.move_to_device_except_swap_blocks(device)
+        self._compile(config, denoiser)
+        maker.denoiser_waits = waits
+        if options.fp8 and not options.fp8_scaled:  # 8 bits compute in it
+            maker.computing = functools.partial(torch.autocast, device.type, torch.bfloat16)
+        maker.pipeline = self.pipeline(config, denoiser, self.load_vae(config) if self._needs_vae(config) else None)
+        return maker
+
+    def text_device(self, config: Config) -> torch.device:
+        """Where the text encoders compute."""
+        return device_of(config[self.models])
+
+    def load_decoder(self, config: Config) -> tuple[VideoPipeline, torch.device]:
+        return self.pipeline(config, None, self.load_vae(config)), device_of(config[self.models])
+
+    def save_merged(self, config: Config, target: str) -> None:
+        import torch
+
+        from library.generation.adapters import merging
+
+        wide = getattr(torch, config[self.models].dit_dtype_name)
+        merge = merging(self.family, config[self.adapters].files)
+        denoiser = self.load_denoiser(config, wide, torch.device("cpu"), merge)
+        merge.finish()
+        self.save_denoiser(denoiser, target, wide)
+
+    def _compile(self, config: Config, denoiser: Any) -> None:
+        options = config[CompileOptions]
+        if options.compile:
+            from library.training.compilation import compile_blocks
+
+            compile_blocks(
+                denoiser, options.compile_backend, mode=options.compile_mode, dynamic=options.dynamic,
+                fullgraph=options.compile_fullgraph, variants=options.compile_cache_size_limit,
+            )  # fmt: skip
+
+    def _needs_vae(self, config: Config) -> bool:
+        """Whether something is decoded, or pictures are encoded."""
+        wanted = config[self.pictures].output_type != "latent" or bool(config[self.models].vae)
+        return wanted or bool(named_files(self.base_request(config)))
+
+    def completed(self, request: VideoRequest, maker: PictureMaker[VideoRequest]) -> VideoRequest:
+        request = super().completed(self.defaults(request), maker)
+        frames = record_of(self.family).latents.usable_frames(request.frames)
+        if frames != request.frames:
+            stride = record_of(self.family).latents.temporal_stride
+            logger.warning("%d frames are asked for; made %d, %d n + 1", request.frames, frames, stride)
+        return dataclasses.replace(request, frames=frames)
+
+    def make_picture(
+        self, maker: PictureMaker[VideoRequest], config: Config, request: VideoRequest, index: int
+    ) -> Path:
+        """Make and write one video: `{YYYYmmdd-HHMMSS-mmm}_{index}_{seed}.mp4`, with `_latent.safetensors` for its
+        latents; frames are in a folder of that name. The path of the last of these."""
+        request = self.completed(request, maker)
+        latents, texts = maker.generate(request), {}
+        if not config[SessionOptions].no_metadata:
+            texts = picture_texts(request, **{entry: getattr(request, field) for entry, field in self.texts.items()})
+        path = free_path(config[self.pictures].output_dir, video_name(index, request.seed), "")
+        if config[self.pictures].output_type in LATENT_OUTPUTS:
+            from library.generation.latent_files import save_latents
+
+            told = {} if config[SessionOptions].no_metadata else latent_texts(request)
+            written = save_latents(latents, path.with_name(f"{path.name}_latent.safetensors"), told)
+            if config[self.pictures].output_type == "latent":
+                return written
+        return self._write_frames(config, maker.decode(latents), path, texts)
+
+    def decode_files(self, config: Config) -> list[Path]:
+        """Videos of the files of --latent_path: `{time}_{index}_{seed}_{name of the file}.mp4`; the size is that of the
+        latents."""
+        from library.generation.latent_files import read_latents
+
+        paths = []
+        pipeline, device = self.load_decoder(config)
+        for index, source in enumerate(config[self.pictures].latent_path):
+            latents, texts = read_latents(source, pipeline.latent_spec)
+            seed = re.split(r"[\s,]", texts.get("seeds", ""))[0] or "0"
+            name = f"{video_name(index, seed)}_{Path(source).stem}"
+            path = free_path(config[self.pictures].output_dir, name, "")
+            texts = {} if config[SessionOptions].no_metadata else texts
+            paths.append(self._write_frames(config, pipeline.decode(latents.to(device)), path, texts))
+            logger.info("%s", paths[-1])
+        return paths
+
+    def _write_frames(
+        self, config: Config, made: Image.Image | Sequence[Image.Image], path: Path, texts: Mapping[str, str]
+    ) -> Path:
+        from library.generation.picture_files import frames_of
+        from library.generation.video_files import write_frames, write_video
+
+        options = config[self.pictures]
+        if options.output_type in FRAME_OUTPUTS:
+            return write_frames(frames_of(made), path, texts)
+        return write_video(frames_of(made), path.with_name(f"{path.name}.{options.container}"), options.fps)
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def check(self, config: Config) -> None:
+        problems = Problems()
+        merged, model = config[MergedModelOptions], config[self.models]
+        if merged.save_merged_model:
+            found = merged.problems(config[self.adapters], is_fp8=model.is_fp8)
+        else:
+            found = self.prompt_problems(config, is_fp8=model.is_fp8) + self._output_problems(config)
+        for problem in [*found, *self._file_problems(config), *self._compile_problems(config)]:
+            problems.add(problem)
+        if not problems.messages and not merged.save_merged_model and not config[self.pictures].latent_path:
+            for problem in self.fitting_problems(config):
+                problems.add(problem)
+        problems.raise_if_any()
+
+    def _output_problems(self, config: Config) -> list[str]:
+        from library.generation.video_files import ending_problem
+
+        options = config[self.pictures]
+        if options.output_type not in ("video", "both"):
+            return []
+        problem = ending_problem(f".{options.container}")
+        return [f"--container is {options.container}: {problem}"] if problem else []
+
+    def _file_problems(self, config: Config) -> list[str]:
+        from library.checkpoints.kinds import check_slot
+        from library.device_utils import device_problem
+
+        model, options = config[self.models], config[self.pictures]
+        vae = [("vae", set(self.vae_kinds))] if self._needs_vae(config) else []
+        if config[MergedModelOptions].save_merged_model:
+            slots = self.slots(config)[:1]
+        else:
+            slots = vae if options.latent_path else [*self.slots(config), *vae]
+        found = [check_slot(getattr(model, slot), slot, kinds, for_pictures=True) for slot, kinds in slots]
+        found += self.extra_file_problems(config)
+        asked = {f"--{name}": "float8_e4m3fn" for name in ("fp8", "fp8_scaled") if getattr(model, name)}
+        found += format_problems({f"--dit_dtype {model.dit_dtype}": model.dit_dtype_name, **asked}, model.device)
+        return [problem for problem in (*found, device_problem("device", model.device)) if problem]
+
+    def _compile_problems(self, config: Config) -> list[str]:
+        options = config[CompileOptions]
+        if not options.compile:
+            return []
+        if config[self.models].blocks_to_swap:
+            return ["--blocks_to_swap and --compile do not go together; leave one of them out"]
+        from library.training.compilation import unknown_backend
+
+        return unknown_backend(options.compile_backend, "compile_backend")
+
+    def request_problems(self, config: Config, request: VideoRequest) -> list[str]:
+        if config[self.pictures].latent_path or config[MergedModelOptions].save_merged_model:
+            return []
+        named = named_files(request)
+        found = [
+            f"--{name} is {path}: there is no such file" for name, path in named if not Path(path).exists()
+        ]
+        if named and not self._needs_vae(config):
+            found.append(f"--{named[0][0]} is encoded by the autoencoder; --vae is not given")
+        return found
+
+    def notices(self, config: Config) -> list[str]:
+        from library.generation.video_files import encoder_of
+
+        options, found = config[self.pictures], []
+        if options.output_type in ("video", "both"):
+            notice = encoder_of(f".{options.container}").notice
+            found += [notice] if notice else []
+        if options.negative_prompt and options.guidance_scale == 1.0 and not config[SessionOptions].from_file:
+            found.append("--negative_prompt has no effect: --guidance_scale is 1, which takes no second forward")
+        return found
+
+
+def device_of(options: VideoModelOptions) -> torch.device:
+    import torch
+
+    from library.device_utils import get_preferred_device
+
+    return get_preferred_device() if options.device is None else torch.device(options.device)
+
+
+def video_name(index: int, seed: int | str | None, now: float | None = None) -> str:
+    """`{YYYYmmdd-HHMMSS-mmm}_{index}_{seed}`."""
+    now = time.time() if now is None else now
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+    return f"{stamp}-{int(now * 1000) % 1000:03d}_{index}_{seed}"
+
+
+def named_files(request: VideoRequest) -> list[tuple[str, str]]:
+    """(option, path) of every file that a request names."""
+    found = []
+    for field, name in NAMED_FILES.items():
+        value = getattr(request, field)
+        found += [(name, path) for path in ([value] if isinstance(value, str) else value or ())]
+    return found
+
+
+def latent_texts(request: VideoRequest) -> dict[str, str]:
+    """What a file of latents tells, under the names of known scripts."""
+    told = {
+        "seeds": request.seed, "prompt": request.prompt, "height": request.height, "width": request.width,
+        "video_length": request.frames, "infer_steps": request.steps, "guidance_scale": request.cfg_scale,
+        "embedded_cfg_scale": request.embedded_guidance_scale, "negative_prompt": request.negative_prompt,
+    }  # fmt: skip
+    return {name: str(value) for name, value in told.items() if value is not None}
