@@ -16,6 +16,7 @@ from library.dataset import cache_io
 from library.dataset.batch import CONDITIONING_IMAGES
 from library.dataset.cache_io import Array, ImageIdentity, LatentsRecord
 from library.dataset.cache_names import latents_base
+from library.dataset.cache_pruning import listed_in
 from library.dataset.cache_stores import LatentStore, latent_store
 from library.dataset.items import SampleFacts
 from library.families.latents import PLAIN, Bucket, SampleKind
@@ -251,11 +252,13 @@ class LatentCache:
     def record_of(
         self, item: ImageItem, image: ImageIdentity | None = None, pictures: Mapping[str, ImageIdentity] = {}
     ) -> LatentsRecord:
+        has_source = self.store.has_one_size
         return LatentsRecord(
             model=self.model_identity, latent_space=self.architecture.latents.fingerprint, image=image,
             pictures=pictures, resized=tuple(item.resized_size), interpolation=item.subset.resize_interpolation,
             manner=self.encoder.manner(item.bucket), made_with=_made_with(item),
-            source=cache_io.source_of(item.latents_npz, item.absolute_path) if self.store.has_one_size else "",
+            source=cache_io.source_of(item.latents_npz, item.absolute_path) if has_source else "",
+            listed_in=listed_in(item.latents_npz, item.subset) if has_source else "",
             frame_count=None if item.clip is None else item.clip.length,
         )
 

@@ -146,6 +146,9 @@ class ModelFamily(ABC):
     part_options: ClassVar[Mapping[str, frozenset[str]]] = {}
     """own options that a part needs, for tools that load one part alone: "vae" and "text_encoders" -> names"""
 
+    tool_options: ClassVar[Mapping[str, tuple[type, ...]]] = {}
+    """what is cached, "latents" or "text" -> groups of options that the tool for it has beside `options`"""
+
     def __init_subclass__(cls, **settings: object) -> None:
         super().__init_subclass__(**settings)
         if "record" in vars(cls):
