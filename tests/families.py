@@ -4,6 +4,7 @@ library/tiny_models."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ class FamilyCase:
     outputs can be cached;
     `brief`: options that make prompts as short as those of the tests, where the family computes with all places of a
     long prompt;
-    `like`: the case that shows what data and loop do for this one too: the model is of the same classes."""
+    `live`: options without which it caches on the disk; `first_frame`: samples begin with a picture; `like`: the case that shows what data and loop do for this one too: the model is of the same classes."""
 
     name: str
     version: str
@@ -26,6 +27,8 @@ class FamilyCase:
     caches_text: bool = True
     text_options: tuple[str, ...] = ()
     brief: tuple[str, ...] = ()
+    live: tuple[str, ...] = ()
+    first_frame: bool = False
     like: str = ""
 
     @property
@@ -43,7 +46,11 @@ class FamilyCase:
 
     def options(self) -> list[str]:
         """Of every run, beside those that name the model's files."""
-        return [f"--network_module={self.entry.network_module}", *self.entry.options, *self.brief]
+        return [f"--network_module={self.entry.network_module}", *self.entry.options, *self.brief, *self.live]
+
+    def letters(self, pictures: Path) -> str:
+        """What every line of sample prompts needs, with pictures of this folder."""
+        return f" --i {pictures / '00.png'}" if self.first_frame else ""
 
     def caches(self, *, on_disk: bool) -> list[str]:
         """Options that cache all that can be cached."""
@@ -51,6 +58,8 @@ class FamilyCase:
         return ["--network_train_unet_only", *(f"--cache_{kind}{'_to_disk' if on_disk else ''}" for kind in kinds)]
 
 
+LIVE = ("--live_encoding",)
+"""of families of videos"""
 CASES = {
     case.name: case
     for case in (
@@ -66,6 +75,9 @@ CASES = {
             brief=("--t5xxl_max_token_length=64",), like="flux",
         ),
         FamilyCase("lumina", "lumina2", ("lora_te_",)),
+        FamilyCase("wan", "wan", (), live=LIVE),
+        FamilyCase("wan_i2v", "wan", (), live=LIVE, first_frame=True, like="wan"),
+        FamilyCase("wan22", "wan", (), live=LIVE, first_frame=True, like="wan"),
     )
 }
 
