@@ -19,7 +19,7 @@ class FamilyCase:
     outputs can be cached;
     `brief`: options that make prompts as short as those of the tests, where the family computes with all places of a
     long prompt;
-    `live`: options without which it caches on the disk; `first_frame`: samples begin with a picture; `like`: the case that shows what data and loop do for this one too: the model is of the same classes."""
+    `first_frame`: samples begin with a picture; `like`: the case that shows what data and loop do for this one too: the model is of the same classes."""
 
     name: str
     version: str
@@ -27,7 +27,6 @@ class FamilyCase:
     caches_text: bool = True
     text_options: tuple[str, ...] = ()
     brief: tuple[str, ...] = ()
-    live: tuple[str, ...] = ()
     first_frame: bool = False
     like: str = ""
 
@@ -45,8 +44,10 @@ class FamilyCase:
         return ARCHITECTURES[self.family].bucket_step
 
     def options(self) -> list[str]:
-        """Of every run, beside those that name the model's files."""
-        return [f"--network_module={self.entry.network_module}", *self.entry.options, *self.brief, *self.live]
+        """Of every run, beside those that name the model's files. Without options for caches nothing is cached, which
+        families of clips must be told."""
+        live = ["--live_encoding"] if ARCHITECTURES[self.family].latents.clips else []
+        return [f"--network_module={self.entry.network_module}", *self.entry.options, *self.brief, *live]
 
     def letters(self, pictures: Path) -> str:
         """What every line of sample prompts needs, with pictures of this folder."""
@@ -58,8 +59,6 @@ class FamilyCase:
         return ["--network_train_unet_only", *(f"--cache_{kind}{'_to_disk' if on_disk else ''}" for kind in kinds)]
 
 
-LIVE = ("--live_encoding",)
-"""of families of videos"""
 CASES = {
     case.name: case
     for case in (
@@ -75,9 +74,10 @@ CASES = {
             brief=("--t5xxl_max_token_length=64",), like="flux",
         ),
         FamilyCase("lumina", "lumina2", ("lora_te_",)),
-        FamilyCase("wan", "wan", (), live=LIVE),
-        FamilyCase("wan_i2v", "wan", (), live=LIVE, first_frame=True, like="wan"),
-        FamilyCase("wan22", "wan", (), live=LIVE, first_frame=True, like="wan"),
+        FamilyCase("hunyuan_video", "hunyuan_video", ()),
+        FamilyCase("wan", "wan", ()),
+        FamilyCase("wan_i2v", "wan", (), first_frame=True, like="wan"),
+        FamilyCase("wan22", "wan", (), first_frame=True, like="wan"),
     )
 }
 
