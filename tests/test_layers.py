@@ -62,7 +62,6 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/checkpoints/*.py", 2), ("library/components/*.py", 2), ("library/*_utils.py", 2),
     ("library/huggingface_util.py", 2),
     ("library/sai_model_spec.py", 2), ("library/tiny_models/*.py", 2), ("library/generation/picture_files.py", 2),
-    ("library/generation/video_files.py", 2),
     # 3: strategies and data
     ("library/strategy_*.py", 3), ("library/dataset/*.py", 3), ("library/dataset/clips/*.py", 3),
     ("library/config_util.py", 3),
