@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 
+SOURCES = ("metadata_file", "image_jsonl_file", "video_jsonl_file", "video_directory", "image_dir")
+"""keys that say what a subset reads; `image_dir` beside a metadata file only says where its images are"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SubsetParams:
     """Resolved settings of one subset: a folder or a file that lists its images or videos. Names are those of the
@@ -77,13 +81,17 @@ class SubsetParams:
     @property
     def source(self) -> tuple[str, str] | None:
         """(key, path) of what it reads: a folder, or the file that lists its images or videos."""
-        names = ("metadata_file", "image_jsonl_file", "video_jsonl_file", "video_directory", "image_dir")
-        return next(((name, path) for name in names if (path := getattr(self, name)) is not None), None)
+        return next(((name, path) for name in SOURCES if (path := getattr(self, name)) is not None), None)
 
     @property
     def is_listed(self) -> bool:
         """Whether a file lists what it reads, captions with it; else it is a folder."""
         return self.source is not None and self.source[0].endswith("_file")
+
+    @property
+    def folder(self) -> str:
+        """That of which it reads all files; "" where it reads what a file lists."""
+        return "" if self.source is None or self.is_listed else self.source[1]
 
     @property
     def medium(self) -> str:

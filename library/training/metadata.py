@@ -13,6 +13,7 @@ from typing import Any
 
 from library.checkpoints.hashes import BackgroundHashes
 from library.core.options import Config
+from library.dataset.items import SOURCES
 from library.sai_model_spec import OPTIONAL, ModelSpec, build_model_spec, local_date
 
 MINIMUM = (
@@ -202,10 +203,10 @@ def _dataset_keys(inputs: MetadataInputs, options: Mapping[str, Any]) -> dict[st
 
 
 def _folders(subsets: Any) -> dict[str, dict[str, int]]:
-    """Folder or metadata file -> repeats and images; a name that comes again gets a number."""
+    """Folder or list of files -> repeats and images; a name that comes again gets a number."""
     folders: dict[str, dict[str, int]] = {}
     for subset in subsets:
-        base = name = subset.get("metadata_file") or subset.get("image_dir") or ""
+        base = name = next((subset[key] for key in SOURCES if subset.get(key)), "")
         number = 2
         while name in folders:
             name, number = f"{base} ({number})", number + 1
@@ -218,12 +219,12 @@ def _model_spec(inputs: MetadataInputs, options: Mapping[str, Any]) -> dict[str,
     sizes = [tuple(dataset["resolution"]) for dataset in inputs.datasets]
     commit = commit_hash()
     return build_model_spec(ModelSpec(
-        architecture=inputs.modelspec["architecture"] or "",
+        architecture=options.get("metadata_arch") or inputs.modelspec["architecture"] or "",
         implementation=inputs.modelspec["implementation"] or "",
         implementation_version=f"atelier/{commit or 'unknown'}",
         kind=inputs.kind,
         title=options.get("metadata_title") or options.get("output_name"),
-        resolution_wh=max(sizes, key=lambda size: size[0] * size[1]) if sizes else (1024, 1024),
+        resolution_wh=options.get("metadata_reso") or max(sizes, key=lambda size: size[0] * size[1], default=(1024, 1024)),
         timestamp=inputs.started_at,
         prediction_type=inputs.modelspec.get("prediction_type"),
         timestep_range=None if low is None and high is None else (low or 0, 1000 if high is None else high),
