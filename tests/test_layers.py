@@ -79,7 +79,10 @@ LAYERS: tuple[tuple[str, int], ...] = (
 
 KNOWN = [name for name, record in records().items() if record.family or record.variant_of]
 """families that have files of their own"""
-FAMILY_BY_PLACE = {"tools/tiny_base": "flux", "library/model_util.py": "sd"}  # where the name does not tell
+FAMILY_BY_PLACE = {  # where the name does not tell
+    "tools/tiny_base": "flux", "library/model_util.py": "sd",
+    **{record.pictures: name for name, record in records().items() if record.pictures.endswith("_generate_video.py")},
+}  # fmt: skip
 ALLOWED_OUTSIDE = {0: {"toml"}, 1: {"torch", "einops", "numpy", "PIL"}, 6: {"toml"}}
 HEAVY = {
     "torch",

@@ -35,6 +35,7 @@ class HunyuanVideoScript(LlamaClipScript):
     compilation = OldCompileOptions
     groups = GROUPS
     line_options = LINE_OPTIONS
+    vae_kinds = frozenset({"vae_hunyuan_video"})
     texts = {"flow-shift": "flow_shift", "guidance": "embedded_guidance_scale"}
 
     def slots(self, config: Config) -> list[tuple[str, set[str]]]:

@@ -1,4 +1,5 @@
-"""What the video scripts share whose captions LLaMA and CLIP-L read, and whose autoencoder is HunyuanVideo's."""
+"""What the video scripts share whose captions LLaMA and CLIP-L read, and which share a causal video
+autoencoder."""
 
 from __future__ import annotations
 
@@ -15,19 +16,23 @@ if TYPE_CHECKING:
 class LlamaClipScript(VideoScript):
     """`models` is a LlamaClipOptions."""
 
-    vae_kinds = frozenset({"vae_hunyuan_video"})
     encoder_slots = (("text_encoder1", {"llama"}), ("text_encoder2", {"clip_l"}))
 
     def load_encoders(self, config: Config) -> list[nn.Module]:
         import torch
 
-        from library.hunyuan_video_utils import load_encoders
+        from library.components.llm_encoder_utils import load_llama
+        from library.components.text_encoder_utils import load_clip_l
+        from library.fp8_optimization_utils import shrink_linears_to_fp8
 
         options = config[self.models]
         dtype = getattr(torch, options.text_encoder_name)
         if self.text_device(config).type == "cpu" and dtype == torch.float16:
             dtype = torch.bfloat16
-        return load_encoders(options.text_encoder1, options.text_encoder2, dtype, "cpu", fp8_llm=options.fp8_llm)
+        llama = load_llama(options.text_encoder1, dtype, "cpu")
+        if options.fp8_llm:
+            shrink_linears_to_fp8(llama)
+        return [llama, load_clip_l(options.text_encoder2, dtype, "cpu")]
 
     def load_vae(self, config: Config) -> nn.Module:
         import torch
