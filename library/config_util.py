@@ -212,7 +212,7 @@ class _Resolver:
         """Options that no dataset and no subset took."""
         names = {(name, KEYS[name].option) for keys, _ in self.scopes for name in keys if KEYS[name].option}
         taken = {option for name, option in names if any(
-            name in keys and not scope.written_at(name) for keys, scope in self.scopes
+            name in keys and scope.takes_option(name) for keys, scope in self.scopes
         )}
         return frozenset(str(option) for _, option in names) - taken
 

@@ -29,7 +29,12 @@ FOR_LOADERS = (
 )  # fmt: skip
 HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 _COPY_BLOCK = 8 << 20
-_IN_SUBSETS = {"tags": ("caption_prefix", "caption_suffix", "class_tokens"), "folders": ("image_dir", "metadata_file")}
+_IN_SUBSETS = {
+    "tags": ("caption_prefix", "caption_suffix", "class_tokens"),
+    "folders": (
+        "image_dir", "metadata_file", "image_jsonl_file", "video_directory", "video_jsonl_file", "control_directory",
+    ),
+}  # fmt: skip
 _KEYS = {"tags": ("ss_tag_frequency",), "folders": ("ss_dataset_dirs", "ss_reg_dataset_dirs")}
 
 

@@ -20,8 +20,9 @@ from library.dataset.config_schema import (
     COMMAND_LINE_ONLY,
     KEYS,
     LEVEL_NAMES,
-    RENAMED,
+    NOT_FLAT,
     OLD_NAMES,
+    RENAMED,
     SECTIONS,
     LooseKeys,
     UnknownKey,
@@ -109,6 +110,10 @@ class Scope:
     def written_at(self, name: str) -> str | None:
         """The path of the key in the file, None when it comes from the command line or is a default."""
         return next((table.where(name) for table in self.tables if name in table.values), None)
+
+    def takes_option(self, name: str) -> bool:
+        """Whether the key comes from the command line or is a default."""
+        return self.written_at(name) is None
 
     def where(self, name: str) -> str:
         """The path to name in a message."""
@@ -251,8 +256,9 @@ class ConfigReader:
             near = RENAMED.get(name) or nearest_name(name, accepted) or nearest_name(name, KEYS)
             self._unknown(where, name, LEVEL_NAMES[level], accepted, near)
         elif not key.fits(level):
-            places = " or ".join(LEVEL_NAMES[place] for place in key.levels)
-            self.problems.add(where, "conflict", f"the key cannot stand in {LEVEL_NAMES[level]}; write it in {places}")
+            places = " or ".join(LEVEL_NAMES[place] for place in f"{key.levels}F" if key.fits(place))
+            way = NOT_FLAT[name] if level == "F" and name in NOT_FLAT else f"write it in {places}"
+            self.problems.add(where, "conflict", f"the key cannot stand in {LEVEL_NAMES[level]}; {way}")
         elif key.is_dropout and not self.supports_dropout:
             message = "this script trains words of the caption and has no caption dropout; remove the key"
             self.problems.add(where, "conflict", message)

@@ -227,8 +227,12 @@ def _keys() -> dict[str, Key]:
     return {key.name: key for key in table}
 
 
-NOT_FLAT = frozenset({"image_dir", "metadata_file", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"})
-"""keys of D and S that a dataset without subsets has no use for: its buckets are all shapes of one area"""
+_OF_ONE_AREA = "its buckets are all shapes of one area; remove the key, or write the folder in [[datasets.subsets]]"
+NOT_FLAT: dict[str, str] = {
+    "image_dir": "write image_directory", "metadata_file": "write it in [[datasets.subsets]], or use image_jsonl_file",
+    **dict.fromkeys(("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"), _OF_ONE_AREA),
+}
+"""keys of D and S that a dataset without subsets has no use for -> what to do"""
 
 KEYS: dict[str, Key] = _keys()
 RENAMED = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats", "caption_extention": "caption_extension"}

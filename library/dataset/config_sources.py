@@ -12,7 +12,7 @@ from typing import Any
 from library.dataset.architectures import DataArchitecture
 from library.dataset.clips.settings import ClipSettings, OneFrameSettings
 from library.dataset.config_reading import BAD, DatasetTables, ProblemList, Scope, Table
-from library.dataset.config_schema import KEYS, MEDIA, SOURCE_KEYS
+from library.dataset.config_schema import KEYS, MEDIA, NOT_FLAT, SOURCE_KEYS
 from library.dataset.items import DatasetParams, SubsetParams
 from library.families.registry import records
 
@@ -31,6 +31,9 @@ class FlatScope(Scope):
     def __init__(self, explicit: frozenset[str], scope: Scope) -> None:
         super().__init__(scope.options, *scope.tables)
         self.explicit = explicit
+
+    def takes_option(self, name: str) -> bool:
+        return name not in NOT_FLAT and super().takes_option(name)
 
     def get(self, name: str) -> Any:
         written = {KEYS[name].option, name, "caption_extention" if name == "caption_extension" else name}
@@ -171,6 +174,8 @@ def told(scope: Scope, subset: SubsetParams, architecture: DataArchitecture) -> 
     unread |= {name: facts is None or not facts.one_frame for name in ONE_FRAME_KEYS}
     unread["fp_latent_window_size"] = facts is None or not facts.sections
     names = [name for name, is_unread in unread.items() if is_unread and scope.written_at(name)]
+    if subset.cache_info and (subset.clips is not None or subset.is_listed):
+        lines.append(f"{subset.label}: cache_info is for folders of images, and has no effect here")
     if names:
         lines.append(f"{subset.label}: {', '.join(names)} {'is' if len(names) == 1 else 'are'} nothing that"
                      f" {architecture.name} reads, and ignored")  # fmt: skip

@@ -7,6 +7,7 @@ step and the sample's place in the global batch, so that workers, ranks, prefetc
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -261,10 +262,12 @@ class Dataset:
 def subset_record(subset: SubsetParams, num_images: int) -> dict[str, Any]:
     record: dict[str, Any] = {"img_count": num_images}
     record |= {name: getattr(subset, name) for name in SUBSET_RECORD}
-    if subset.image_dir:
-        record["image_dir"] = os.path.basename(os.path.normpath(subset.image_dir))
+    source, path = subset.source or ("", "")
+    names = {"image_dir": subset.image_dir, source: path, "control_directory": subset.control_directory}
+    record |= {name: os.path.basename(os.path.normpath(path)) for name, path in names.items() if path}
+    record |= {} if subset.clips is None else dataclasses.asdict(subset.clips)
     if subset.metadata_file:
-        return record | {"metadata_file": os.path.basename(subset.metadata_file)}
+        return record
     return record | {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
 
 

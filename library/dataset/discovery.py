@@ -229,7 +229,8 @@ def _from_list(path: str, subset: SubsetParams, scanner: Scanner) -> list[FoundI
     except ConfigError as error:
         scanner.problems += [f"{subset.label}: {problem}" for problem in error.problems]
         return []
-    if subset.multiple_target and len({len(entry.targets) for entry in entries} | {0}) != 2:
+    counts = {len(entry.targets) for entry in entries}
+    if subset.multiple_target and (len(counts) > 1 or 0 in counts):
         scanner.problems.append(f"{subset.label}: {path}: multiple_target needs equally many layers of each picture,"
                                 " image_path_1, image_path_2, ...")  # fmt: skip
     wanted = (path for entry in entries for path in entry.controls)

@@ -2,7 +2,7 @@
 files.
 
 { "<file name>": {"caption": str | null, "resolution": [W, H], "image": stamp, "caption_file": [name, stamp] | null,
-"lines": bool} }, a stamp being [modification time in ns, size]. An entry counts while the stamps still agree; entries
+"lines": bool | "all"} }, a stamp being [modification time in ns, size]. An entry counts while the stamps still agree; entries
 of the form without stamps (whole paths as keys) are looked up anew. The file always describes the whole folder.
 """
 
@@ -69,7 +69,7 @@ def known_image(entries: Mapping[str, Any], image_path: str, params: SubsetParam
     entry = entries.get(os.path.basename(image_path))
     if not isinstance(entry, dict) or entry.get("image") is None or entry["image"] != stamp(image_path):
         return None
-    if entry.get("lines") != params.enable_wildcard or entry.get("caption_file") != caption_source(image_path, params):
+    if entry.get("lines") != _lines(params) or entry.get("caption_file") != caption_source(image_path, params):
         return None
     size, caption = entry.get("resolution"), entry.get("caption")
     is_size = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
@@ -80,8 +80,13 @@ def info_entry(image_path: str, size: tuple[int, int], caption: str | None, para
     """The entry of an image that was just looked at."""
     return {
         "caption": caption, "resolution": list(size), "image": stamp(image_path),
-        "caption_file": caption_source(image_path, params), "lines": params.enable_wildcard,
+        "caption_file": caption_source(image_path, params), "lines": _lines(params),
     }
+
+
+def _lines(params: SubsetParams) -> bool | str:
+    """Which lines of its file a caption has: the first, those that are not blank, or the whole text."""
+    return "all" if params.whole_captions and not params.enable_wildcard else params.enable_wildcard
 
 
 def write_info(folder: str, entries: Mapping[str, Any]) -> str | None:

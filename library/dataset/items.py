@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 
+SOURCES = ("metadata_file", "image_jsonl_file", "video_jsonl_file", "video_directory", "image_dir")
+"""keys that say what a subset reads; `image_dir` beside a metadata file only says where its images are"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SubsetParams:
     """Resolved settings of one subset: a folder or a file that lists its images or videos. Names are those of the
@@ -77,8 +81,7 @@ class SubsetParams:
     @property
     def source(self) -> tuple[str, str] | None:
         """(key, path) of what it reads: a folder, or the file that lists its images or videos."""
-        names = ("metadata_file", "image_jsonl_file", "video_jsonl_file", "video_directory", "image_dir")
-        return next(((name, path) for name in names if (path := getattr(self, name)) is not None), None)
+        return next(((name, path) for name in SOURCES if (path := getattr(self, name)) is not None), None)
 
     @property
     def is_listed(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from library.checkpoints.hashes import BackgroundHashes
 from library.core.options import Config
+from library.dataset.items import SOURCES
 from library.sai_model_spec import OPTIONAL, ModelSpec, build_model_spec, local_date
 
 MINIMUM = (
@@ -202,10 +203,10 @@ def _dataset_keys(inputs: MetadataInputs, options: Mapping[str, Any]) -> dict[st
 
 
 def _folders(subsets: Any) -> dict[str, dict[str, int]]:
-    """Folder or metadata file -> repeats and images; a name that comes again gets a number."""
+    """Folder or list of files -> repeats and images; a name that comes again gets a number."""
     folders: dict[str, dict[str, int]] = {}
     for subset in subsets:
-        base = name = subset.get("metadata_file") or subset.get("image_dir") or ""
+        base = name = next((subset[key] for key in SOURCES if subset.get(key)), "")
         number = 2
         while name in folders:
             name, number = f"{base} ({number})", number + 1
