@@ -24,8 +24,9 @@ from library.components.framepack_sections import (
     sections_of,
 )
 from library.components.siglip_utils import encode_pictures
+from library.dataset.batch import CONDITIONING_ALPHA, CONDITIONING_IMAGES, numbered
 from library.dataset.items import SampleFacts
-from library.dataset.latent_cache import LatentEncoder, bucket_of
+from library.dataset.latent_cache import LatentEncoder
 from library.families.framepack import FAMILY
 from library.families.latents import Bucket
 from library.strategy_base import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy, TextEncodingStrategy
@@ -35,8 +36,6 @@ TEXT_LENGTH = 512
 """places for the states of a caption"""
 IMAGE_ENCODER = "image_encoder"
 """the part beside the VAE that reads the first picture"""
-CONTROLS = "conditioning_images"
-ALPHAS = "conditioning_alpha"
 
 
 class FramePackTokenizeStrategy(LlamaClipTokenizeStrategy):
@@ -109,6 +108,11 @@ class FramePackLatentEncoder(LatentEncoder):
             post=not kind.no_post, middle=self.middle, far=self.far,
         )  # fmt: skip
 
+    def pictures_for(self, bucket: Sequence[int]) -> tuple[str, ...]:
+        """The control pictures of a single frame, with what is to be seen of them."""
+        numbers = range(len(Bucket(*bucket).kind.controls))
+        return tuple(numbered(name, n) for n in numbers for name in (CONDITIONING_IMAGES, CONDITIONING_ALPHA))
+
     def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
         """Of the frames that are seen, their places and those of the latents, and of the states of the image encoder.
         Frames of zeros that a single frame sees coarsely are not stored."""
@@ -137,8 +141,8 @@ class FramePackLatentEncoder(LatentEncoder):
             first, (latents, conditions) = images[:, :, 0], self._sections(vae, images, seeds, facts)
         else:
             latents, conditions = self._single_frames(vae, images, seeds, pictures, facts[0])
-            first = pictures[CONTROLS] if CONTROLS in pictures else torch.zeros_like(images)
-        states = encode_pictures(parts[IMAGE_ENCODER], first)
+            first = pictures.get(CONDITIONING_IMAGES)
+        states = picture_states(parts[IMAGE_ENCODER], first, len(images))
         return latents, {**conditions, "image_embeddings": states}
 
     # -- sections ------------------------------------------------------------------------------------------------------
@@ -187,10 +191,17 @@ class FramePackLatentEncoder(LatentEncoder):
 
     def _control(self, vae: Any, pictures: Mapping[str, Tensor], number: int, seeds: Sequence[int]) -> Tensor:
         """Scaled latents [B, C, h, w] of a control picture; what its alpha says is not to be seen is 0."""
-        end = f"_{number}" if number else ""
-        latents = self.encode(vae, pictures[CONTROLS + end], seeds)
-        alpha = pictures.get(ALPHAS + end)
+        latents = self.encode(vae, pictures[numbered(CONDITIONING_IMAGES, number)], seeds)
+        alpha = pictures.get(numbered(CONDITIONING_ALPHA, number))
         return latents if alpha is None else masked(latents, alpha)
+
+
+def picture_states(encoder: Any, pictures: Tensor | None, count: int) -> Tensor:
+    """States [B, L, D] of pictures [B, 3, H, W] in -1..1; zeros for `count` samples without any."""
+    if pictures is not None:
+        return encode_pictures(encoder, pictures)
+    shape = (count, encoder.params.positions, encoder.params.hidden_size)
+    return torch.zeros(shape, device=encoder.device, dtype=encoder.dtype)
 
 
 def masked(latents: Tensor, alpha: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from library.core.errors import CheckpointError, ConfigError
 from library.core.keyed_random import key_seed
 from library.dataset import cache_io
 from library.dataset.batch import CONDITIONING_IMAGES
-from library.dataset.cache_io import Array, ImageIdentity, LatentsRecord
+from library.dataset.cache_io import Array, ImageIdentity, LatentsRecord, fits
 from library.dataset.cache_names import latents_base
 from library.dataset.cache_stores import LatentStore, latent_store
 from library.dataset.items import SampleFacts
@@ -54,7 +54,8 @@ class LatentEncoder(ABC):
 
     def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
         """What the family needs of a sample beside its latents and caches with them (first-frame latents, the embedding
-        of a vision encoder), for a sample of this size (a Bucket or its key): name -> shape. Nothing by default."""
+        of a vision encoder), for a sample of this size (a Bucket or its key): name -> shape, in which -1 stands for a
+        size that the encoder decides. Nothing by default."""
         return {}
 
     def encode_conditions(
@@ -165,7 +166,7 @@ class LatentCache:
         self._check_shape(latents, images, bucket)
         conditions = {name: torch.cat([row[name] for _, row in rows]) for name in shapes}
         for name, shape in shapes.items():
-            if tuple(conditions[name].shape[1:]) != tuple(shape):
+            if not fits(conditions[name].shape[1:], shape):
                 raise CheckpointError(
                     f"{name} has shape {list(conditions[name].shape[1:])}; that of {self.architecture.name} is "
                     f"{list(shape)}"
