@@ -58,9 +58,10 @@ class ModelSpec:
 
 def build_model_spec(spec: ModelSpec) -> dict[str, str]:
     """The metadata entries; values that are None are left out."""
+    is_complete = not spec.kind or "/" in spec.architecture  # as users of --metadata_arch may write it
     values: dict[str, Any] = {
         "sai_model_spec": VERSION,
-        "architecture": f"{spec.architecture}/{spec.kind}" if spec.kind else spec.architecture,
+        "architecture": spec.architecture if is_complete else f"{spec.architecture}/{spec.kind}",
         "implementation": spec.implementation,
         "title": spec.title or KIND_TITLES.get(spec.kind, "Checkpoint"),  # no time: equal runs write equal files
         "resolution": f"{spec.resolution_wh[0]}x{spec.resolution_wh[1]}",

@@ -34,7 +34,7 @@ SHARED_BY_FEW: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """reason -> files that may name families beside their own modules"""
 KNOWN_TO_USERS = (
-    "flux_shift", "flux2_shift", "--flux_model", "networks.oft_flux", "flux_kontext_no_resize_control",
+    "flux_shift", "qinglong_flux", "flux2_shift", "--flux_model", "networks.oft_flux", "flux_kontext_no_resize_control",
 )
 """values of options and modules that are called after a family and mean no family"""
 

@@ -161,6 +161,8 @@ class LatentsRecord:
     """settings of a clip by which the reason is told, name -> value; not in files of pictures"""
     source: str = ""
     """the file that they were made of, from the folder of the cache; in tensor files"""
+    listed_in: str = ""
+    """the folder or list that named the source, in the same way"""
     frame_count: int | None = None
     """frames of the clip; not in files of pictures"""
     exif: str = EXIF_POLICY
@@ -413,7 +415,7 @@ def existing_arrays(path: str) -> dict[str, np.ndarray]:
         return {}
 
 
-_ONLY_IF_SET = ("pictures", "manner", "made_with", "source", "frame_count")
+_ONLY_IF_SET = ("pictures", "manner", "made_with", "source", "listed_in", "frame_count")
 """fields of records that files without them do not have"""
 
 

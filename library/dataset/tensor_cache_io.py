@@ -79,19 +79,29 @@ class TensorFile:
     def record(self, suffix: str = "") -> dict[str, Any] | None:
         """Our record; None where there is none, or where the tensors are no longer those it was written with. A damaged
         one is an empty one, which fits nothing."""
-        text = self.metadata.get(RECORD_KEY + suffix)
-        if text is None:
+        record = self._noted(suffix)
+        if record is None:
             return None
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError):
-            return {}
-        sums = record.get("checksums") if isinstance(record, dict) else None
+        sums = record.get("checksums")
         if not isinstance(sums, dict):
             return {}
         with MemoryEfficientSafeOpen(self.path) as file:
             is_kept = all(key in file.infos and checksum(file.get_tensor(key)) == crc for key, crc in sums.items())
         return record if is_kept else None
+
+    def _noted(self, suffix: str) -> dict[str, Any] | None:
+        """The record as it stands there."""
+        text = self.metadata.get(RECORD_KEY + suffix)
+        try:
+            record = None if text is None else json.loads(text)
+        except (ValueError, RecursionError):
+            return {}
+        return record if record is None or isinstance(record, dict) else {}
+
+    def listed_in(self) -> str | None:
+        """The folder or list that our record says; None in a file of another program."""
+        record = self._noted("")
+        return None if record is None else str(record.get("listed_in", ""))
 
 
 def checksum(tensor: Tensor) -> int:

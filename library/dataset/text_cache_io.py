@@ -139,6 +139,8 @@ class TextRecord:
     """options that `model` and the length hang on too -> their values, by which the reason is told"""
     source: str = ""
     """the file whose caption it is, from the folder of the cache; in tensor files"""
+    listed_in: str = ""
+    """the folder or list that named the source, in the same way"""
     version: int = FORMAT_VERSION
     checksums: Mapping[str, int] = field(default_factory=dict)
 

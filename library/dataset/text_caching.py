@@ -23,6 +23,7 @@ from library.dataset.background import BackgroundWriter, map_in_threads, records
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
 from library.dataset.cache_io import source_of
+from library.dataset.cache_pruning import listed_in
 from library.dataset.cache_stores import text_store
 from library.dataset.captions import deterministic_caption
 from library.dataset.items import ImageItem
@@ -239,7 +240,8 @@ def _store_on_disk(
     for item in job.items:
         path = item.text_encoder_outputs_npz
         if path not in written:
-            made_of = replace(record, source=source_of(path, item.absolute_path)) if store.keeps_source else record
+            source = {"source": source_of(path, item.absolute_path), "listed_in": listed_in(path, item.subset)}
+            made_of = replace(record, **source) if store.keeps_source else record
             written[path] = store.save(
                 path, strategy.architecture, strategy.layout, outputs, made_of, caption=job.caption,
                 in_use=in_use.get(path, frozenset()),

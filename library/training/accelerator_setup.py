@@ -15,7 +15,7 @@ import torch
 
 from library.core.errors import ConfigError, TrainingError
 from library.core.options import Config
-from library.training.option_groups import DdpOptions, ModelOptions, PrecisionOptions
+from library.training.option_groups import DdpOptions, MemoryOptions, ModelOptions, PrecisionOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -124,7 +124,19 @@ def is_main_process() -> bool:
 def prepare_runtime(config: Config) -> Runtime:
     """Start accelerate and form the process group; TrainingError when processes that were started do not see each
     other."""
+    set_cuda_switches(config)
     return _runtime_of(start_accelerator(config[PrecisionOptions], config[DdpOptions]), config)
+
+
+def set_cuda_switches(config: Config) -> None:
+    """--cuda_allow_tf32 and --cuda_cudnn_benchmark, which are settings of the process."""
+    if MemoryOptions not in config:
+        return  # a tool that loads no denoiser
+    memory = config[MemoryOptions]
+    if memory.cuda_allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if memory.cuda_cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
 
 
 def start_accelerator(precision: PrecisionOptions, ddp: DdpOptions, **further: object) -> Accelerator:

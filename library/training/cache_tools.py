@@ -8,6 +8,7 @@ import functools
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,8 @@ from library.core.options import Config, equivalent_option, option, option_field
 from library.core.registry import import_target
 from library.dataset import CachingOptions, DatasetOptions
 from library.families.registry import FAMILIES, record_of
-from library.training import option_reader, parser_common
+from library.training import clip_cache_options, option_reader, parser_common
+from library.training.clip_cache_options import ClipCacheOptions, ClipLatentsOptions
 from library.training.config_file import read_config_file
 from library.training.idle_options import as_block
 from library.training.option_groups import (
@@ -29,6 +31,7 @@ from library.training.option_groups import (
 )
 
 if TYPE_CHECKING:
+    from library.dataset.items import ImageItem
     from library.training.accelerator_setup import Runtime
     from library.training.data_phase import DataGroups
     from library.training.wiring.base import ModelFamily
@@ -110,11 +113,16 @@ def tool_script(family: str, what: str) -> option_reader.Script:
         if what == "latents"
         else {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
     )
+    more, spelled = clip_cache_options.OPTIONS[what], clip_cache_options.STANDS_FOR[what]
+    if record_of(family).clips is None:  # tools of families that learn from pictures alone have none of these
+        more, spelled = (), {}
     return option_reader.Script(
         family,
         f"cache of {what}",
         classes=(
             CacheToolOptions,
+            *more,
+            *family_class.tool_options.get(what, ()),
             # of families without an option of this name in their own scripts
             *(() if "t5xxl_dtype" in option_fields(family_class.options) else (T5FormatOptions,)),
             family_switches(),
@@ -133,6 +141,7 @@ def tool_script(family: str, what: str) -> option_reader.Script:
         foreign=family_class.foreign,
         neutral=family_class.neutral,
         defaults={**family_class.defaults, **defaults},
+        stands_for={**family_class.stands_for, **spelled},
         shares_file=True,
     )
 
@@ -223,14 +232,22 @@ def run(what: str, argv: Sequence[str]) -> None:
     set_up_logging(config[ConsoleOptions])
     for note in parsed.notes:
         logger.log(note.level, note.text)
-    if config.ignored and config[ConfigFileOptions].strict:
-        raise ConfigError([f"{item} (--strict is set)" for item in config.ignored])
-    if config.ignored:
-        logger.warning("%s", as_block(config.ignored))
+    ignored = [*config.ignored, *clip_cache_options.idle(config)]
+    if ignored and config[ConfigFileOptions].strict:
+        raise ConfigError([f"{item} (--strict is set)" for item in ignored])
+    if ignored:
+        logger.warning("%s", as_block(ignored))
     family = import_target(record_of(name).family)(config)
     _name_unused(family, config, what)
     data, runtime = _data(config, family, what)
-    fill(what, config, family, data, runtime)
+    looks = config[ClipLatentsOptions] if ClipLatentsOptions in config.classes() else None
+    if looks is not None and looks.debug_mode is not None:
+        from library.training.cache_preview import preview
+
+        logger.info("%d samples shown; nothing was encoded", preview(looks, data, family.latents_caching()))
+    else:
+        with _cudnn_of(looks):
+            fill(what, config, family, data, runtime)
     runtime.leave_group()
 
 
@@ -257,19 +274,50 @@ def _name_unused(family: ModelFamily, config: Config, what: str) -> None:
 
 def _data(config: Config, family: ModelFamily, what: str) -> tuple[DataGroups, Runtime]:
     """The images, after every problem of model files, configuration and image files was looked for."""
+    from library.device_utils import device_problem
     from library.training.accelerator_setup import prepare_runtime
     from library.training.data_phase import find_data, group_data
 
     problems, found = Problems(), None
-    for message in family.part_problems(PARTS[what]):
-        problems.add(message)
+    clips = config[ClipCacheOptions] if ClipCacheOptions in config.classes() else ClipCacheOptions()
+    if not _only_shows(config):
+        for message in family.part_problems(PARTS[what]):
+            problems.add(message)
+    if problem := device_problem("device", clips.device):
+        problems.add(problem)
     try:
         found = find_data(config, family.architecture)
     except ConfigError as error:
         problems.absorb(error)
     problems.raise_if_any()
-    runtime = prepare_runtime(config)
+    runtime = _on_device(prepare_runtime(config), clips.device)
     return group_data(config, found, family.architecture, runtime.seed), runtime
+
+
+def _only_shows(config: Config) -> bool:
+    return ClipLatentsOptions in config.classes() and config[ClipLatentsOptions].debug_mode is not None
+
+
+def _cudnn_of(options: ClipLatentsOptions | None) -> AbstractContextManager[None]:
+    """--disable_cudnn_backend."""
+    import torch
+
+    is_off = options is not None and options.disable_cudnn_backend
+    return torch.backends.cudnn.flags(enabled=False) if is_off else nullcontext()
+
+
+def _on_device(runtime: Runtime, device: str | None) -> Runtime:
+    """The runtime with the device of --device. ConfigError with several processes, which have one each."""
+    import torch
+
+    if device is None:
+        return runtime
+    if runtime.num_processes > 1:
+        raise ConfigError(
+            f"--device is {device}, with {runtime.num_processes} processes, which have one device each; leave it out, or"
+            " start one process"
+        )
+    return dataclasses.replace(runtime, device=torch.device(device))
 
 
 def fill(what: str, config: Config, family: ModelFamily, data: DataGroups, runtime: Runtime) -> None:
@@ -288,6 +336,7 @@ def fill(what: str, config: Config, family: ModelFamily, data: DataGroups, runti
             lambda: {
                 name: part.requires_grad_(False).eval() for name, part in family.load_parts(runtime, "vae").items()
             },
+            num_threads=config[ClipLatentsOptions].num_workers if ClipLatentsOptions in config.classes() else None,
         )
     else:
         strategies = family.strategies()
@@ -295,4 +344,19 @@ def fill(what: str, config: Config, family: ModelFamily, data: DataGroups, runti
             data, strategies, runtime, encode_prompts=None,
             load=lambda: [encoder.requires_grad_(False).eval() for encoder in family.load_text_encoders(runtime)],
         )
-    logger.info("the cache of %d images is complete", sum(len(group.items) for group in data.groups))
+    items = [item for group in data.groups for item in group.items]
+    logger.info("the cache of %d %s is complete", len(items), "images" if family.record.clips is None else "samples")
+    if ClipCacheOptions in config.classes() and not config[ClipCacheOptions].keep_cache and runtime.is_main_process:
+        _prune(what, items, family)
+
+
+def _prune(what: str, items: Sequence[ImageItem], family: ModelFamily) -> None:
+    """Remove what the data set made of videos and clips that it no longer has."""
+    from library.dataset.cache_pruning import prune
+
+    architecture = family.architecture
+    if what == "latents":
+        prune(items, lambda item: item.latents_npz, architecture.latents_suffix, architecture)
+    elif architecture.text_suffix is not None:
+        prune(items, lambda item: item.text_encoder_outputs_npz, architecture.text_suffix, architecture)
+

@@ -21,6 +21,7 @@ from library.training.idle_options import as_block
 from library.training.option_groups import ConfigFileOptions, ConsoleOptions
 from library.training.option_reader import OptionsError, names_any
 from library.training.stopping import INTERRUPTED, exit_code_of, signals_end_cleanly  # noqa: F401
+from library.training.timestep_samplers import TimestepOptions
 
 logger = logging.getLogger("atelier")
 
@@ -92,12 +93,19 @@ def run(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
         path = write_config_file(file_options.config_file, config, defaults)
         logger.info("wrote %s; train with --config_file %s", path, path)
         return
+    family_class = import_target(record_of(family).family)
+    if config[TimestepOptions].show_timesteps:
+        from library.training.show_timesteps import show_timesteps
+
+        shown = family_class(config)
+        shown.check_timesteps()
+        show_timesteps(config, shown)
+        return
     from library.training import checks
     from library.training.trainer_base import Trainer
 
     for line in checks.warnings(config):
         _tell(logging.WARNING, line)
-    family_class = import_target(record_of(family).family)
     trainable_class = parser_common.TRAINABLES.resolve(trainable)
     Trainer(config, family_class(config), trainable_class(config)).run()
 

@@ -162,6 +162,8 @@ class TrainingData:
         plan = self._plan(1)
         self.steps_per_epoch = len(plan)
         self.batches_per_epoch = sum(len(step) for step in plan)
+        self.samples_per_step = max((sum(len(items) for _, items in step) for step in plan), default=0)
+        """of all processes, at most"""
 
     def _plan(self, epoch: int) -> list[StepPlan]:
         return self.train.plan(epoch, self.seed, self.num_processes, self.accumulation)

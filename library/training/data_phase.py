@@ -175,14 +175,15 @@ def lacking_problems(family: ModelFamily, data: DataGroups, strategies: Strategy
 def cache_latents(
     config: Config, data: DataGroups, strategies: StrategySet, runtime: Runtime,
     load_vae: Callable[[], torch.nn.Module],
-    load_parts: Callable[[], dict[str, torch.nn.Module]] = dict,
+    load_parts: Callable[[], dict[str, torch.nn.Module]] = dict, num_threads: int | None = None,
 ) -> None:
     """Encode what the latent cache lacks with the VAE and the parts beside it; images that turn out to be unreadable
-    leave the data with --skip_bad_images."""
+    leave the data with --skip_bad_images. `num_threads`: that read files."""
     if config[CachingOptions].caches_latents:
         skip = config[DatasetOptions].skip_bad_images
         fill_latent_cache(
-            data.groups, strategies, load_vae, runtime, skip_bad_images=skip, index=data.index, load_parts=load_parts
+            data.groups, strategies, load_vae, runtime, skip_bad_images=skip, index=data.index, load_parts=load_parts,
+            num_threads=num_threads,
         )
 
 

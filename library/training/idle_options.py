@@ -135,8 +135,15 @@ def _idle_memory(config: Config) -> Iterator[tuple[str, str]]:
         yield "cpu_offload_checkpointing", "has no effect without --gradient_checkpointing, whose blocks it moves"
     if memory.torch_compile and memory.dynamo_backend == "no":
         yield "torch_compile", "has no effect with --dynamo_backend no"
-    if memory.dynamo_backend not in ("inductor", "no") and not memory.torch_compile:
-        yield "dynamo_backend", "has no effect without --torch_compile"
+    if memory.torch_compile and memory.blocks_to_swap:
+        yield "torch_compile", "has no effect with --blocks_to_swap: blocks whose weights change places are not compiled"
+    settings = {
+        "dynamo_backend": memory.dynamo_backend not in ("inductor", "no"), "dynamo_mode": memory.dynamo_mode,
+        "dynamo_fullgraph": memory.dynamo_fullgraph, "dynamo_dynamic": memory.dynamo_dynamic is not None,
+        "dynamo_cache_size_limit": memory.dynamo_cache_size_limit,
+    }  # fmt: skip
+    if not memory.torch_compile:
+        yield from ((name, "has no effect without --torch_compile") for name, is_set in settings.items() if is_set)
     if loop.persistent_data_loader_workers and loop.max_data_loader_n_workers == 0:
         yield "persistent_data_loader_workers", "has no effect with --max_data_loader_n_workers 0"
 

@@ -219,12 +219,12 @@ def _model_spec(inputs: MetadataInputs, options: Mapping[str, Any]) -> dict[str,
     sizes = [tuple(dataset["resolution"]) for dataset in inputs.datasets]
     commit = commit_hash()
     return build_model_spec(ModelSpec(
-        architecture=inputs.modelspec["architecture"] or "",
+        architecture=options.get("metadata_arch") or inputs.modelspec["architecture"] or "",
         implementation=inputs.modelspec["implementation"] or "",
         implementation_version=f"atelier/{commit or 'unknown'}",
         kind=inputs.kind,
         title=options.get("metadata_title") or options.get("output_name"),
-        resolution_wh=max(sizes, key=lambda size: size[0] * size[1]) if sizes else (1024, 1024),
+        resolution_wh=options.get("metadata_reso") or max(sizes, key=lambda size: size[0] * size[1], default=(1024, 1024)),
         timestamp=inputs.started_at,
         prediction_type=inputs.modelspec.get("prediction_type"),
         timestep_range=None if low is None and high is None else (low or 0, 1000 if high is None else high),

@@ -115,7 +115,7 @@ class FlowMatchingObjective(Objective):
     (compared with `clean_estimate`).
 
     `timestep_options`: TimestepOptions; `noise_options`: NoiseOptions or None (only ip_noise_gamma has a meaning here);
-    `weigh`: whether the loss is weighted by `--weighting_scheme`.
+    `weigh`: whether the loss is weighted by `--weighting_scheme`; `by_table`: at the nearest of 1000 whole timesteps.
     """
 
     is_flow = True
@@ -123,7 +123,7 @@ class FlowMatchingObjective(Objective):
 
     def __init__(
         self, timestep_options: TimestepOptions, noise_options: NoiseOptions | None = None, *,
-        target: str = "velocity", weigh: bool = False,
+        target: str = "velocity", weigh: bool = False, by_table: bool = False,
     ) -> None:
         if target not in FLOW_TARGETS:
             raise ValueError(f"target is '{target}'; known: {', '.join(FLOW_TARGETS)}")
@@ -131,6 +131,7 @@ class FlowMatchingObjective(Objective):
         self.noise_options = noise_options
         self.target = target
         self.weigh = weigh
+        self.by_table = by_table
 
     def corrupt(
         self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws
@@ -152,10 +153,18 @@ class FlowMatchingObjective(Objective):
         return [step / levels.NUM_TIMESTEPS for step in steps]
 
     def loss_weight(self, sample: NoisyLatents) -> torch.Tensor | None:
-        scheme = self.timestep_options.weighting_scheme
-        if not self.weigh or scheme not in ("sigma_sqrt", "cosmap"):
-            return None
-        return levels.flow_weights(scheme, sample.sigmas)
+        return self.weights_at(sample.sigmas) if self.weighs else None
+
+    @property
+    def weighs(self) -> bool:
+        return self.weigh and self.timestep_options.weighting_scheme in ("sigma_sqrt", "cosmap")
+
+    def weights_at(self, sigmas: torch.Tensor) -> torch.Tensor:
+        """Weight of the loss at sigmas of any shape."""
+        if not self.weighs:
+            return torch.ones_like(sigmas)
+        sigmas = levels.nearest_table_sigmas(sigmas * levels.NUM_TIMESTEPS) if self.by_table else sigmas
+        return levels.flow_weights(self.timestep_options.weighting_scheme, sigmas)
 
 
 class DdpmObjective(Objective):

@@ -8,8 +8,17 @@ import argparse
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError
-from library.core.options import LARGEST_BATCH, LARGEST_SEED, count_or_none, equivalent_option, option, refused_option
+from library.core.options import (
+    LARGEST_BATCH,
+    LARGEST_SEED,
+    LARGEST_SIDE,
+    count_or_none,
+    equivalent_option,
+    option,
+    refused_option,
+)
 from library.core.plugins import PluginOptions
+from library.dataset import parse_resolution
 
 MINUTES_OF_A_YEAR = 525_600
 
@@ -71,6 +80,11 @@ def interval_or_never(text: str | int) -> int | None:
     except (TypeError, ValueError):
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
     return value if value > 0 else None
+
+
+def precision_name(text: str) -> str:
+    """A number format of files; fp32 is another name of float."""
+    return "float" if text == "fp32" else text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +163,14 @@ class MetadataOptions:
     metadata_trigger_phrase: str | None = option(None, help="words that call the learned concept")
     metadata_preprocessor: str | None = option(None, help="preprocessor that the model needs (ControlNet)")
     metadata_is_negative_embedding: str | None = option(None, help="whether it is meant for the negative prompt")
+    metadata_reso: tuple[int, int] | None = option(
+        None, convert=parse_resolution, metavar="W,H", most=LARGEST_SIDE,
+        help="resolution that the file tells of, one number or width,height; that of the data when not given",
+    )
+    metadata_arch: str | None = option(
+        None, help="architecture that the file tells of, in the place of the model's; what is trained stands behind a / of it"
+        " unless it has one",
+    )
     training_comment: str | None = option(None, help="any text, written to ss_training_comment")
     no_metadata: bool = option(False, help="write no training metadata into the file")
 
@@ -229,7 +251,8 @@ class MemoryOptions:
     torch_compile: bool = option(False, help="compile the blocks of the denoiser with torch.compile")
     dynamo_backend: str = option(
         "inductor",
-        help="backend of --torch_compile; no is what front ends write when they do not compile",
+        help="backend of --torch_compile, in any case; no is what front ends write when they do not compile",
+        convert=str.lower,
         choices=(
             "no",
             "eager",
@@ -242,9 +265,31 @@ class MemoryOptions:
             "fx2trt",
             "onnxrt",
             "tensort",
+            "tensorrt",
+            "aot_torchxla_trace_once",
+            "torchxla_trace_once",
             "ipex",
             "tvm",
+            "hpu_backend",
         ),
+    )
+    dynamo_mode: str | None = option(
+        None, help="what --torch_compile optimizes for; default when not given",
+        choices=(None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
+    dynamo_fullgraph: bool = option(False, help="make an error of code that --torch_compile cannot compile whole")
+    dynamo_dynamic: bool | None = option(
+        None, help="whether --torch_compile compiles for sizes that change; found out while training when not given"
+    )
+    dynamo_cache_size_limit: int | None = option(
+        None, help="most versions of a block that --torch_compile keeps; room for the sizes of all blocks when not given",
+        convert=count_or_none,
+    )
+    cuda_allow_tf32: bool = option(
+        False, help="let NVIDIA GPUs multiply float32 matrices in TF32: faster, fewer digits"
+    )
+    cuda_cudnn_benchmark: bool = option(
+        False, help="let cuDNN try out its convolutions: faster where sizes stay, results may differ in the last digits"
     )
     lowram: bool = equivalent_option(
         False,
@@ -259,17 +304,12 @@ class MemoryOptions:
 
     def __post_init__(self) -> None:
         problems = too_small(self, 0, "blocks_to_swap", hint=" (0 = no swapping)")
-        if self.blocks_to_swap and self.cpu_offload_checkpointing and self.gradient_checkpointing:
-            problems.append(
-                "--blocks_to_swap and --cpu_offload_checkpointing do not go together; leave one of them out"
-            )
-        if self.blocks_to_swap and self.compiles:
-            problems.append("--blocks_to_swap and --torch_compile do not go together; leave one of them out")
-        raise_problems(problems)
+        raise_problems(problems + too_small(self, 1, "dynamo_cache_size_limit"))
 
     @property
     def compiles(self) -> bool:
-        return self.torch_compile and self.dynamo_backend != "no"
+        """Blocks whose weights change places are not compiled."""
+        return self.torch_compile and self.dynamo_backend != "no" and not self.blocks_to_swap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,6 +390,7 @@ class SavingOptions(OverflowOptions):
         None,
         help="number format of the saved weights; that of the trained weights when not given (float32, or that of --full_*)",
         choices=(None, "float", "fp16", "bf16"),
+        convert=precision_name,
     )
     save_every_n_epochs: int | None = option(None, help="write a file every n epochs; 0 = never", convert=count_or_none)
     save_every_n_steps: int | None = option(None, help="write a file every n steps; 0 = never", convert=count_or_none)

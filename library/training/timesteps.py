@@ -75,11 +75,27 @@ def table_sigmas(u: torch.Tensor, shift: float) -> torch.Tensor:
     return shift_sigmas((index + 1) / NUM_TIMESTEPS, shift)
 
 
+def falling_timesteps(u: torch.Tensor, min_timestep: int | None, max_timestep: int | None) -> torch.Tensor:
+    """Whole timesteps [B] of the table 1000, 999 .. 1, of which the range leaves max, max - 1 .. min + 1: number
+    floor(u * (max - min)) of these, so that a larger u is a cleaner sample. Give float64."""
+    low, high = timestep_range(min_timestep, max_timestep)
+    return high - (u * (high - low)).floor().clamp(0, high - low - 1)
+
+
+def nearest_table_sigmas(timesteps: torch.Tensor) -> torch.Tensor:
+    """Sigma of the nearest whole timestep from 1 to 1000, of timesteps of any shape; the larger one of two that are as
+    near."""
+    return (timesteps + 0.5).floor().clamp(1, NUM_TIMESTEPS) / NUM_TIMESTEPS
+
+
+def ideogram4_mean(latent_hw: tuple[int, int]) -> float:
+    """m = 0.5 ln(16h * 16w / 512^2)."""
+    return 0.5 * math.log(16 * latent_hw[0] * 16 * latent_hw[1] / 512**2)
+
+
 def ideogram4_sigmas(u: torch.Tensor, latent_hw: tuple[int, int]) -> torch.Tensor:
-    """sigmoid(m + 1.5 * probit(u)), m = 0.5 ln(16h * 16w / 512^2), kept inside the sampler's log-SNR range."""
-    height, width = latent_hw
-    mean = 0.5 * math.log(16 * height * 16 * width / 512**2)
-    sigmas = torch.sigmoid(mean + 1.5 * normal_from_uniform(u))
+    """sigmoid(m + 1.5 * probit(u)) with m = `ideogram4_mean`, kept inside the sampler's log-SNR range."""
+    sigmas = torch.sigmoid(ideogram4_mean(latent_hw) + 1.5 * normal_from_uniform(u))
     return sigmas.clamp(1 - 1 / (1 + math.exp(-7.5)), 1 - 1 / (1 + math.exp(9.0)))
 
 

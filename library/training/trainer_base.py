@@ -318,7 +318,10 @@ class Trainer:
         if memory.compiles:
             for part in models.of_step:
                 if hasattr(part, "repeated_blocks"):
-                    compile_blocks(part, memory.dynamo_backend)
+                    compile_blocks(
+                        part, memory.dynamo_backend, mode=memory.dynamo_mode, fullgraph=memory.dynamo_fullgraph,
+                        dynamic=memory.dynamo_dynamic, variants=memory.dynamo_cache_size_limit,
+                    )  # fmt: skip
 
     # ---- the Run -----------------------------------------------------------------------------------------------------
 
@@ -360,6 +363,8 @@ class Trainer:
             max_grad_norm=self.config[OptimizerOptions].max_grad_norm, settings=settings,
             updater=self.trainable.updater(),
         )
+        if hasattr(run.step.timestep_sampler, "know_epochs"):
+            run.step.timestep_sampler.know_epochs(batches.steps_per_epoch, batches.samples_per_step)
         resume(run, state)
         # Now that inputs among them (--network_weights) are read, and nothing more can be refused.
         self.on_main(runtime, lambda: keep_earlier_files(self.config))

@@ -92,7 +92,6 @@ OPTIONS: list[tuple[str, list[str]]] = [
     ("--fp8_base", ["--fp8_base is set with --mixed_precision no"]),
     ("--blocks_to_swap=50", ["--blocks_to_swap is 50", "1 double and 2 single blocks allows at most 0"]),
     ("--blocks_to_swap=-1", ["--blocks_to_swap is -1"]),
-    ("--blocks_to_swap=1 --cpu_offload_checkpointing --gradient_checkpointing", ["do not go together"]),
     ("--cpu_offload_checkpointing --strict", ["without --gradient_checkpointing"]),
     ("--torch_compile --dynamo_backend=foo", ["--dynamo_backend is 'foo'", "inductor"]),
     ("--deepspeed", ["--deepspeed", "not available here"]),

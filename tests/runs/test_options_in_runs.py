@@ -89,7 +89,10 @@ def test_the_result_is_the_same(base: Work, options: str):
 def test_swapped_blocks_give_the_same_result(tmp_path: Path):
     tiny = build_tiny_flux(tmp_path / "deep", depth=4, depth_single_blocks=4)
     work = Work(tmp_path, tiny, draw_pictures(tmp_path / "images", 2))
-    assert largest_difference(run(work, "swapped", "--blocks_to_swap=2"), run(work, "whole")) < 1e-6
+    whole = run(work, "whole")
+    for more in ("", "--gradient_checkpointing --cpu_offload_checkpointing --torch_compile"):
+        swapped = run(work, f"swapped{len(more)}", "--blocks_to_swap=2", *more.split())
+        assert largest_difference(swapped, whole) < 1e-6, more
 
 
 @pytest.mark.parametrize(

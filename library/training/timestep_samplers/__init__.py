@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.core.errors import ConfigError, Problems, did_you_mean, foreign_errors
-from library.core.options import Ignored, option, without_effect
+from library.core.options import LARGEST_SIDE, Ignored, count_or_none, option, without_effect
 from library.core.registry import Registry, is_path
-from library.training.timestep_samplers.modes import DENSITY_MODES, FLOW_MODES, SIGMOID_MODES
+from library.dataset import parse_resolution
+from library.training.timestep_samplers.modes import DENSITY_MODES, FLOW_MODES, MIXTURES, SIGMA_TABLES, SIGMOID_MODES
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -29,15 +30,24 @@ TIMESTEP_SAMPLERS: Registry[type] = Registry(
 for _name in FLOW_MODES:
     TIMESTEP_SAMPLERS.add(_name, "library.training.timestep_samplers.baseline:FlowTimestepSampler")
 
+SHOWN_AS = ("image", "console")
 MODES = tuple(TIMESTEP_SAMPLERS.names())
 """those of the project"""
 
 
 class TimestepSampler(Protocol):
     """Draws times in the unit of the objective, [B], or one per frame or token (`objective.expand_like`); a pure
-    function of the draws, so that a resumed run draws the same."""
+    function of the draws, so that a resumed run draws the same. One that has `know_epochs(steps_per_epoch,
+    samples_per_step)` is told the length of an epoch, and how many samples a step has at most, before the first
+    step."""
 
     def sample(self, latent_shape: Sequence[int], draws: StepDraws) -> torch.Tensor: ...
+
+
+def buckets_or_none(text: str | int) -> int | None:
+    """A number of parts; 0 and 1 are the same as none."""
+    count = count_or_none(text)
+    return None if count == 1 else count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +71,41 @@ class TimestepOptions:
     logit_std: float = option(1.0, help="standard deviation of logit_normal and logsnr")
     mode_scale: float = option(1.29, help="scale of the density mode")
     discrete_flow_shift: float = option(3.0, help="shift of the modes sigma and shift; 1 = none")
+    sigma_table: str = option(
+        "rising", choices=SIGMA_TABLES,
+        help="how mode sigma reads its table of 1000 levels: rising, a larger number of the density is a noisier sample, as in"
+        " the paper; falling, a cleaner one, at whole timesteps, as known trainers of video models do",
+    )
     min_timestep: int | None = option(None, help="smallest timestep, 0 to 999 (default 0)")
     max_timestep: int | None = option(None, help="end of the range of timesteps, 1 to 1000 (default 1000)")
+    preserve_distribution_shape: bool = option(
+        False,
+        help="cut the distribution to the range of --min_timestep and --max_timestep, where it is squeezed into it otherwise",
+    )
+    num_timestep_buckets: int | None = option(
+        None, convert=buckets_or_none,
+        help="draw the noise levels of an epoch evenly from this many equal parts of the distribution, 2 or more",
+    )
+    show_timesteps: str | None = option(
+        None, choices=(None, *SHOWN_AS),
+        help="show which noise levels would be drawn instead of training: console, as text, or image, a PNG in --output_dir",
+    )
+    show_timesteps_resolution: tuple[int, int] | None = option(
+        None, convert=parse_resolution, metavar="W,H", most=LARGEST_SIDE,
+        help="size of the samples for --show_timesteps: one number or width,height; 1024 when not given",
+    )
 
     def __post_init__(self) -> None:
         problems = Problems()
         unknown = TIMESTEP_SAMPLERS.problem(self.timestep_sampling)
         if unknown is not None:
             problems.add(unknown)
+        if min(self.show_timesteps_resolution or (1,)) < 1:
+            problems.add(
+                f"--show_timesteps_resolution is {self.show_timesteps_resolution}; both sides must be at least 1"
+            )
+        if self.num_timestep_buckets is not None and self.num_timestep_buckets < 2:
+            problems.add(f"--num_timestep_buckets is {self.num_timestep_buckets}; needed: 2 or more, e.g. 10")
         if self.weighting_scheme not in WEIGHTING_SCHEMES:
             problems.add(
                 f"--weighting_scheme is '{self.weighting_scheme}'"
@@ -106,17 +143,24 @@ def notices(options: TimestepOptions) -> list[str]:
     """Lines for the log at start: where numbers differ from what people know."""
     lines = []
     is_whole = options.timestep_sampling == "whole"
+    if options.sigma_table == "falling":  # families whose known trainers do the same
+        return lines
     if options.timestep_sampling == "sigma" and options.weighting_scheme in ("logit_normal", "mode"):
         lines.append(
             f"--timestep_sampling sigma with --weighting_scheme {options.weighting_scheme}: a larger number is a noisier"
             " sample, as in the paper (known trainers mirror the distribution)"
         )
-    if (options.min_timestep or 0, options.max_timestep or 1000) != (0, 1000) and not is_whole:
+    if is_limited(options) and not is_whole and not options.preserve_distribution_shape:
         lines.append(
             "--min_timestep/--max_timestep: the sigmas of every mode are squeezed into the range"
             " (known trainers ignore the range for flow models)"
         )
     return lines
+
+
+def is_limited(options: TimestepOptions) -> bool:
+    """Whether --min_timestep and --max_timestep leave out a part of the noise levels."""
+    return (options.min_timestep or 0, options.max_timestep or 1000) != (0, 1000)
 
 
 def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> list[Ignored]:
@@ -127,11 +171,13 @@ def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> li
     mode, scheme, default = options.timestep_sampling, options.weighting_scheme, TimestepOptions()
     if mode not in MODES:
         return []  # a sampler from outside may read them all
+    parts = [part for _, part, _ in MIXTURES.get(mode, ((1.0, mode, {}),))]
+    falls = mode == "sigma" and options.sigma_table == "falling"
     used = {
-        "sigmoid_scale": mode in SIGMOID_MODES,
-        "discrete_flow_shift": mode in (*DENSITY_MODES, "shift"),
-        "logit_mean": mode == "logsnr" or (mode in DENSITY_MODES and scheme == "logit_normal"),
-        "logit_std": mode == "logsnr" or (mode in DENSITY_MODES and scheme == "logit_normal"),
+        "sigmoid_scale": bool(SIGMOID_MODES.intersection(parts)),
+        "discrete_flow_shift": mode == "shift" or (mode in DENSITY_MODES and not falls),
+        "logit_mean": _is_free("logit_mean", mode) or (mode in DENSITY_MODES and scheme == "logit_normal"),
+        "logit_std": _is_free("logit_std", mode) or (mode in DENSITY_MODES and scheme == "logit_normal"),
         "mode_scale": mode in DENSITY_MODES and scheme == "mode",
     }
     changed = [
@@ -140,9 +186,34 @@ def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> li
         if getattr(options, name) != getattr(default, name) and (explicit is None or name in explicit)
     ]
     how = f"neither --timestep_sampling {mode} nor --weighting_scheme {scheme} uses it"
-    found = without_effect([name for name in changed if not used[name]], how)
+    found = without_effect([name for name in changed if not used[name] and not (falls and name.startswith("disc"))], how)
+    if falls and "discrete_flow_shift" in changed:
+        found += without_effect(["discrete_flow_shift"], "the falling table of --timestep_sampling sigma has no shift")
     if mode not in DENSITY_MODES and scheme in ("logit_normal", "mode"):
         found += without_effect(["weighting_scheme"], f"{scheme} shapes the sigmas only with --timestep_sampling sigma")
+    return found + _idle_shapes(options, explicit)
+
+
+def _is_free(name: str, mode: str) -> bool:
+    """Whether a mode has a part of log-SNRs whose `name` the option says."""
+    return any(
+        part == "logsnr" and name not in fixed for _, part, fixed in MIXTURES.get(mode, ((1.0, mode, {}),))
+    )
+
+
+def _idle_shapes(options: TimestepOptions, explicit: Container[str] | None) -> list[Ignored]:
+    """Ways of drawing that modes with a table do not have."""
+    mode, found = options.timestep_sampling, []
+    if options.preserve_distribution_shape and (mode in DENSITY_MODES or not is_limited(options)):
+        how = (
+            f"--timestep_sampling {mode} draws from a table of the range" if mode in DENSITY_MODES
+            else "neither --min_timestep nor --max_timestep is given, to which it would cut"
+        )
+        found += without_effect(["preserve_distribution_shape"], how)
+    if options.num_timestep_buckets and mode in DENSITY_MODES:
+        found += without_effect(["num_timestep_buckets"], f"--timestep_sampling {mode} draws from a table")
+    if options.sigma_table != "rising" and mode != "sigma" and (explicit is None or "sigma_table" in explicit):
+        found += without_effect(["sigma_table"], f"--timestep_sampling {mode} has no table")
     return found
 
 

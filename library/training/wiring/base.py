@@ -77,6 +77,11 @@ def foreign_to_ddpm(model: str) -> dict[str, str]:
         "logit_std",
         "mode_scale",
         "discrete_flow_shift",
+        "sigma_table",
+        "preserve_distribution_shape",
+        "num_timestep_buckets",
+        "show_timesteps",
+        "show_timesteps_resolution",
     )
     own = f"{reason}; a sampler of your own can be given by its path"
     return {"timestep_sampling": own, **dict.fromkeys(names, reason)}
@@ -141,6 +146,9 @@ class ModelFamily(ABC):
     part_options: ClassVar[Mapping[str, frozenset[str]]] = {}
     """own options that a part needs, for tools that load one part alone: "vae" and "text_encoders" -> names"""
 
+    tool_options: ClassVar[Mapping[str, tuple[type, ...]]] = {}
+    """what is cached, "latents" or "text" -> groups of options that the tool for it has beside `options`"""
+
     def __init_subclass__(cls, **settings: object) -> None:
         super().__init_subclass__(**settings)
         if "record" in vars(cls):
@@ -161,6 +169,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def check(self) -> None:
         """Look at options and files (headers only) and raise one ConfigError with every problem."""
+
+    def check_timesteps(self) -> None:
+        """Raise ConfigError when the family has not the chosen way of drawing noise levels."""
+        timestep_samplers.check_table(self.config[timestep_samplers.TimestepOptions])
 
     @abstractmethod
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
@@ -398,12 +410,13 @@ class FlowFamily(ModelFamily):
         problems = Problems()
         for problem in self._file_problems():
             problems.add(problem)
-        problems.attempt(
-            lambda: timestep_samplers.check(self.config[timestep_samplers.TimestepOptions], self.timestep_modes)
-        )
+        problems.attempt(self.check_timesteps)
         problems.raise_if_any()
         for line in self._notices():
             logger.info(line)
+
+    def check_timesteps(self) -> None:
+        timestep_samplers.check(self.config[timestep_samplers.TimestepOptions], self.timestep_modes)
 
     def part_problems(self, part: str) -> list[str]:
         found = self._slot_problems(part)

@@ -74,7 +74,7 @@ class UNetFamily(ModelFamily):
         for problem in [*self._denoiser_problems(), *self.part_problems("vae"), *self.part_problems("text_encoders")]:
             if problem not in problems.messages:
                 problems.add(problem)
-        problems.attempt(lambda: timestep_samplers.check_table(self.config[TimestepOptions]))
+        problems.attempt(self.check_timesteps)
         problems.attempt(lambda: self._check_sampler(self.config[SamplerOptions].sample_sampler, "--sample_sampler"))
         problems.raise_if_any()
         for line in self.notices():

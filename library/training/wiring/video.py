@@ -36,7 +36,7 @@ class VideoFamily(FlowFamily):
     defaults = video_options.DEFAULTS
     stands_for = video_options.STANDS_FOR
     refused = {"weighted_captions": "no video model is trained with weighted words"}
-    ignored = {
+    foreign = {
         **ignored_by_flow("a video model"),
         "v2": _IMAGE_MODELS,
         "v_parameterization": "video models predict the velocity of their flow in any case",
@@ -117,11 +117,11 @@ class VideoFamily(FlowFamily):
         return ["the time reaches the network in float32, as 1000 sigma (known trainers add 1)"]
 
     def objective(self) -> Objective:
-        """Velocity, weighted by `--weighting_scheme`."""
+        """Velocity, weighted by `--weighting_scheme` at whole timesteps, as known trainers weigh it."""
         from library.training.objective import FlowMatchingObjective
 
         return FlowMatchingObjective(
-            self.config[TimestepOptions], self.config[NoiseOptions], target="velocity", weigh=True
+            self.config[TimestepOptions], self.config[NoiseOptions], target="velocity", weigh=True, by_table=True
         )
 
     def timestep_metadata(self) -> dict[str, Plain]:

@@ -60,6 +60,18 @@ class VideoOptions:
         False, help="another name of --cpu_offload_checkpointing, for --gradient_checkpointing"
     )
     disable_numpy_memmap: bool = option(False, help="another name of --disable_mmap_load_safetensors")
+    compile: bool = option(False, help="another name of --torch_compile")
+    compile_backend: str = option("inductor", help="another name of --dynamo_backend, for --compile")
+    compile_mode: str = option(
+        "default", help="another name of --dynamo_mode, for --compile",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
+    compile_dynamic: str | None = option(
+        None, help="--dynamo_dynamic for --compile: true, false, or auto (found out while training)",
+        choices=(None, "true", "false", "auto"), convert=str.lower,
+    )
+    compile_fullgraph: bool = option(False, help="another name of --dynamo_fullgraph, for --compile")
+    compile_cache_size_limit: int | None = option(None, help="another name of --dynamo_cache_size_limit, for --compile")
     flash_attn: bool = equivalent_option(
         False, help="attention of flash-attn", reason=f"--flash_attn: {_ATTENTION}"
     )
@@ -95,12 +107,19 @@ class VideoOptions:
 STANDS_FOR: Mapping[str, Mapping[str, object]] = {
     "dit": {"pretrained_model_name_or_path": str},
     "fp8_base": {"fp8_base_unet": True, "fp8_base": False},
+    "dynamo_backend": {"torch_compile": lambda backend: backend != "no"},
+    "compile": {"torch_compile": True, "dynamo_backend": "inductor"},
+    "compile_backend": {"dynamo_backend": str.lower},
+    "compile_mode": {"dynamo_mode": str},
+    "compile_dynamic": {"dynamo_dynamic": {"true": True, "false": False, "auto": None}.get},
+    "compile_fullgraph": {"dynamo_fullgraph": True},
+    "compile_cache_size_limit": {"dynamo_cache_size_limit": int},
     "gradient_checkpointing_cpu_offload": {"cpu_offload_checkpointing": True},
     "disable_numpy_memmap": {"disable_mmap_load_safetensors": True},
 }
-"""for ModelFamily.stands_for"""
+"""for ModelFamily.stands_for, in the order in which they count: a later one wins"""
 
-DEFAULTS: Mapping[str, object] = {"discrete_flow_shift": 1.0, "weighting_scheme": "none"}
+DEFAULTS: Mapping[str, object] = {"discrete_flow_shift": 1.0, "weighting_scheme": "none", "sigma_table": "falling"}
 """for ModelFamily.defaults: those of the known scripts, where they differ from the shared ones"""
 
 

@@ -150,6 +150,8 @@ def test_options_that_do_something_else_are_warned_of(values, words):
         ),
         ({"torch_compile": True, "dynamo_backend": "no"}, "--torch_compile: has no effect with --dynamo_backend no"),
         ({"dynamo_backend": "eager"}, "--dynamo_backend: has no effect without --torch_compile"),
+        ({"dynamo_mode": "max-autotune"}, "--dynamo_mode: has no effect without --torch_compile"),
+        ({"torch_compile": True, "blocks_to_swap": 2}, "--torch_compile: has no effect with --blocks_to_swap"),
         ({"async_upload": True}, "--async_upload: has no effect without --huggingface_repo_id"),
         (
             {"huggingface_repo_visibility": "public"},
@@ -178,10 +180,6 @@ def test_a_plain_run_has_no_warning():
         ({"full_bf16": True}, "--full_bf16"),
         ({"fp8_base": True}, "--fp8_base"),
         ({"blocks_to_swap": -1}, "--blocks_to_swap is -1"),
-        (
-            {"blocks_to_swap": 2, "cpu_offload_checkpointing": True, "gradient_checkpointing": True},
-            "do not go together",
-        ),
         ({"log_with": "tensorboard"}, "--logging_dir"),
         ({"output_name": "a/b"}, "--output_name"),
         ({"save_every_n_steps": -3}, "--save_every_n_steps is -3"),

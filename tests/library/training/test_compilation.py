@@ -60,7 +60,7 @@ def test_every_compiled_block_runs_compiled_and_computes_the_same(family: str):
 @pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.full), "sdxl"])
 def test_a_run_on_a_compiled_u_net(family: str, tmp_path: Path, tmp_path_factory, monkeypatch: pytest.MonkeyPatch):
     work, numbers = Tinies(tmp_path_factory).work(family, tmp_path), []
-    monkeypatch.setattr(trainer_base, "compile_blocks", lambda *words: numbers.append(compile_blocks(*words)))
+    monkeypatch.setattr(trainer_base, "compile_blocks", lambda *words, **more: numbers.append(compile_blocks(*words, **more)))
     plain = work.train("plain", "--max_train_steps=1")
     compiled = work.train("compiled", "--max_train_steps=1", "--torch_compile", "--dynamo_backend=eager")
     assert numbers and numbers[0] >= 4

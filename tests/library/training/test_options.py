@@ -30,12 +30,12 @@ OWN_OPTIONS = {
     "chroma_full": {"clip_l_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update"},
     "sd3_full": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer", "layer_lrs", "bf16_update"},
     "lumina_full": {"gemma2_tokenizer", "layer_lrs", "bf16_update"},
-    "hunyuan_image_full": {"text_encoder_tokenizer", "vae_tiling", "layer_lrs", "bf16_update"},
+    "hunyuan_image_full": {"text_encoder_tokenizer", "layer_lrs", "bf16_update"},
     "anima_full": {"qwen3_tokenizer", "layer_lrs", "bf16_update"},
     "sd_full": {"clip_tokenizer", "layer_lrs", "bf16_update"},
     "sdxl_full": {"clip_tokenizer", "layer_lrs", "bf16_update"},
     "anima_network": {"qwen3_tokenizer"},
-    "hunyuan_image_network": {"text_encoder_tokenizer", "vae_tiling"},
+    "hunyuan_image_network": {"text_encoder_tokenizer"},
     "lumina_network": {"gemma2_tokenizer"},
     "sd3_network": {"clip_l_tokenizer", "clip_g_tokenizer", "t5xxl_tokenizer"},
     "sd_textual_inversion": {"clip_tokenizer"},
@@ -51,8 +51,11 @@ OWN_OPTIONS = {
 OWN_OF_ALL = {
     "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images",
     "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
-    "plugins", "loss_weight", "hook", "textual_inversion_embeddings",
+    "plugins", "loss_weight", "hook", "textual_inversion_embeddings", "sigma_table", "show_timesteps_resolution",
+    "dynamo_cache_size_limit",
 }
+VIDEO = ("hunyuan_video_network", "wan_network", "framepack_network", "hunyuan_video_full")
+"""scripts of the known video trainer, whose shared options work in every script"""
 OWN_OF_NETWORKS = {"drop_untrained"}
 OWN_OF_WORDS_BESIDE = {"embedding_lr", "embedding_files"}
 """options that only this project has; extend the sets together with the documentation"""
@@ -76,8 +79,10 @@ def family_of_script(family: str) -> str:
 def known(which: str) -> list[list]:
     """[name, type, nargs, default, choices] of every option that the known script of this name has; where none is known,
     those of the family's script for adapters without theirs, and those of the same training of another family."""
-    family, trainable = NAMES[which]
-    path = Path(__file__).parent / f"{family_of_script(family)}_{trainable}_options.jsonl"
+    if which in NAMES:
+        family, trainable = NAMES[which]
+        which = f"{family_of_script(family)}_{trainable}"
+    path = Path(__file__).parent / f"{which}_options.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -104,7 +109,7 @@ def test_the_set_of_options_is_the_known_one_and_our_own(which: str) -> None:
     """Shared options that the known script of a family does not have are refused here, or work here too."""
     names, of_script = {entry[0] for entry in known(which)}, set(WHAT[which].owners)
     assert names - of_script == set()
-    elsewhere = {entry[0] for other in WHAT for entry in known(other)}
+    elsewhere = {entry[0] for other in (*WHAT, *VIDEO) for entry in known(other)}
     family, trainable = NAMES[which]
     of_networks = OWN_OF_NETWORKS if trainable == "network" else set()
     of_words = OWN_OF_WORDS_BESIDE if of_networks and FAMILIES[family].embedding_keys else set()

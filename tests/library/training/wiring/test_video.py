@@ -85,6 +85,16 @@ def test_models_that_a_run_needs_in_any_case_are_asked_for(work):
         (["--gradient_checkpointing_cpu_offload"], {"cpu_offload_checkpointing": True}),
         (["--disable_numpy_memmap"], {"disable_mmap_load_safetensors": True}),
         (["--vae_dtype=bfloat16"], {"vae_dtype": "bf16"}),
+        (["--dynamo_backend=INDUCTOR"], {"torch_compile": True, "dynamo_backend": "inductor"}),
+        (["--dynamo_backend=NO", "--compile"], {"torch_compile": True, "dynamo_backend": "inductor"}),
+        (["--dynamo_backend=NO"], {"torch_compile": False}),
+        (
+            "--compile --compile_backend=eager --compile_mode=max-autotune --compile_dynamic=false --compile_fullgraph".split(),
+            {"torch_compile": True, "dynamo_backend": "eager", "dynamo_mode": "max-autotune", "dynamo_dynamic": False,
+             "dynamo_fullgraph": True},
+        ),
+        (["--compile", "--compile_dynamic=auto"], {"dynamo_dynamic": None}),
+        (["--save_precision=fp32"], {"save_precision": "float"}),
     ],
 )
 def test_options_stand_for_those_of_every_script(work, given, meant):
