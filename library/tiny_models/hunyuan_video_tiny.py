@@ -44,7 +44,7 @@ class TinyHunyuanVideo:
     def arguments(self) -> list[str]:
         """Command-line options that name the set."""
         return [
-            f"--dit={self.denoiser}", f"--vae={self.vae}", f"--text_encoder1={self.text_encoder1}",
+            f"--pretrained_model_name_or_path={self.denoiser}", f"--vae={self.vae}", f"--text_encoder1={self.text_encoder1}",
             f"--text_encoder2={self.text_encoder2}", f"--text_encoder1_tokenizer={self.llama_tokenizer}",
             f"--text_encoder2_tokenizer={self.clip_tokenizer}",
         ]  # fmt: skip

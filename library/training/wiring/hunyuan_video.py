@@ -95,6 +95,7 @@ class HunyuanVideoFamily(VideoFamily):
 
     record = FAMILY
     denoiser_kinds = ("hunyuan_video",)
+    reads_pickles = True
     denoiser_writer = "library.hunyuan_video_utils:save_hunyuan_video"
     options = HunyuanVideoOptions
     part_options = {
@@ -121,7 +122,7 @@ class HunyuanVideoFamily(VideoFamily):
 
         kinds = {"vae": "vae_hunyuan_video"} if part == "vae" else _FILES
         files = self.part_files(part)
-        found = [check_slot(files[name], name, {kind}, with_pickles=True) for name, kind in kinds.items()]
+        found = [check_slot(files[name], name, {kind}, with_pickles=part == "vae") for name, kind in kinds.items()]
         return [problem for problem in found if problem]
 
     def _tokenizer_problems(self) -> list[str]:
