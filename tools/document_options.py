@@ -30,6 +30,8 @@ PAGES: dict[tuple[str, str], str] = {
 GENERATION_PAGE = "docs/gen_img.md"
 """the page of the image scripts of Stable Diffusion and SDXL"""
 
+VIDEO_ENDING = "_generate_video.py"
+
 TRAINABLES_PAGE = "docs/trainables.md"
 """the page with the table of what can be learned of which family"""
 FEATURES: dict[str, tuple[str, ...]] = {
@@ -59,6 +61,20 @@ def generation_script() -> Script:
     from library.generation.gen_img.script import CLASSES
 
     return Script("sd", "generation", CLASSES, {}, {})
+
+
+def video_scripts() -> dict[str, Script]:
+    """The option groups of the video scripts in the form of a training script, by family."""
+    with_script = {name: record for name, record in FAMILIES.items() if record.pictures.endswith(VIDEO_ENDING)}
+    return {
+        name: Script(name, "generation", import_target(record.image_script).groups, {}, {})
+        for name, record in with_script.items()
+    }
+
+
+def video_page(family: str) -> str:
+    """The page of a family's video script."""
+    return f"docs/{FAMILIES[family].pictures.removesuffix('.py')}.md"
 
 
 def tables(what: Script) -> str:
@@ -156,6 +172,8 @@ def main(argv: list[str]) -> None:
         for (family, trainable), page in PAGES.items():
             renew(tables(script(family, trainable)), root / page)
         renew(tables(generation_script()), root / GENERATION_PAGE)
+        for family, what in video_scripts().items():
+            renew(tables(what), root / video_page(family))
         renew(trainables_table(), root / TRAINABLES_PAGE)
     elif len(argv) == 3:
         renew(tables(script(argv[0], argv[1])), Path(argv[2]))

@@ -16,6 +16,8 @@ from tools.document_options import (
     between_marks,
     generation_script,
     trainables_table,
+    video_page,
+    video_scripts,
     with_tables,
 )
 
@@ -38,6 +40,12 @@ def test_the_table_of_the_image_script_is_current() -> None:
     page = (ROOT / GENERATION_PAGE).read_text(encoding="utf-8")
     assert with_tables(page, generation_script()) == page
     assert [name for name in generation_script().owners if f"`--{name}`" not in page] == []
+
+
+@pytest.mark.parametrize("family", video_scripts())
+def test_the_tables_of_video_scripts_are_current(family: str) -> None:
+    page, what = (ROOT / video_page(family)).read_text(encoding="utf-8"), video_scripts()[family]
+    assert with_tables(page, what) == page
 
 
 def test_the_table_of_trainables_is_current() -> None:
