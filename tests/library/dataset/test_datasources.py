@@ -242,6 +242,13 @@ def test_cached_info_is_true_to_the_folder(tmp_path):
     assert state() == {"1.png": ("another", (48, 16)), "3.png": ("three", (32, 16)), "4.png": ("own now", (32, 16))}
 
 
+def test_cached_captions_are_of_the_form_of_the_dataset(tmp_path):
+    image(tmp_path / "a" / "1.png", caption="one\ntwo")
+    flat = f"[[datasets]]\nresolution = 64\nimage_directory = '{tmp_path / 'a'}'\ncaption_extension = '.txt'\n"
+    for text, caption in (2 * [(config(folder(tmp_path / "a")), "one"), (flat, "one\ntwo")])[:3]:
+        assert scan(tmp_path, text, cache_info=True).train[0][0].caption == caption
+
+
 def test_unchanged_images_are_not_read_again(tmp_path):
     path = image(tmp_path / "a" / "1.png")
     scan(tmp_path, config(folder(tmp_path / "a")), cache_info=True)
