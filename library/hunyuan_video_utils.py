@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,12 @@ from library.components.hunyuan_stream_utils import (
     save_streams,
     stream_state,
 )
-from library.core.errors import CheckpointError
+from library.components.hunyuan_vae_utils import inspect_hunyuan_vae
+from library.components.llm_encoder_utils import inspect_llama, load_llama
+from library.components.text_encoder_utils import inspect_clip_l, load_clip_l
+from library.core.errors import CheckpointError, Problems
+from library.custom_offloading_utils import stream_swap_problem
+from library.fp8_optimization_utils import shrink_linears_to_fp8
 from library.hunyuan_video_models import HYVideoDiffusionTransformer, HYVideoParams
 
 logger = logging.getLogger(__name__)
@@ -123,3 +128,61 @@ LAYOUTS = DenoiserLayouts(
     inspect_hunyuan_video, KIND.names.rules, _config_of_diffusers,
     rows_of=lambda params: rows_of(params.hidden_size), further=comfy_rules,
 )  # fmt: skip
+
+
+def load_encoders(
+    text_encoder1: str | os.PathLike,
+    text_encoder2: str | os.PathLike,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    *,
+    fp8_llm: bool = False,
+) -> list[torch.nn.Module]:
+    """[LLaMA, CLIP-L]. On a CPU they compute in bfloat16 instead of float16; `fp8_llm` keeps the matrices of the first
+    in 8 bits. CheckpointError when a file does not fit."""
+    if torch.device(device).type == "cpu" and dtype == torch.float16:
+        dtype = torch.bfloat16
+    llama = load_llama(text_encoder1, dtype, device, disable_mmap)
+    if fp8_llm:
+        shrink_linears_to_fp8(llama)
+    return [llama, load_clip_l(text_encoder2, dtype, device, disable_mmap)]
+
+
+def fitting_problems(
+    denoiser: Callable[[], HYVideoParams],
+    *,
+    text_encoder1: str | None = None,
+    text_encoder2: str | None = None,
+    vae: str | None = None,
+    model: str,
+    in_channels: int | None,
+    blocks_to_swap: int,
+) -> list[str]:
+    """What is wrong with each file, sizes of text encoders and autoencoder against the denoiser's, the number of its
+    input channels, and a block swap that its depth does not allow, from headers. Files that are None are not looked at;
+    `denoiser` reads the header of `model`."""
+    problems = Problems()
+    params = problems.attempt(denoiser)
+    sizes = [
+        ("text_encoder1", text_encoder1, "its width", lambda: inspect_llama(text_encoder1)["hidden_size"], "text_dim"),
+        ("text_encoder2", text_encoder2, "its width", lambda: inspect_clip_l(text_encoder2)["width"], "vec_dim"),
+        (
+            "vae", vae, "its number of latent channels", lambda: inspect_hunyuan_vae(vae).params.latent_channels,
+            "out_channels",
+        ),
+    ]  # fmt: skip
+    for option, path, what, read, needed in sizes:
+        size = problems.attempt(read) if path is not None else None
+        if params is not None and size not in (None, getattr(params, needed)):
+            problems.add(
+                f"--{option} is {path}: {what} is {size}, the denoiser {model} takes {getattr(params, needed)};"
+                " use the files that belong together"
+            )
+    if params is not None and in_channels not in (None, params.in_channels):
+        problems.add(
+            f"--dit_in_channels is {in_channels}, and the file {model} has {params.in_channels} input channels; leave it"
+            " out, or give the model that has them"
+        )
+    swap = params and stream_swap_problem(blocks_to_swap, params.depth, params.depth_single)
+    return [*problems.messages, swap] if swap else problems.messages

@@ -7,12 +7,13 @@ What the caption puts in quotation marks is read a second time, byte by byte, by
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from library.components.llm_encoder_utils import states_of
 from library.components.tokenizers import byt5_ids, load_qwen25_vl_tokenizer, vocabulary_problem
 from library.core.errors import ConfigError
 from library.dataset.latent_cache import LatentEncoder
@@ -109,18 +110,6 @@ class HunyuanImageTextEncodingStrategy(TextEncodingStrategy):
         if byt5 is not None:
             glyph_states = states_of(glyph_ids, glyph_mask, byt5, lambda rows: byt5(rows).last_hidden_state)
         return [text_states, text_mask, glyph_states, glyph_mask, glyph_mask.any(dim=1)]
-
-
-def states_of(ids: Tensor, mask: Tensor, model: Any, encode: Callable[[Tensor], Tensor]) -> Tensor:
-    """States [B, L, D] of ids [B, L], 0 where the mask is; rows with the same number of tokens go through `encode`
-    together, without padding."""
-    first = next(model.parameters())
-    lengths, width = mask.sum(dim=1).tolist(), model.get_input_embeddings().weight.shape[1]
-    states = torch.zeros(*ids.shape, width, device=first.device, dtype=model.get_input_embeddings().weight.dtype)
-    for length in sorted(set(lengths) - {0}):
-        rows = [row for row, number in enumerate(lengths) if number == length]
-        states[rows, :length] = encode(ids[rows, :length].to(first.device)).to(states.dtype)
-    return states
 
 
 def _check_ids(ids: Tensor, model: Any, tokenizer: Any) -> None:

@@ -42,8 +42,10 @@ class FamilyCase:
         return ARCHITECTURES[self.family].bucket_step
 
     def options(self) -> list[str]:
-        """Of every run, beside those that name the model's files."""
-        return [f"--network_module={self.entry.network_module}", *self.entry.options, *self.brief]
+        """Of every run, beside those that name the model's files. Without options for caches nothing is cached, which
+        families of clips must be told."""
+        live = ["--live_encoding"] if ARCHITECTURES[self.family].latents.clips else []
+        return [f"--network_module={self.entry.network_module}", *self.entry.options, *self.brief, *live]
 
     def caches(self, *, on_disk: bool) -> list[str]:
         """Options that cache all that can be cached."""
@@ -66,6 +68,7 @@ CASES = {
             brief=("--t5xxl_max_token_length=64",), like="flux",
         ),
         FamilyCase("lumina", "lumina2", ("lora_te_",)),
+        FamilyCase("hunyuan_video", "hunyuan_video", ()),
     )
 }
 

@@ -297,7 +297,7 @@ def vae_hunyuan_video(weights: Tensors, inputs: Tensors, config: dict[str, Any])
 
 @torch.no_grad()
 def te_llama(weights: Tensors, inputs: Tensors, config: dict[str, Any]) -> Tensors:
-    from library.components.llama_encoder_utils import load_llama
+    from library.components.llm_encoder_utils import load_llama
 
     model = _loaded(load_llama, weights, config)
     result = model(inputs["ids"], attention_mask=inputs["mask"], output_hidden_states=True)
@@ -517,6 +517,7 @@ CASES: dict[str, Callable[[Tensors, Tensors, dict[str, Any]], Tensors]] = {
     "vae_hunyuan_image": vae_hunyuan_image,
     "hunyuan_video": hunyuan_video,
     "vae_hunyuan_video": vae_hunyuan_video,
+    "te_llama": te_llama,
     "te_qwen25vl": te_qwen25vl,
     "lumina2": lumina2,
     "te_gemma2": te_gemma2,

@@ -107,6 +107,7 @@ PART_KINDS: tuple[ModelKind, ...] = (
     ),
     ModelKind(
         name="llama", role="text_encoder",
+        wanted="a LLaMA 3 language model (llava_llama3_fp16.safetensors, or its folder)", subfolder="text_encoder",
         signatures=(Signature(title="a LLaMA language model", has=("layers.0.self_attn.q_proj.weight", "layers.0.mlp.gate_proj.weight")),),
     ),
     ModelKind(

@@ -1,5 +1,5 @@
-"""Language models as text encoders (Qwen3, the text tower of Qwen2.5-VL; Gemma 2 stands on this): sizes from shapes,
-loaded into the classes of transformers."""
+"""Language models as text encoders (Qwen3, the text tower of Qwen2.5-VL, LLaMA; Gemma 2 stands on this): sizes from
+shapes, loaded into the classes of transformers; states of texts of different lengths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from library.checkpoints.loading import (
 from library.core.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import Qwen2Model, Qwen3Model
+    from transformers import LlamaModel, Qwen2Model, Qwen3Model
 
 _ROOTS = ("embed_tokens", "layers", "norm")
 _FIRST = "layers.0.self_attn."
@@ -48,11 +48,12 @@ class LanguageModel:
     strangers: tuple[str, ...]
     head_dim: Callable[[Mapping[str, Tensor], Mapping[str, Any]], int]
     rope_theta: float = 1e6
+    eps: float = 1e-6
     others: Mapping[str, Any] = field(default_factory=dict)
     attention: str = "sdpa"
 
 
-def _head_of_qwen25(shapes: Mapping[str, Tensor], given: Mapping[str, Any]) -> int:
+def _head_of_128(shapes: Mapping[str, Tensor], given: Mapping[str, Any]) -> int:
     """128 in every released model; other ones say how many heads they have."""
     heads = given.get("num_attention_heads")
     return shapes[f"{_FIRST}q_proj.weight"].shape[0] // heads if isinstance(heads, int) and heads > 0 else 128
@@ -80,7 +81,21 @@ QWEN25_VL = LanguageModel(
     ),
     marks=(f"{_FIRST}q_proj.bias",),
     strangers=(f"{_FIRST}q_norm.weight",),
-    head_dim=_head_of_qwen25,
+    head_dim=_head_of_128,
+)  # fmt: skip
+LLAMA = LanguageModel(
+    title="LLaMA",
+    part="llama",
+    prefixes=(
+        "text_encoders.llama.transformer.model.", "text_encoders.llama.model.", "text_encoders.llama.",
+        "model.language_model.", "language_model.model.", "language_model.", "transformer.model.", "transformer.",
+        "model.",
+    ),
+    marks=(f"{_FIRST}q_proj.weight", "layers.0.post_attention_layernorm.weight"),
+    strangers=(f"{_FIRST}q_proj.bias", f"{_FIRST}q_norm.weight", "layers.0.pre_feedforward_layernorm.weight"),
+    head_dim=_head_of_128,
+    rope_theta=5e5,
+    eps=1e-5,
 )  # fmt: skip
 
 
@@ -140,7 +155,7 @@ def _sizes(kind: LanguageModel, shapes: Mapping[str, Tensor], given: Mapping[str
         "num_key_value_heads": keys // head_dim,
         "head_dim": head_dim,
         "rope_theta": kind.rope_theta,
-        "eps": 1e-6,
+        "eps": kind.eps,
     }
 
 
@@ -150,6 +165,11 @@ def _folder_config(kind: LanguageModel, config: Mapping[str, Any]) -> dict[str, 
     others = {name: config.get(name) for name in kind.others}
     values = {**others, "rope_theta": theta, "eps": config.get("rms_norm_eps")}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def inspect_llama(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Those of a LLaMA 3 language model, alone or as the language part of one that sees pictures."""
+    return inspect_language_model(LLAMA, path, config)
 
 
 def qwen3_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -199,6 +219,21 @@ def load_qwen25_vl(
     return load_language_model(QWEN25_VL, classes, path, dtype, device, disable_mmap, config, transform)
 
 
+def load_llama(
+    path: Source,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    disable_mmap: bool = False,
+    config: Mapping[str, Any] | None = None,
+    transform: Transform | None = None,
+) -> LlamaModel:
+    """Load LLaMA 3 as an encoder, also the language part of a model that sees pictures (LLaVA); what sees pictures, the
+    output head and a tokenizer inside of the file are left out. As `load_qwen25_vl` otherwise."""
+    from transformers import LlamaConfig, LlamaModel
+
+    return load_language_model(LLAMA, (LlamaConfig, LlamaModel), path, dtype, device, disable_mmap, config, transform)
+
+
 def load_language_model(
     kind: LanguageModel,
     classes: tuple[Any, Any],
@@ -234,3 +269,15 @@ def load_language_model(
     assign_state(model, state)
     model.rotary_emb = type(model.rotary_emb)(model_config).to(device)  # its table is in no file
     return model
+
+
+def states_of(ids: Tensor, mask: Tensor, model: Any, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    """States [B, L, D] of ids [B, L], 0 where the mask is; rows with the same number of tokens go through `encode`
+    together, without padding."""
+    first = next(model.parameters())
+    lengths, width = mask.sum(dim=1).tolist(), model.get_input_embeddings().weight.shape[1]
+    states = torch.zeros(*ids.shape, width, device=first.device, dtype=model.get_input_embeddings().weight.dtype)
+    for length in sorted(set(lengths) - {0}):
+        rows = [row for row, number in enumerate(lengths) if number == length]
+        states[rows, :length] = encode(ids[rows, :length].to(first.device)).to(states.dtype)
+    return states

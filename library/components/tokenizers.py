@@ -1,4 +1,4 @@
-"""Tokenizers of CLIP, T5 and Qwen from what is at hand: a folder, a cache folder, the model file, an installed
+"""Tokenizers of CLIP, T5, Qwen and LLaMA from what is at hand: a folder, a cache folder, the model file, an installed
 package, the hub.
 
 All of them come out as fast tokenizers of transformers that pad on the right and know their own end and padding ids;
@@ -32,11 +32,13 @@ CLIP_L_HUB_ID = "openai/clip-vit-large-patch14"
 T5_XXL_HUB_ID = "google/t5-v1_1-xxl"
 QWEN3_HUB_ID = "Qwen/Qwen3-0.6B-Base"
 QWEN25_VL_HUB_ID = "Qwen/Qwen2.5-VL-7B-Instruct"
+LLAMA_HUB_ID = "xtuner/llava-llama-3-8b-v1_1-transformers"
 CLIP_MAX_LENGTH = 77
 _NUM_CLIP_MERGES = 48894
 _CLIP_BOS, _CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 _T5_PAD, _T5_EOS, _T5_UNK = "<pad>", "</s>", "<unk>"
 _QWEN_PAD = "<|endoftext|>"
+_LLAMA_BOS, _LLAMA_EOS = "<|begin_of_text|>", "<|end_of_text|>"
 _CHAT_MARKS = ("<|im_start|>", "<|im_end|>")
 
 
@@ -119,7 +121,7 @@ def load_qwen3_tokenizer(
         f" or give --qwen3 as a folder that holds it, or put it under --tokenizer_cache_dir"
         f" as {QWEN3_HUB_ID.replace('/', '_')}, or allow access to the hub ({QWEN3_HUB_ID})"
     )
-    tokenizer = _find_qwen(QWEN3_HUB_ID, read_qwen_folder, folder, cache_dir, model_path, option, problem)
+    tokenizer = _find_beside(QWEN3_HUB_ID, read_qwen_folder, folder, cache_dir, model_path, option, problem)
     tokenizer.model_max_length = max_length
     return tokenizer
 
@@ -142,10 +144,31 @@ def load_qwen25_vl_tokenizer(
         f" FOLDER with {option}, or give --text_encoder as a folder that holds it,"
         f" or put it under --tokenizer_cache_dir as {hub_id.replace('/', '_')}, or allow access to the hub ({hub_id})"
     )
-    return _find_qwen(hub_id, read_qwen_chat_folder, folder, cache_dir, model_path, option, problem)
+    return _find_beside(hub_id, read_qwen_chat_folder, folder, cache_dir, model_path, option, problem)
 
 
-def _find_qwen(
+def load_llama_tokenizer(
+    folder: str | None = None,
+    cache_dir: str | None = None,
+    model_path: str | None = None,
+    *,
+    option: str = "--text_encoder1_tokenizer",
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of LLaMA 3 with the image token of LLaVA; `model_path` is the text encoder, a folder of which may
+    hold it.
+
+    ConfigError naming every way to provide one when none is there.
+    """
+    hub_id = LLAMA_HUB_ID
+    problem = (
+        f"no LLaMA tokenizer: fetch it (hf download {hub_id} --include 'tokenizer*' --local-dir FOLDER) and give FOLDER"
+        f" with {option}, or give --text_encoder1 as a folder that holds it, or put it under --tokenizer_cache_dir as"
+        f" {hub_id.replace('/', '_')}, or allow access to the hub ({hub_id})"
+    )
+    return _find_beside(hub_id, read_llama_folder, folder, cache_dir, model_path, option, problem)
+
+
+def _find_beside(
     hub_id: str,
     read: Callable[[Path], Any],
     folder: str | None,
@@ -338,6 +361,15 @@ def read_qwen_folder(path: Path) -> PreTrainedTokenizerFast | None:
 def read_qwen_chat_folder(path: Path) -> PreTrainedTokenizerFast | None:
     """The same of a model that chats: vocab.json does not name the marks of a chat, which follow its last entry."""
     return _read_qwen(path, _CHAT_MARKS)
+
+
+@reader
+def read_llama_folder(path: Path) -> PreTrainedTokenizerFast | None:
+    """From a folder with tokenizer.json (or one that has it in `tokenizer`), or from such a file."""
+    found = tokenizer_json(path, "tokenizer")
+    if found is None:
+        return None
+    return from_tokenizer_json(found, eos=_LLAMA_EOS, pad=_LLAMA_EOS, bos=_LLAMA_BOS, ends_texts=False)
 
 
 def _read_qwen(path: Path, marks: tuple[str, ...] = ()) -> PreTrainedTokenizerFast | None:

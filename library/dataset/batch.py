@@ -13,7 +13,15 @@ from library.dataset.items import SampleFacts
 from library.dataset.plan import BatchRequest
 
 CONDITIONING_IMAGES = "conditioning_images"
-"""the condition that masks and control pictures are, and the key under which plug-ins know them"""
+"""the condition that masks and control pictures are, and the key under which plug-ins know them; further control
+pictures of a sample are conditioning_images_1 and so on"""
+CONDITIONING_ALPHA = "conditioning_alpha"
+"""their alpha channels, for encoders that read them: conditioning_alpha, conditioning_alpha_1 and so on"""
+
+
+def numbered(name: str, number: int) -> str:
+    """The condition that the control picture of this number is, counted from 0."""
+    return name if number == 0 else f"{name}_{number}"
 
 
 @dataclass
@@ -44,7 +52,7 @@ class Batch:
     alpha_masks: torch.Tensor | None = None  # [B, H, W] or [B, F, H, W] weights 0..1, in pixels
     conditions: dict[str, torch.Tensor] = field(default_factory=dict)
     """what samples have beside latents and captions, name -> [B, ...]: control pictures and masks (CONDITIONING_IMAGES,
-    [B, 3, H, W] in -1..1), what the family encodes with latents (`LatentEncoder.condition_shapes`)"""
+    [B, 3, H, W] or of clips [B, 3, F, H, W] in -1..1), what the family encodes with latents (`LatentEncoder.condition_shapes`)"""
     conditioning: dict[str, torch.Tensor | list[torch.Tensor]] | None = None
     """cached outputs of text encoders, [B, ...] by name, or a list of B tensors (`TextKey.varlen`); keys that come from
     an encoder in the step are not there"""
@@ -66,7 +74,7 @@ class Batch:
 
     @property
     def conditioning_images(self) -> torch.Tensor | None:
-        """Masks or control pictures [B, 3, H, W] in -1..1."""
+        """Masks or control pictures [B, 3, H, W] or [B, 3, F, H, W] in -1..1."""
         return self.conditions.get(CONDITIONING_IMAGES)
 
     def __getitem__(self, key: str) -> Any:

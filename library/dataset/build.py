@@ -39,6 +39,7 @@ def build_dataset_groups(
         scan = scan_datasets(
             blueprint, seed=seed, skip_bad_images=options.skip_bad_images,
             fail_on_missing_captions=options.fail_on_missing_captions, check_images=reads_all_images(options, None),
+            architecture=architecture,
         )
     how = {"architecture": architecture, "seed": seed, "prior_loss_weight": options.prior_loss_weight}
     train = _group(blueprint.datasets, scan.train, is_training=True, **how)
@@ -60,7 +61,8 @@ def _group(
     """Datasets without images (all of them held out, or none) are not part of the group."""
     filled = [(params, images) for params, images in zip(datasets, items) if images]
     if how["architecture"].latents.clips:
-        set_frames([item for _, images in filled for item in images], how["architecture"].latents)
+        pictures = [item for _, images in filled for item in images if item.clip is None]
+        set_frames(pictures, how["architecture"].latents)
     return DatasetGroup(
         [Dataset(params, images, index=i, is_training=is_training, **how) for i, (params, images) in enumerate(filled)],
         is_training=is_training,

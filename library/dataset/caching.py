@@ -24,13 +24,15 @@ from library.dataset.cache_checks import cache_paths, check_cache_folders, check
 from library.dataset.cache_index import CacheIndex
 from library.dataset.cache_io import ImageIdentity, LatentArrays
 from library.dataset.items import ImageItem
-from library.dataset.latent_cache import LatentCache, condition_paths, float32_if_floats, posterior_seed
+from library.dataset.latent_cache import LatentCache, LatentEncoder, condition_paths, float32_if_floats, seed_of
 from library.dataset.media_utils import ImageFileError
-from library.dataset.samples import Geometry, Pixels, image_tensor, read_conditioning, read_pixels
+from library.dataset.samples import Geometry, Pixels, image_tensor, picture_tensors, read_pictures, read_pixels
 
 logger = logging.getLogger(__name__)
 
 CHECK_THREADS = 8
+MOST_BYTES_AHEAD = 1 << 30
+"""of pixels that wait to be encoded"""
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Decoded:
     pixels: Pixels
     identity: ImageIdentity
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
-    """of conditions that the family encodes, [H, W, 3]"""
+    """of conditions that the family encodes, as `samples.read_pictures` gives them"""
 
     @property
     def batch_key(self) -> tuple:
@@ -144,7 +146,7 @@ def check_jobs(jobs: Sequence[LatentsJob], strategy: LatentCache, index: CacheIn
 def _jobs_of(items: Iterable[ImageItem], strategy: LatentCache) -> list[LatentsJob]:
     jobs: dict[tuple, LatentsJob] = {}
     for item in items:
-        beside = tuple(condition_paths(item, strategy.encoder.condition_pictures).values())
+        beside = tuple(condition_paths(item, strategy.encoder.pictures_for(item.bucket)).values())
         key = (
             item.absolute_path, item.clip, item.bucket, item.resized_size, item.subset.resize_interpolation,
             item.subset.cache_directory, beside,
@@ -160,7 +162,6 @@ def _sorted(jobs: Iterable[LatentsJob]) -> list[LatentsJob]:
 def _conflicts(items: Iterable[ImageItem], strategy: LatentCache) -> list[str]:
     """Images that two subsets want at one size with different resampling, or with different pictures that the family
     caches with them, or at two sizes or rates where a file has one: a file has room for one."""
-    names = strategy.encoder.condition_pictures
     wanted: dict[tuple, ImageItem] = {}
     problems = []
     for item in items:
@@ -178,12 +179,17 @@ def _conflicts(items: Iterable[ImageItem], strategy: LatentCache) -> list[str]:
                 f" {other.subset.resize_interpolation} ({other.subset.label}) and {item.subset.resize_interpolation}"
                 f" ({item.subset.label}); its cache file has room for one of them"
             )
-        elif condition_paths(other, names) != condition_paths(item, names):
+        elif _beside(other, strategy) != _beside(item, strategy):
             problems.append(
-                f"{item.absolute_path} is used at {'x'.join(map(str, item.bucket.key))} with {', '.join(names)} of"
-                f" {other.subset.label} and of {item.subset.label}; its cache file has room for one of them"
+                f"{item.absolute_path} is used at {'x'.join(map(str, item.bucket.key))} with"
+                f" {', '.join(strategy.encoder.pictures_for(item.bucket))} of {other.subset.label} and of"
+                f" {item.subset.label}; its cache file has room for one of them"
             )
     return problems
+
+
+def _beside(item: ImageItem, strategy: LatentCache) -> dict[str, str]:
+    return condition_paths(item, strategy.encoder.pictures_for(item.bucket))
 
 
 def _words(item: ImageItem) -> str:
@@ -246,8 +252,9 @@ def _store_by_plugin(
 
 
 def _decoded(jobs: Sequence[LatentsJob], threads: int, strategy: LatentCache, bad: list) -> Iterator[Decoded]:
-    read = functools.partial(decode, pictures=strategy.encoder.condition_pictures)
-    for job, result in map_ahead(read, jobs, num_threads=threads, ahead=max(threads, strategy.batch_size) * 2):
+    read = functools.partial(decode, encoder=strategy.encoder)
+    ahead = _backlog(jobs, max(threads, strategy.batch_size) * 2)
+    for job, result in map_ahead(read, jobs, num_threads=min(threads, ahead), ahead=ahead):
         if isinstance(result, ImageFileError):
             bad.append((job, result))
         elif isinstance(result, BaseException):
@@ -256,12 +263,18 @@ def _decoded(jobs: Sequence[LatentsJob], threads: int, strategy: LatentCache, ba
             yield result
 
 
-def decode(job: LatentsJob, pictures: Sequence[str] = ()) -> Decoded:
-    """`pictures`: conditions that the family encodes with the image."""
+def _backlog(jobs: Sequence[LatentsJob], most: int) -> int:
+    """How many samples are decoded ahead: clips are large."""
+    largest = max((3 * width * height * frames for width, height, frames, _ in (job.item.bucket for job in jobs)), default=1)
+    return max(1, min(most, MOST_BYTES_AHEAD // largest))
+
+
+def decode(job: LatentsJob, encoder: LatentEncoder | None = None) -> Decoded:
+    """With the pictures that the encoder reads beside the image."""
+    names = () if encoder is None else encoder.pictures_for(job.item.bucket)
     identity, geometry = ImageIdentity.of(job.item.absolute_path, with_content=True), Geometry.centred(job.item)
     pixels = read_pixels(job.item, geometry, with_alpha=job.alpha_mask)
-    beside = {name: read_conditioning(job.item, geometry) for name in condition_paths(job.item, pictures)}
-    return Decoded(job, pixels, identity, beside)
+    return Decoded(job, pixels, identity, read_pictures(job.item, geometry, names) if names else {})
 
 
 def _batches(entries: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -303,11 +316,9 @@ def _encode(
     images = torch.stack(
         [image_tensor(entry.pixels.image, is_flipped) for entry in batch]
     )  # [B, 3, H, W] or [B, 3, F, H, W]
-    seeds = [posterior_seed(entry.identity.content, entry.job.item.bucket.key, is_flipped) for entry in batch]
-    pictures = {
-        name: torch.stack([image_tensor(entry.pictures[name], is_flipped) for entry in batch])  # [B, 3, H, W]
-        for name in batch[0].pictures
-    }
+    seeds = [seed_of(entry.job.item, entry.identity.content, is_flipped) for entry in batch]
+    rows = [picture_tensors(entry.pictures, is_flipped) for entry in batch]
+    pictures = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}  # [B, 3 or 1, ..., h, w]
     facts = [entry.job.item.facts for entry in batch]
     latents, conditions = strategy.encode_as_made(vae, parts or {}, images, seeds, pictures, facts)
     latents, conditions = latents.cpu(), {name: tensor.cpu() for name, tensor in conditions.items()}

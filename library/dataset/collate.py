@@ -40,7 +40,7 @@ class Sample:
 
     @property
     def conditioning(self) -> torch.Tensor | None:
-        """The mask or control picture among the conditions, [3, H, W]."""
+        """The mask or control picture among the conditions, [3, H, W] or [3, F, H, W]."""
         return self.conditions.get(CONDITIONING_IMAGES)
 
     @conditioning.setter

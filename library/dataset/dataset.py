@@ -18,7 +18,7 @@ import torch
 from library.core.errors import ConfigError
 from library.core.keyed_random import keyed_random
 from library.dataset.architectures import DataArchitecture
-from library.dataset.batch import CONDITIONING_IMAGES, Batch
+from library.dataset.batch import CONDITIONING_IMAGES, Batch, numbered
 from library.dataset.bucket import BucketAssignment, assign_buckets, effective_limits
 from library.dataset.cache_io import file_content_id
 from library.dataset.captions import (
@@ -31,10 +31,10 @@ from library.dataset.captions import (
 from library.dataset.collate import Sample, collate
 from library.dataset.draws import sample_color, sample_flip, sample_geometry
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
-from library.dataset.latent_cache import float32_if_floats, posterior_seed
+from library.dataset.latent_cache import float32_if_floats, seed_of
 from library.dataset.media_utils import ImageFileError
 from library.dataset.plan import BatchRequest, BucketList, StepPlan, plan_epoch
-from library.dataset.samples import Geometry, conditioning_tensor, image_tensor, mask_tensor, read_pixels
+from library.dataset.samples import Geometry, image_tensor, mask_tensor, picture_tensors, read_pictures, read_pixels
 from library.dataset.shared_tensors import SharedTensors
 from library.dataset.strategies import Conditioning, StrategySet
 from library.dataset.text_caching import cached_caption
@@ -197,16 +197,23 @@ class Dataset:
             self._add_latents(sample, item)
         else:
             self._add_pixels(sample, item, geometry, request, position)
-        if item.cond_path is not None and not (sample.latents is not None and self._caches_pictures):
-            sample.conditioning = conditioning_tensor(item, geometry, flipped)
+        sample.conditions |= picture_tensors(read_pictures(item, geometry, self._pictures_of(item, sample)), flipped)
         self._warn_empty_mask(sample)
         return sample
 
-    @property
-    def _caches_pictures(self) -> bool:
-        """Whether what is made of control pictures lies in the cache, in their place."""
+    def _pictures_of(self, item: ImageItem, sample: Sample) -> tuple[str, ...]:
+        """The masks and control pictures that the step gets: those that the family encodes, where no cache holds what
+        is made of them, and the one of a dataset of kind CN for others. Without a family, to be looked at, all."""
+        if item.cond_path is None and not item.control_paths:
+            return ()
+        own = (CONDITIONING_IMAGES,) if item.cond_path is not None else ()
         caching = self.strategies.latents_caching if self.strategies is not None else None
-        return caching is not None and CONDITIONING_IMAGES in caching.encoder.condition_pictures
+        if caching is None:
+            return own or tuple(numbered(CONDITIONING_IMAGES, number) for number in range(len(item.control_paths)))
+        encoded = caching.encoder.pictures_for(item.bucket)
+        if sample.latents is not None:
+            return tuple(name for name in own if name not in encoded)
+        return tuple(dict.fromkeys((*own, *encoded)))
 
     def _add_latents(self, sample: Sample, item: ImageItem) -> None:
         if item.latents is not None:
@@ -230,7 +237,7 @@ class Dataset:
         color = sample_color(self.seed, item, request, position)
         pixels = read_pixels(item, geometry, with_alpha=item.subset.alpha_mask, color=color)
         sample.image = image_tensor(pixels.image, sample.flipped)  # [3, H, W] or [3, F, H, W]
-        sample.latent_seed = posterior_seed(file_content_id(item.absolute_path), item.bucket.key, sample.flipped)
+        sample.latent_seed = seed_of(item, file_content_id(item.absolute_path), sample.flipped)
         if pixels.alpha_mask is not None:
             sample.alpha_mask = mask_tensor(pixels.alpha_mask, sample.flipped)
 

@@ -5,35 +5,37 @@ Every file problem is collected; one error names them all, before any model is l
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
+from typing import Any
 
 from library.config_util import Blueprint, DatasetConfigError, ScriptRules, load_blueprint
 from library.core.console import storable
 from library.core.errors import ConfigError, listed
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
-from library.dataset.background import map_in_threads, records_stay
+from library.dataset.background import records_stay
 from library.dataset.bucket import BucketSelector
 from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import caption_ending, read_caption, tags_of_folders
+from library.dataset.clips.cutting import Cutter
 from library.dataset.clips.video_files import VIDEO_EXTENSIONS
 from library.dataset.discovery import FoundImage, Scanner, discover
-from library.dataset.image_headers import look_at_noted_image
+from library.dataset.file_checks import check_files, files_of, take_check
 from library.dataset.info_cache import info_entry, known_image, read_info, write_info
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
-from library.dataset.media_utils import ImageCheck, check_conditioning_size, verify_image
+from library.dataset.media_utils import ImageCheck
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SPLIT_SEED = 42
 """seed of the validation split when neither validation_seed nor --seed is given: two runs agree"""
 MOST_PROBLEMS = 50
-MAX_THREADS = 8
 CAPTION_EXTENSIONS = (".txt", ".caption", ".tags", ".cap")
 """what caption files are called by the programs that write them"""
 CLASS_TOKENS_HINT = '; give them caption files, or write one text for all of them: class_tokens = "..." in the subset'
@@ -64,7 +66,15 @@ class ScanResult:
     @property
     def summary(self) -> str:
         skipped = f", {self.num_skipped} left out" if self.num_skipped else ""
-        return f"{self.num_used} {'image' if self.num_used == 1 else 'images'} found{skipped}"
+        clips = [item for part in (*self.train, *self.validation) for item in part if item.clip is not None]
+        videos = len({item.absolute_path for item in clips})
+        parts = [_counted(self.num_used - videos, "image")] if self.num_used > videos or not videos else []
+        parts += [f"{_counted(len(clips), 'clip')} of {_counted(videos, 'video')}"] if videos else []
+        return f"{' and '.join(parts)} found{skipped}"
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 @records_stay()
@@ -75,11 +85,13 @@ def scan_datasets(
     skip_bad_images: bool = False,
     fail_on_missing_captions: bool = False,
     check_images: bool = False,
+    architecture: DataArchitecture | None = None,
 ) -> ScanResult:
     """Find all images of a blueprint. Sizes come from headers; with `check_images` every image is read in full, so that
     damage inside a file is known now and not when it is first used.
 
-    `seed` is the run's seed, on which the validation split falls back. Raises ConfigError with all problems: folders
+    `seed` is the run's seed, on which the validation split falls back; `architecture` says how videos are cut into clips,
+    and is needed only for those. Raises ConfigError with all problems: folders
     that are missing or empty, images that cannot be read (left out with `skip_bad_images`), captions, masks, metadata
     files.
     """
@@ -93,7 +105,8 @@ def scan_datasets(
     validation: list[list[ImageItem]] = []
     for dataset, images_of in zip(blueprint.datasets, found):
         parts = [
-            _items_of(subset, images, dataset, seed, scanner) for subset, images in zip(dataset.subsets, images_of)
+            _items_of(subset, images, dataset, seed, scanner, architecture)
+            for subset, images in zip(dataset.subsets, images_of)
         ]
         train.append([item for part, _ in parts for item in part])
         validation.append([item for _, part in parts for item in part])
@@ -125,7 +138,7 @@ def load_datasets(
     if check_images is None:
         check_images = reads_all_images(options, caching)
     settings = dict(
-        seed=seed, skip_bad_images=options.skip_bad_images, fail_on_missing_captions=options.fail_on_missing_captions,
+        architecture=architecture, seed=seed, skip_bad_images=options.skip_bad_images, fail_on_missing_captions=options.fail_on_missing_captions,
         check_images=check_images,
     )
     try:
@@ -156,75 +169,29 @@ def _read_files(blueprint: Blueprint, found: list[list[list[FoundImage]]], scann
         (subset, images) for dataset, parts in zip(blueprint.datasets, found) for subset,
         images in zip(dataset.subsets, parts)
     ]
-    infos = {
-        subset.image_dir: read_info(subset.image_dir) for subset, _ in pairs if subset.cache_info and subset.image_dir
-    }
+    infos = {subset.folder: read_info(subset.folder) for subset, _ in pairs if subset.cache_info and subset.folder}
+    wanted: dict[str, bool] = {}
     for subset, images in pairs:
         for image in images:
-            known = (
-                known_image(infos[subset.image_dir], image.path, subset)
-                if subset.cache_info and subset.image_dir in infos
-                else None
-            )
-            if known is not None:
-                image.size, image.caption, image.is_known = known.size, known.caption, True
-    wanted = dict.fromkeys(
-        path
-        for _, images in pairs
-        for image in images
-        for path in (
-            (image.cond_path,) if image.is_known and not scanner.check_images else (image.path, image.cond_path)
-        )
-        if path is not None
-    )
-    _check_images(list(wanted), scanner)
+            _take_known(image, infos.get(subset.folder) if subset.cache_info else None, subset)
+            wanted |= files_of(image, subset, reads_known=scanner.check_images)
+    check_files(wanted, scanner)
     owners = [dataset for dataset in blueprint.datasets for _ in dataset.subsets]
     for dataset, (subset, images) in zip(owners, pairs, strict=True):
-        images[:] = [image for image in images if _take_check(image, subset, scanner)]
+        images[:] = [image for image in images if take_check(image, subset, scanner)]
         if not subset.is_listed:
             _read_captions(images, subset, scanner)
         _warn_of_pixels(images, subset, dataset, scanner)
         _settle_captions(images, subset, scanner)
-        if subset.cache_info and images and not all(image.is_known for image in images):
+        if subset.cache_info and subset.folder and images and not all(image.is_known for image in images):
             _write_info(subset, images, scanner)
 
 
-def _check_images(paths: Sequence[str], scanner: Scanner) -> None:
-    if not paths:
-        return
-
-    def check(path: str) -> ImageCheck | ConfigError:
-        try:
-            return verify_image(path) if scanner.check_images else look_at_noted_image(path, scanner.index)
-        except ConfigError as error:
-            return error
-
-    logger.info("checking %d image files", len(paths))
-    threads = (
-        min(MAX_THREADS, os.cpu_count() or 1) if scanner.check_images else MAX_THREADS
-    )  # headers wait for the disk
-    scanner.checks.update(zip(paths, map_in_threads(check, paths, num_threads=threads)))
-
-
-def _take_check(image: FoundImage, subset: SubsetParams, scanner: Scanner) -> bool:
-    """Take over the size; False when the image, or its mask, cannot be used (which is then noted)."""
-    result = scanner.checks.get(image.path)
-    if isinstance(result, ConfigError):
-        scanner.bad_image(str(result), image.path, subset.label)
-        return False
-    if image.size is None and result is not None:
-        image.size = result.size
-    if image.cond_path is None:
-        return True
-    mask = scanner.checks[image.cond_path]
-    try:
-        if isinstance(mask, ConfigError):
-            raise mask
-        check_conditioning_size(image.cond_path, mask.size, image.size or (0, 0))
-    except ConfigError as error:
-        scanner.bad_image(str(error), image.path, subset.label)
-        return False
-    return True
+def _take_known(image: FoundImage, info: Mapping[str, Any] | None, subset: SubsetParams) -> None:
+    """What the cache of a folder knows of an image."""
+    known = None if info is None else known_image(info, image.path, subset)
+    if known is not None:
+        image.size, image.caption, image.video, image.is_known = known.size, known.caption, known.video, True
 
 
 def _read_captions(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> None:
@@ -259,10 +226,10 @@ def _leave_out_small(images: list[FoundImage], subset: SubsetParams, dataset: Da
 def _write_info(subset: SubsetParams, images: Sequence[FoundImage], scanner: Scanner) -> None:
     """The cache holds the caption of the file, before class_tokens stand in, and the whole subset, before any split."""
     entries = {
-        os.path.basename(image.path): info_entry(image.path, image.size, image.caption, subset)
+        os.path.basename(image.path): info_entry(image.path, image.size, image.caption, subset, image.video)
         for image in images if image.size is not None
     }
-    warning = write_info(subset.image_dir or "", entries)
+    warning = write_info(subset.folder, entries)
     if warning:
         scanner.warnings.append(warning)
 
@@ -363,9 +330,16 @@ def _split_of(subset: SubsetParams, dataset: DatasetParams) -> float:
 
 
 def _items_of(
-    subset: SubsetParams, images: Sequence[FoundImage], dataset: DatasetParams, seed: int | None, scanner: Scanner
+    subset: SubsetParams, images: Sequence[FoundImage], dataset: DatasetParams, seed: int | None, scanner: Scanner,
+    architecture: DataArchitecture | None,
 ) -> tuple[list[ImageItem], list[ImageItem]]:
-    """The training and validation items of a subset. Regularisation images all stay in training."""
+    """The training and validation items of a subset. Regularisation images all stay in training. The clips of a video
+    are all on one side."""
+    cutter = None
+    if subset.clips is not None:
+        assert architecture is not None, "videos are cut into clips for an architecture"
+        cutter = Cutter.of(subset, architecture)
+        images = _cut_videos(images, cutter, subset, scanner)
     absolute = AbsolutePaths()
     seeds = (dataset.validation_seed, seed, DEFAULT_SPLIT_SEED)
     split_seed = next(value for value in seeds if value is not None)
@@ -373,12 +347,45 @@ def _items_of(
     train, validation = split_validation([image.key for image in images], fraction, split_seed)
     if fraction > 0 and images and not validation:
         scanner.warnings.append(
-            f"{subset.label}: validation_split {fraction} of {len(images)} images leaves none for validation"
+            f"{subset.label}: validation_split {fraction} of {len(images)} {subset.medium} leaves none for validation"
         )
     return (
-        [_item(images[i], subset, subset.num_repeats, absolute) for i in train],
-        [_item(images[i], subset, 1, absolute) for i in validation],
+        [item for i in train for item in _samples(images[i], subset, subset.num_repeats, absolute, cutter)],
+        [item for i in validation for item in _samples(images[i], subset, 1, absolute, cutter)],
     )
+
+
+def _cut_videos(
+    images: Sequence[FoundImage], cutter: Cutter, subset: SubsetParams, scanner: Scanner
+) -> list[FoundImage]:
+    """The videos of which there are clips, and what is to be told of them."""
+    videos = [(image.path, image.video) for image in images]
+    problem = cutter.settings_problem()
+    if problem is not None:
+        scanner.problems.append(f"{subset.label}: {problem}")
+    short = cutter.too_short(videos)
+    kept = [image for image in images if cutter.clips_of(image.video)]
+    if short is not None and kept:
+        scanner.warnings.append(f"{subset.label}: {short}")
+    elif short is not None:
+        scanner.too_short[subset.label] = short
+    scanner.warnings += [f"{subset.label}: {notice}" for notice in cutter.notices(videos)]
+    return kept
+
+
+def _samples(
+    image: FoundImage, subset: SubsetParams, num_repeats: int, absolute: AbsolutePaths, cutter: Cutter | None
+) -> list[ImageItem]:
+    """One item of a picture, one for each clip of a video."""
+    item = _item(image, subset, num_repeats, absolute)
+    if cutter is None:
+        return [item]
+    beside = image.mask or next(iter(image.controls), None)
+    control = None if beside is None else cutter.control_clip(beside)
+    return [
+        dataclasses.replace(item, clip=clip, frames=clip.length, control_clip=control)
+        for clip in cutter.clips_of(image.video)
+    ]
 
 
 class AbsolutePaths:
@@ -403,6 +410,7 @@ def _item(image: FoundImage, subset: SubsetParams, num_repeats: int, absolute: A
         image_size=image.size or (0, 0), num_repeats=num_repeats, cond_path=image.cond_path,
         control_paths=tuple(map(absolute.of, image.control_paths)),
         target_paths=tuple(map(absolute.of, image.target_paths)),
+        control_image_sizes=tuple(control.size for control in image.controls),
         captions_extra={} if image.tags is None else {"tags": storable(image.tags)},
     )
 
@@ -454,6 +462,8 @@ def _is_readable(subset: SubsetParams) -> bool:
 
 
 def _why_empty(subset: SubsetParams, dataset: DatasetParams, scanner: Scanner) -> str:
+    if subset.label in scanner.too_short:
+        return scanner.too_short[subset.label]
     if subset.label in scanner.too_small and dataset.skip_image_resolution is not None:
         width, height = dataset.skip_image_resolution
         return f"every image has no more pixels than skip_image_resolution {width}x{height}; lower it, or leave the dataset out"

@@ -13,6 +13,7 @@ from library.core.file_limits import stem_of
 from library.dataset.cache_checks import crowded_names
 from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import caption_ending, metadata_caption
+from library.dataset.clips.video_check import VideoCheck
 from library.dataset.clips.video_files import VIDEO_EXTENSIONS
 from library.dataset.control_files import control_pictures, control_videos, layers
 from library.dataset.items import SubsetParams
@@ -35,6 +36,10 @@ class FoundImage:
     size: tuple[int, int] | None = None
     tags: str | None = None
     is_known: bool = False
+    video: VideoCheck | None = None
+    mask: ImageCheck | None = None
+    controls: tuple[ImageCheck, ...] = ()
+    """what was seen of these files"""
 
 
 @dataclass
@@ -51,6 +56,8 @@ class Scanner:
     skipped: set[str] = field(default_factory=set)
     too_small: set[str] = field(default_factory=set)
     """labels of subsets of which skip_image_resolution leaves no image"""
+    too_short: dict[str, str] = field(default_factory=dict)
+    """by label, why no clip can be cut out of the videos of a subset"""
     checks: dict[str, ImageCheck | ConfigError] = field(default_factory=dict)
 
     index: CacheIndex = field(default_factory=CacheIndex, repr=False)

@@ -2,8 +2,9 @@
 files.
 
 { "<file name>": {"caption": str | null, "resolution": [W, H], "image": stamp, "caption_file": [name, stamp] | null,
-"lines": bool | "all"} }, a stamp being [modification time in ns, size]. An entry counts while the stamps still agree; entries
-of the form without stamps (whole paths as keys) are looked up anew. The file always describes the whole folder.
+"lines": bool | "all", "video": [reader, frames, rate and times in words] | null} }, a stamp being [modification time in
+ns, size]. An entry counts while the stamps still agree; entries of the form without stamps (whole paths as keys) are
+looked up anew, and folders of frames, whose files may change without them. The file always describes the whole folder.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from library.core.atomic_file import write_text_atomically
 from library.core.errors import ConfigError
 from library.core.text_files import read_json
 from library.dataset.captions import caption_paths
+from library.dataset.clips.video_check import VideoCheck
+from library.dataset.clips.video_files import check_of_note, note_of, reader_name
 from library.dataset.items import SubsetParams
 
 logger = logging.getLogger(__name__)
@@ -32,6 +35,7 @@ class KnownImage:
 
     size: tuple[int, int]
     caption: str | None
+    video: VideoCheck | None = None
 
 
 def stamp(path: str) -> list[int] | None:
@@ -73,14 +77,31 @@ def known_image(entries: Mapping[str, Any], image_path: str, params: SubsetParam
         return None
     size, caption = entry.get("resolution"), entry.get("caption")
     is_size = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
-    return KnownImage((size[0], size[1]), caption) if is_size and isinstance(caption, (str, type(None))) else None
+    if not (is_size and isinstance(caption, (str, type(None)))):
+        return None
+    video = None if params.clips is None else _known_video(entry.get("video"))
+    return KnownImage((size[0], size[1]), caption, video) if params.clips is None or video is not None else None
 
 
-def info_entry(image_path: str, size: tuple[int, int], caption: str | None, params: SubsetParams) -> dict[str, Any]:
-    """The entry of an image that was just looked at."""
+def _known_video(noted: Any) -> VideoCheck | None:
+    """None for what was seen by another reader, or is damaged."""
+    if not (isinstance(noted, list) and len(noted) == 2 and noted[0] == reader_name()):
+        return None
+    try:
+        return check_of_note(str(noted[1]))
+    except ValueError:
+        return None
+
+
+def info_entry(
+    image_path: str, size: tuple[int, int], caption: str | None, params: SubsetParams, video: VideoCheck | None = None
+) -> dict[str, Any]:
+    """The entry of an image or video that was just looked at."""
+    is_noted = video is not None and os.path.isfile(image_path)
     return {
         "caption": caption, "resolution": list(size), "image": stamp(image_path),
         "caption_file": caption_source(image_path, params), "lines": _lines(params),
+        **({"video": [reader_name(), note_of(video)]} if is_noted else {}),
     }
 
 

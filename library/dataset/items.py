@@ -89,6 +89,11 @@ class SubsetParams:
         return self.source is not None and self.source[0].endswith("_file")
 
     @property
+    def folder(self) -> str:
+        """That of which it reads all files; "" where it reads what a file lists."""
+        return "" if self.source is None or self.is_listed else self.source[1]
+
+    @property
     def medium(self) -> str:
         """For messages: what it is made of."""
         return "images" if self.clips is None else "videos"

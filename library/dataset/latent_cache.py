@@ -13,7 +13,7 @@ import torch
 from library.core.errors import CheckpointError, ConfigError
 from library.core.keyed_random import key_seed
 from library.dataset import cache_io
-from library.dataset.batch import CONDITIONING_IMAGES
+from library.dataset.batch import CONDITIONING_ALPHA, CONDITIONING_IMAGES, numbered
 from library.dataset.cache_io import Array, ImageIdentity, LatentsRecord
 from library.dataset.cache_names import latents_base
 from library.dataset.cache_pruning import listed_in
@@ -53,9 +53,19 @@ class LatentEncoder(ABC):
     """conditions that are pictures (CONDITIONING_IMAGES: control pictures) and that `encode_conditions` reads: caches
     hold what is made of them, and the step gets that in their place"""
 
+    def pictures_for(self, bucket: Sequence[int]) -> tuple[str, ...]:
+        """The pictures that `encode_conditions` reads of a sample of this Bucket: `condition_pictures`, and with
+        CONDITIONING_IMAGES all control pictures that the samples have, the further ones under names with a number. A
+        family that reads them of some samples only, or their alpha channels (CONDITIONING_ALPHA), writes this."""
+        if CONDITIONING_IMAGES not in self.condition_pictures:
+            return self.condition_pictures
+        further = range(1, len(Bucket(*bucket).kind.controls))
+        return (*self.condition_pictures, *(numbered(CONDITIONING_IMAGES, number) for number in further))
+
     def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
         """What the family needs of a sample beside its latents and caches with them (first-frame latents, the embedding
-        of a vision encoder), for a sample of this size (a Bucket or its key): name -> shape. Nothing by default."""
+        of a vision encoder), for a sample of this Bucket: name -> shape. Nothing by default. `kind` of the bucket says
+        which control pictures there are, and how a single frame is learned."""
         return {}
 
     def encode_conditions(
@@ -63,8 +73,9 @@ class LatentEncoder(ABC):
         pictures: Mapping[str, torch.Tensor],
     ) -> Mapping[str, torch.Tensor]:
         """The tensors of `condition_shapes` [B, ...] from images or clips as `encode` gets them. `parts`: what the
-        family loads beside the VAE (`ModelFamily.load_parts`); `pictures`: those that `condition_pictures` names,
-        [B, 3, H, W] in -1..1, scaled, cropped and mirrored like the images."""
+        family loads beside the VAE (`ModelFamily.load_parts`); `pictures`: those that `pictures_for` names, [B, 3, h,
+        w] in -1..1 or, of a control clip, [B, 3, F, h, w], scaled, cropped and mirrored like the images; alpha channels
+        [B, 1, h, w] in 0..1."""
         return {}
 
     def encode_with_facts(
@@ -154,7 +165,7 @@ class LatentCache:
         shapes = self.encoder.condition_shapes(bucket)
         parameter = next(vae.parameters())
         images = images.to(parameter.device, parameter.dtype)
-        read = {name: self._picture(name, pictures).to(images) for name in self.encoder.condition_pictures if shapes}
+        read = {name: self._picture(name, pictures).to(images) for name in self.encoder.pictures_for(bucket) if shapes}
         rows = [
             self.encoder.encode_with_facts(
                 vae, parts, images[part], seeds[part], {name: picture[part] for name, picture in read.items()},
@@ -180,13 +191,18 @@ class LatentCache:
 
     def check_pictures(self, items: Iterable[ImageItem]) -> None:
         """ConfigError that names images without the pictures that the family reads beside them."""
-        names = self.encoder.condition_pictures
-        lacking = [item.absolute_path for item in items if condition_paths(item, names).keys() != set(names)]
+        lacking: dict[str, tuple[str, ...]] = {}
+        for item in items:
+            names = self.encoder.pictures_for(item.bucket)
+            if names and not condition_paths(item, names):
+                lacking.setdefault(item.absolute_path, names)
         if lacking:
             more = f" and {len(lacking) - LISTED} more" if len(lacking) > LISTED else ""
+            names = dict.fromkeys(name for wanted in lacking.values() for name in wanted)
+            ways = "conditioning_data_dir" if self.architecture.clips is None else "control_directory"
             raise ConfigError(
                 f"{self.architecture.name} learns from {', '.join(names)} beside the images, which"
-                f" {', '.join(lacking[:LISTED])}{more} do not have: give their folder a conditioning_data_dir"
+                f" {', '.join(list(lacking)[:LISTED])}{more} do not have: give their folder a {ways}"
             )
 
     def get_latents_npz_path(self, absolute_path: str, image_size: tuple[int, int]) -> str:
@@ -213,12 +229,12 @@ class LatentCache:
             path, self.architecture, item.bucket, flip_aug=flip_aug, alpha_mask=alpha_mask,
             expected=self.record_of(item), image_path=item.absolute_path,
             conditions=self.encoder.condition_shapes(item.bucket),
-            picture_paths=condition_paths(item, self.encoder.condition_pictures),
+            picture_paths=condition_paths(item, self.encoder.pictures_for(item.bucket)),
         )
 
     def problem_with(self, index: CacheIndex) -> Callable[[ImageItem, bool, bool], str | None]:
         """`problem_of`, which an index may know without reading the file; for many items, with the settings of now."""
-        if self.skip_disk_cache_validity_check or self.encoder.condition_pictures:  # the index knows of one source
+        if self.skip_disk_cache_validity_check:
             return self.problem_of
         questions: dict[tuple, str] = {}  # many images ask the same
 
@@ -232,7 +248,8 @@ class LatentCache:
             )
 
         def problem_of(item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
-            if item.clip is not None and os.path.isdir(item.absolute_path):  # which an index cannot see change
+            is_folder = item.clip is not None and os.path.isdir(item.absolute_path)  # which an index cannot see change
+            if is_folder or self.encoder.pictures_for(item.bucket):  # the index knows of one source
                 return self.problem_of(item, flip_aug, alpha_mask)
             kind = (item.bucket, item.clip, item.resized_size, item.subset.resize_interpolation, flip_aug, alpha_mask)
             if kind not in questions:
@@ -265,7 +282,7 @@ class LatentCache:
     def load_conditions_from_disk(
         self, npz_path: str, bucket_reso: tuple[int, ...], flipped: bool
     ) -> Mapping[str, Array]:
-        """What `LatentEncoder.condition_shapes` names, as stored beside the latents of this size."""
+        """What `LatentEncoder.condition_shapes` names, as stored beside the latents of this Bucket."""
         shapes = self.encoder.condition_shapes(bucket_reso)
         return (
             self.store.load_conditions(npz_path, self.architecture, bucket_reso, shapes, flipped=flipped)
@@ -299,8 +316,12 @@ def _made_with(item: ImageItem) -> dict[str, str]:
 
 def condition_paths(item: ImageItem, names: Iterable[str]) -> dict[str, str]:
     """Where the pictures of these conditions lie, of those that an item has."""
-    known = {CONDITIONING_IMAGES: item.cond_path}
-    return {name: known[name] for name in names if known.get(name) is not None}
+    beside = item.control_paths if item.cond_path is None else (item.cond_path,)
+    known = {
+        numbered(name, number): path
+        for number, path in enumerate(beside) for name in (CONDITIONING_IMAGES, CONDITIONING_ALPHA)
+    }
+    return {name: known[name] for name in names if name in known}
 
 
 def float32_if_floats(tensor: torch.Tensor) -> torch.Tensor:
@@ -329,6 +350,12 @@ def parts_apart(images: torch.Tensor) -> list[slice]:
 def bucket_of(images: torch.Tensor, kind: SampleKind = PLAIN) -> Bucket:
     """The size of images [B, 3, H, W] or clips [B, 3, F, H, W], which are of this kind."""
     return Bucket(images.shape[-1], images.shape[-2], images.shape[2] if images.ndim == 5 else 1, kind)
+
+
+def seed_of(item: ImageItem, content: str, is_flipped: bool) -> int:
+    """The seed of an item's posterior draw, from its file's content: that of a clip hangs on its first frame too."""
+    start = () if item.clip is None else (item.clip.start,)
+    return posterior_seed(content, (*item.bucket.key, *start), is_flipped)
 
 
 def posterior_seed(content: str, bucket_reso: tuple[int, ...], is_flipped: bool) -> int:

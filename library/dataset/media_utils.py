@@ -297,19 +297,8 @@ def conditioning_to_mask(image: np.ndarray) -> np.ndarray:
     return image[..., 0].astype(np.float32) / 255
 
 
-def read_conditioning_image(
-    path: str | Path, image_wh: Size, resized: Size, bucket: Size, offset: Size, interpolation: str | None = None
-) -> np.ndarray:
-    """The mask or control image of a sample, [bucket_h, bucket_w, 3]: scaled and cropped exactly like its image.
-
-    Raises ImageFileError when its size is not `image_wh`, the size of the image.
-    """
-    image = decode_image(path)
-    check_conditioning_size(path, (image.shape[1], image.shape[0]), image_wh)
-    return resize_and_crop(image, resized, bucket, offset, interpolation)
-
-
 def check_conditioning_size(path: str | Path, size: Size, image_wh: Size) -> None:
+    """ImageFileError for a mask or control picture whose size is not that of its image."""
     if size != image_wh:
         raise ImageFileError(
             f"{path} is {size[0]}x{size[1]}, its image is {image_wh[0]}x{image_wh[1]}; both must have one size"

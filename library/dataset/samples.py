@@ -1,20 +1,25 @@
-"""The pixels of one sample: read, scaled, cropped, coloured, mirrored; the same for training, caching and masks."""
+"""The pixels of one sample: read, scaled, cropped, coloured, mirrored; the same for training, caching, masks and control
+pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from library.dataset.bucket import centre_offset, crop_ltrb
+from library.dataset.batch import CONDITIONING_ALPHA, CONDITIONING_IMAGES, numbered
+from library.dataset.bucket import centre_offset, cover_size, crop_ltrb
+from library.dataset.clips.video_files import frames_of
 from library.dataset.items import ImageItem
 from library.dataset.media_utils import (
     ColorChange,
     alpha_to_mask,
     change_color,
+    check_conditioning_size,
     decode_frames,
-    read_conditioning_image,
+    decode_image,
     resize_and_crop,
 )
 
@@ -55,14 +60,32 @@ class Pixels:
 def read_pixels(
     item: ImageItem, geometry: Geometry, *, with_alpha: bool = False, color: ColorChange | None = None
 ) -> Pixels:
-    """Decode a picture or clip to its training size, all frames alike. Raises ImageFileError, which names the file."""
-    frames = [
-        resize_and_crop(frame, geometry.resized, geometry.bucket, geometry.offset, item.subset.resize_interpolation)
-        for frame in decode_frames(item.absolute_path, item.frames, with_alpha=with_alpha)  # [H, W, 3 or 4]
-    ]
+    """Decode a picture or clip to its training size, all frames alike and one after the other: never more of them than
+    the sample has are in memory, in its size. Raises ImageFileError, which names the file."""
+    frames = [_cut(frame, geometry, item) for frame in _own_frames(item, with_alpha)]  # [H, W, 3 or 4]
     alpha = _stacked([alpha_to_mask(frame) for frame in frames]) if with_alpha else None
     colors = [frame[..., :3] for frame in frames]
     return Pixels(_stacked(colors if color is None else [change_color(frame, color) for frame in colors]), alpha)
+
+
+def _own_frames(item: ImageItem, with_alpha: bool) -> Iterator[np.ndarray]:
+    if item.clip is None:
+        yield from decode_frames(item.absolute_path, item.frames, with_alpha=with_alpha)
+    else:
+        yield from frames_of(item.absolute_path, item.clip.frame_numbers(), with_alpha=with_alpha)
+
+
+def _cut(frame: np.ndarray, geometry: Geometry, item: ImageItem) -> np.ndarray:
+    """A frame at its training size. One of another size than the first covers the bucket by itself."""
+    size = (frame.shape[1], frame.shape[0])
+    if item.clip is not None and size != item.image_size:
+        geometry = _covering(size, geometry.bucket)
+    return resize_and_crop(frame, geometry.resized, geometry.bucket, geometry.offset, item.subset.resize_interpolation)
+
+
+def _covering(size: Size, bucket: Size) -> Geometry:
+    resized = cover_size(size, bucket)
+    return Geometry(resized, bucket, centre_offset(resized, bucket))
 
 
 def _stacked(frames: list[np.ndarray]) -> np.ndarray:
@@ -84,15 +107,60 @@ def mask_tensor(mask: np.ndarray | torch.Tensor, flipped: bool = False) -> torch
     return tensor.flip(-1) if flipped else tensor
 
 
+# ---- masks and control pictures --------------------------------------------------------------------------------------
+
+def read_pictures(item: ImageItem, geometry: Geometry, names: Collection[str]) -> dict[str, np.ndarray]:
+    """What lies beside a sample, of those names (CONDITIONING_IMAGES, CONDITIONING_ALPHA and the same with numbers): its
+    mask or control pictures [h, w, 3] uint8, of a clip [F, h, w, 3], and their alpha channels [h, w] or [F, h, w] in
+    0..1. Not mirrored."""
+    found: dict[str, np.ndarray] = {}
+    for number in range(1 if item.cond_path is not None else len(item.control_paths)):
+        colors, alpha = numbered(CONDITIONING_IMAGES, number), numbered(CONDITIONING_ALPHA, number)
+        if colors not in names and alpha not in names:
+            continue
+        frames = [
+            _cut_beside(frame, geometry, item, number) for frame in _frames_beside(item, number, alpha in names)
+        ]
+        pixels = _stacked(frames)  # [h, w, C] or [F, h, w, C]
+        if colors in names:
+            found[colors] = pixels[..., :3]
+        if alpha in names:
+            found[alpha] = pixels[..., 3].astype(np.float32) / 255
+    return found
+
+
+def _frames_beside(item: ImageItem, number: int, with_alpha: bool) -> Iterator[np.ndarray]:
+    path = item.control_paths[number] if item.cond_path is None else item.cond_path
+    if item.clip is None:
+        yield decode_image(path, with_alpha=with_alpha)
+    else:
+        assert item.control_clip is not None
+        yield from frames_of(path, item.control_clip.frame_numbers(item.clip), with_alpha=with_alpha)
+
+
+def _cut_beside(frame: np.ndarray, geometry: Geometry, item: ImageItem, number: int) -> np.ndarray:
+    """Scaled and cropped exactly like the image, where both have one size; other control pictures cover their own bucket
+    and are cut in the middle. ImageFileError for a mask of another size."""
+    size = (frame.shape[1], frame.shape[0])
+    if item.cond_path is not None:
+        check_conditioning_size(item.cond_path, size, item.image_size)
+    wanted = geometry.bucket if item.cond_path is not None or item.clip is not None else item.control_sizes[number]
+    if size != item.image_size or wanted != geometry.bucket:
+        geometry = _covering(size, wanted)
+    return resize_and_crop(frame, geometry.resized, geometry.bucket, geometry.offset, item.subset.resize_interpolation)
+
+
+def picture_tensors(pictures: Mapping[str, np.ndarray], flipped: bool = False) -> dict[str, torch.Tensor]:
+    """Pictures as `read_pictures` gives them: colours [3, ..., h, w] in -1..1, alpha [1, ..., h, w] in 0..1, mirrored
+    when `flipped`."""
+    return {
+        name: mask_tensor(picture, flipped)[None] if name.startswith(CONDITIONING_ALPHA) else image_tensor(picture, flipped)
+        for name, picture in pictures.items()
+    }
+
+
 def conditioning_tensor(item: ImageItem, geometry: Geometry, flipped: bool = False) -> torch.Tensor:
-    """The mask or control image of a sample, [3, H, W] in -1..1: scaled, cropped and mirrored exactly like its
-    image."""
-    return image_tensor(read_conditioning(item, geometry), flipped)
-
-
-def read_conditioning(item: ImageItem, geometry: Geometry) -> np.ndarray:
-    """The mask or control image [H, W, 3] uint8, not mirrored."""
-    return read_conditioning_image(
-        item.cond_path, item.image_size, geometry.resized, geometry.bucket, geometry.offset,
-        item.subset.resize_interpolation
-    )
+    """The mask or control picture of a sample, [3, H, W] or [3, F, H, W] in -1..1: scaled, cropped and mirrored exactly
+    like its image."""
+    pictures = read_pictures(item, geometry, (CONDITIONING_IMAGES,))
+    return picture_tensors(pictures, flipped)[CONDITIONING_IMAGES]

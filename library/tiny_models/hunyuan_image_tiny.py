@@ -14,7 +14,7 @@ from library.components.ldm_models import AutoEncoderParams
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
 from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, HunyuanVAE2D
 from library.tiny_models.vocabularies import CHAT_MARKS, write_qwen_tokenizer
-from library.tiny_models.weights import random_state, random_weight, save_part, t5_state
+from library.tiny_models.weights import language_model_state, random_state, save_part, t5_state
 
 QWEN_WIDTH, QWEN_HEADS, QWEN_KV_HEADS, QWEN_HIDDEN, QWEN_LAYERS = 24, 2, 1, 40, 4
 BYT5_WIDTH, BYT5_ROWS = 16, 384
@@ -80,7 +80,11 @@ def build_tiny_hunyuan_image(
     save_part(random_state(HYImageDiffusionTransformer(params), generator), tiny.denoiser, {}, dtype)
     save_part(_vae_state(vae_params, generator), tiny.vae, asdict(vae_params), dtype)
     rows = write_qwen_tokenizer(tiny.tokenizer, TEMPLATE_WORDS) + len(CHAT_MARKS)
-    save_part(qwen25_vl_state(generator, vocab=rows), tiny.text_encoder, {"num_attention_heads": QWEN_HEADS}, dtype)
+    qwen = language_model_state(
+        generator, vocab=rows, width=QWEN_WIDTH, key_width=QWEN_KV_HEADS * QWEN_WIDTH // QWEN_HEADS, hidden=QWEN_HIDDEN,
+        layers=QWEN_LAYERS, has_biases=True,
+    )  # fmt: skip
+    save_part(qwen, tiny.text_encoder, {"num_attention_heads": QWEN_HEADS}, dtype)
     byt5 = t5_state(generator, d_model=BYT5_WIDTH, d_kv=8, heads=2, d_ff=24, layers=2, vocab=BYT5_ROWS)
     save_part(byt5, tiny.byt5, {}, dtype)
     return tiny
@@ -98,22 +102,3 @@ def _vae_state(params: AutoEncoderParams, generator: torch.Generator) -> dict[st
     state["encoder.conv_out.weight"][params.z_channels :] *= 0.1
     state["encoder.conv_out.bias"][params.z_channels :] -= 4
     return state
-
-
-def qwen25_vl_state(generator: torch.Generator, *, vocab: int) -> dict[str, torch.Tensor]:
-    """Weights of the text tower of a Qwen2.5-VL model in the layout of its single file."""
-    keys = QWEN_KV_HEADS * QWEN_WIDTH // QWEN_HEADS
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocab, QWEN_WIDTH),
-        "model.norm.weight": (QWEN_WIDTH,),
-    }
-    for number in range(QWEN_LAYERS):
-        place = f"model.layers.{number}."
-        shapes |= {f"{place}self_attn.{name}_proj.weight": (QWEN_WIDTH, QWEN_WIDTH) for name in "qo"}
-        shapes |= {f"{place}self_attn.{name}_proj.weight": (keys, QWEN_WIDTH) for name in "kv"}
-        shapes |= {f"{place}self_attn.q_proj.bias": (QWEN_WIDTH,)}
-        shapes |= {f"{place}self_attn.{name}_proj.bias": (keys,) for name in "kv"}
-        shapes |= {f"{place}mlp.{name}_proj.weight": (QWEN_HIDDEN, QWEN_WIDTH) for name in ("gate", "up")}
-        shapes |= {f"{place}mlp.down_proj.weight": (QWEN_WIDTH, QWEN_HIDDEN)}
-        shapes |= {f"{place}{name}_layernorm.weight": (QWEN_WIDTH,) for name in ("input", "post_attention")}
-    return {key: random_weight(key, shape, generator) for key, shape in shapes.items()}

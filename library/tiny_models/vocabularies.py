@@ -16,6 +16,9 @@ from library.core.atomic_file import atomic_path, write_text_atomically
 WORDS = ("a", "the", "of", "red", "blue", "green", "cat", "dog", "photo", "circle", "square", "girl")
 CHAT_MARKS = ("<|im_start|>", "<|im_end|>")
 """of Qwen, which follow the last entry of its vocabulary"""
+LLAMA_MARKS = (
+    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+)  # fmt: skip
 NORMAL_PIECE, UNKNOWN_PIECE, CONTROL_PIECE, BYTE_PIECE = 1, 2, 3, 6  # sentencepiece's piece types
 T5_ROWS = 160
 """rows of an embedding that holds the ids of `t5_pieces` and some more"""
@@ -45,6 +48,27 @@ def write_qwen_tokenizer(folder: Path, more: Iterable[str] = ()) -> int:
     return _write_byte_pairs(
         folder, _unique([*byte_characters(), *("".join(pair) for pair in merges), "<|endoftext|>"]), merges
     )
+
+
+def write_llama_tokenizer(folder: Path, more: Iterable[str] = ()) -> int:
+    """tokenizer.json as LLaMA 3 has it: words that carry the space before them, the marks of its chats, and a token that
+    begins every text. `more` as for `write_qwen_tokenizer`; returns the number of entries."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    space = chr(256 + 32)
+    merges = _unique(pair for word in WORDS for pair in (*_merges_of(list(word)), (space, word)))
+    merges = _unique([*merges, *(pair for text in more for pair in _merges_of(list(text.replace(" ", space))))])
+    words = _unique([*byte_characters(), *("".join(pair) for pair in merges)])
+    core = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(mark, special=True) for mark in LLAMA_MARKS])
+    begin = LLAMA_MARKS[0]
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, core.token_to_id(begin))]
+    )
+    write_text_atomically(folder / "tokenizer.json", core.to_str())
+    return core.get_vocab_size()
 
 
 def write_t5_tokenizer(folder: Path) -> None:

@@ -76,3 +76,25 @@ def t5_state(
         shapes[f"{place}1.layer_norm.weight"] = (d_model,)
     shapes["encoder.final_layer_norm.weight"] = (d_model,)
     return {key: random_weight(key, shape, generator) for key, shape in shapes.items()}
+
+
+def language_model_state(
+    generator: torch.Generator, *, vocab: int, width: int, key_width: int, hidden: int, layers: int, has_biases: bool
+) -> dict[str, Tensor]:
+    """Weights of a language model with gated feed-forwards in the layout of its single file; `key_width`: of its keys
+    and values, `has_biases`: of queries, keys and values."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, width),
+        "model.norm.weight": (width,),
+    }
+    for number in range(layers):
+        place = f"model.layers.{number}."
+        shapes |= {f"{place}self_attn.{name}_proj.weight": (width, width) for name in "qo"}
+        shapes |= {f"{place}self_attn.{name}_proj.weight": (key_width, width) for name in "kv"}
+        if has_biases:
+            shapes |= {f"{place}self_attn.q_proj.bias": (width,)}
+            shapes |= {f"{place}self_attn.{name}_proj.bias": (key_width,) for name in "kv"}
+        shapes |= {f"{place}mlp.{name}_proj.weight": (hidden, width) for name in ("gate", "up")}
+        shapes |= {f"{place}mlp.down_proj.weight": (width, hidden)}
+        shapes |= {f"{place}{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
+    return {key: random_weight(key, shape, generator) for key, shape in shapes.items()}

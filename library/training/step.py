@@ -13,6 +13,7 @@ import torch
 from library.core.errors import ConfigError, TrainingError
 from library.core.keyed_random import StepDraws, key_seed
 from library.dataset.batch import Batch, conditioning_rows
+from library.dataset.latent_cache import bucket_of
 from library.dataset.strategies import Conditioning, StrategySet
 from library.training.objective import NoisyLatents, Objective
 from library.training.run import DiTOutput, Models, StepOutput
@@ -161,7 +162,7 @@ class TrainStep:
         latents, made = caching.encode_samples(
             self.models.vae, self.models.extra, batch.images, batch.latent_seeds, batch.conditions, batch.facts
         )
-        read = caching.encoder.condition_pictures
+        read = caching.encoder.pictures_for(bucket_of(batch.images, batch.facts[0].kind))
         kept = {name: condition for name, condition in batch.conditions.items() if name not in read}
         return dataclasses.replace(batch, latents=latents, conditions={**kept, **made})
 

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from library.dataset.bucket import centre_offset, cover_size
-from library.dataset.media_utils import read_conditioning_image, resize_and_crop
+from library.dataset.items import ImageItem, SubsetParams
+from library.dataset.media_utils import resize_and_crop
+from library.dataset.samples import Geometry, read_pictures
 from tests.golden_dir import behaviour_cases
 
 
@@ -22,7 +24,8 @@ def test_geometry(case, tmp_path):
     ramp = np.tile(((np.arange(size[0]) + 0.5) / size[0] * 255)[None, :, None], (size[1], 1, 3)).astype(np.uint8)
     path = tmp_path / "mask.png"
     Image.fromarray(ramp).save(path)
-    mask = read_conditioning_image(path, size, resized, bucket, offset)
+    item = ImageItem("a", "a.png", "", SubsetParams(), size, cond_path=str(path))
+    mask = read_pictures(item, Geometry(resized, bucket, offset), ("conditioning_images",))["conditioning_images"]
     assert mask.shape == (bucket[1], bucket[0], 3)
     assert np.array_equal(mask, resize_and_crop(ramp, resized, bucket, offset))
     # columns of the crop show what lies at the same place of the picture

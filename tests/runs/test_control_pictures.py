@@ -69,7 +69,7 @@ def test_a_picture_that_is_cached_is_not_read_again(work, monkeypatch):
     words = argv(work, "out", *CACHES["memory"])
     config = parser_common.parse_command(words, "toy_video", TRAINABLE).config
     run = Trainer(config, import_target(control.RECORD.family)(config), control.ControlTrainable(config)).prepare()
-    monkeypatch.setattr("library.dataset.samples.read_conditioning_image", lambda *_: pytest.fail("it is read"))
+    monkeypatch.setattr("library.dataset.samples.decode_image", lambda *_: pytest.fail("it is read"))
     batch = next(iter(run.data.batches(1)))
     assert batch.conditions.keys() == {"first_frame", "control"} and batch.conditioning_images is None
 

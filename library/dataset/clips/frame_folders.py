@@ -1,4 +1,5 @@
-"""Folders of pictures that are the frames of one video, in the order of their names."""
+"""Folders of pictures that are the frames of one video, in the order of their names; a picture is a video of one
+frame."""
 
 from __future__ import annotations
 
@@ -13,9 +14,15 @@ from library.dataset.image_headers import look_at_image
 from library.dataset.media_utils import ImageFileError, decode_image, image_extensions
 
 
+def is_picture(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in image_extensions()
+
+
 def frame_files(folder: str) -> list[str]:
     """Its pictures, sorted by name. ImageFileError where there are none."""
     extensions = image_extensions()
+    if not os.path.isdir(folder):
+        return [folder]
     try:
         names = sorted(name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in extensions)
     except OSError as error:

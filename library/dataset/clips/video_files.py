@@ -31,9 +31,22 @@ class VideoReader(Protocol):
 
 
 def reader_of(path: str) -> VideoReader:
-    if os.path.isdir(path):
+    if os.path.isdir(path) or frame_folders.is_picture(path):
         return frame_folders
     return pyav_video if has_pyav() else opencv_video
+
+
+def verify_video(path: str) -> VideoCheck:
+    """`look_at_video`, with all frames decoded. ImageFileError for one that cannot be."""
+    check = look_at_video(path)
+    for _ in frames_of(path, range(check.frames)):
+        pass
+    return check
+
+
+def reader_name() -> str:
+    """What reads files here."""
+    return "PyAV" if has_pyav() else "OpenCV"
 
 
 def has_pyav() -> bool:
@@ -52,18 +65,20 @@ def look_at_noted_video(path: str, index: CacheIndex) -> VideoCheck:
         return look_at_video(path)
 
     def look() -> tuple[str, str]:
-        return _to_note(look_at_video(path)), ""
+        return note_of(look_at_video(path)), ""
 
-    return _from_note(index.find(path, f"{QUESTION}, read by {reader_of(path).__name__}", look)[0])
+    return check_of_note(index.find(path, f"{QUESTION}, read by {reader_name()}", look)[0])
 
 
-def _to_note(check: VideoCheck) -> str:
+def note_of(check: VideoCheck) -> str:
+    """A check as words in one line."""
     flags = (int(getattr(check, name)) for name in FLAGS)
     times = ",".join(map(str, check.times)) or "-"
     return " ".join(map(str, (*check.size, check.frames, check.promised, check.rate or 0, times, *flags)))
 
 
-def _from_note(text: str) -> VideoCheck:
+def check_of_note(text: str) -> VideoCheck:
+    """ValueError for what is none."""
     width, height, frames, promised, rate, times, *flags = text.split(" ")
     begins = () if times == "-" else tuple(map(Fraction, times.split(",")))
     return VideoCheck(

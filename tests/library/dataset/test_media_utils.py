@@ -18,13 +18,13 @@ from library.dataset.media_utils import (
     ImageFileError,
     alpha_to_mask,
     change_color,
+    check_conditioning_size,
     conditioning_to_mask,
     decode_image,
     draw_color_change,
     face_crop_geometry,
     image_size,
     random_offset,
-    read_conditioning_image,
     resize_and_crop,
     resize_image,
     verify_image,
@@ -148,7 +148,7 @@ def test_crop():
 def test_mask_of_another_size_is_refused(tmp_path):
     path = save(tmp_path / "mask.png")
     with pytest.raises(ImageFileError, match=r"mask\.png is 6x4, its image is 8x4"):
-        read_conditioning_image(path, (8, 4), (8, 4), (8, 4), (0, 0))
+        check_conditioning_size(path, image_size(path), (8, 4))
 
 
 def test_gamma_is_a_gamma():
