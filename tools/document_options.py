@@ -87,7 +87,7 @@ def cache_tool_tables() -> str:
         for what, part in cache_tools.PARTS.items():
             tool = cache_tools.tool_script(family, what)
             groups = (cache_tools.CacheToolOptions, *clip_cache_options.OPTIONS[what], *family_class.tool_options.get(what, ()))
-            own = family_class.part_options[part]
+            own = {*family_class.part_options[part], "dataset_config", *(["vae"] if what == "latents" else [])}
             names = [name for name, owner in tool.owners.items() if owner in groups or name in own]
             rows = [_row(tool, tool.owners[name], name) for name in names if tool.status(name) != "foreign"]
             title = f"### {record.title}: {'latents' if what == 'latents' else 'text'}"

@@ -140,7 +140,7 @@ def tool_script(family: str, what: str) -> option_reader.Script:
         ignored=family_class.ignored,
         foreign=family_class.foreign,
         neutral=family_class.neutral,
-        defaults={**family_class.defaults, **defaults},
+        defaults={**family_class.defaults, **defaults, **family_class.tool_defaults.get(what, {})},
         stands_for={**family_class.stands_for, **spelled},
         shares_file=True,
     )

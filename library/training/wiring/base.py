@@ -148,6 +148,8 @@ class ModelFamily(ABC):
 
     tool_options: ClassVar[Mapping[str, tuple[type, ...]]] = {}
     """what is cached, "latents" or "text" -> groups of options that the tool for it has beside `options`"""
+    tool_defaults: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """in the same way defaults that differ in the tool: those of the known one"""
 
     def __init_subclass__(cls, **settings: object) -> None:
         super().__init_subclass__(**settings)
