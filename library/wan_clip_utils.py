@@ -1,5 +1,5 @@
-"""The vision encoder of Wan 2.1 with pictures: the image side of a CLIP of ViT-H, in the layout of its own files or that
-of transformers."""
+"""The vision encoder of Wan 2.1 with pictures: the image side of a CLIP of ViT-H, in the layout of its own files or
+that of transformers."""
 
 from __future__ import annotations
 

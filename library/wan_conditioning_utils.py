@@ -114,7 +114,7 @@ def generation_condition(
     if appends:
         picture = appended_condition(encode, first, last, frames)
     elif first is not None:
-        picture = ends_condition(encode, first, last, frames) if takes_last else picture_condition(encode, first, frames)
+        picture = ends_condition(encode, first, last if takes_last else None, frames)
     if control is None:
         return GeneratedCondition(picture, count, int(appends))
     latents = encode(lengthened(control, frames + TEMPORAL_STRIDE * appends))
@@ -143,13 +143,15 @@ class OneFrame:
 
 def one_frame(clean_indices: Sequence[int], target_index: int) -> OneFrame:
     """ConfigError when two frames have one place."""
-    places = sorted([*((index, number) for number, index in enumerate(clean_indices)), (target_index, len(clean_indices))])
+    own = len(clean_indices)  # after the numbers of the reference frames
+    places = sorted((index, number) for number, index in enumerate((*clean_indices, target_index)))
     indices = tuple(index for index, _ in places)
     if len(set(indices)) < len(indices):
         raise ConfigError(
-            f"the places of a single frame and its control pictures are {', '.join(map(str, indices))}; needed: each once"
+            f"the places of a single frame and its control pictures are {', '.join(map(str, indices))};"
+            " needed: each once"
         )
-    order = tuple(None if number == len(clean_indices) else number for _, number in places)
+    order = tuple(None if number == own else number for _, number in places)
     return OneFrame(indices, order)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from library.custom_offloading_utils import BlockStackMixin
 Rope = tuple[Tensor, Tensor]
 ROPE_THETA = 10000.0
 IMAGE_NORM_EPS = 1e-5
+VISION_TOKENS = 257
+"""of a picture, from the released vision encoder"""
 NUM_MODULATIONS = 6
 """shift, scale and gate of self-attention and of the feed-forward layers"""
 
@@ -29,9 +32,10 @@ NUM_MODULATIONS = 6
 class WanParams:
     """Hyper-parameters; the defaults are the text to video model of 14B.
 
-    `in_dim` counts the channels of the latents and of what stands beside them: 16 alone, 36 with the mask and latents of
-    pictures, 48 with latents of a control video and of a picture. `img_dim`: width of the states of a vision encoder,
-    None where the model takes none; `img_positions`: how many of them it has positions for, 0 where it has none.
+    `in_dim` counts the channels of the latents and of what stands beside them: 16 alone, 36 with the mask and latents
+    of pictures, 48 with latents of a control video and of a picture. `img_dim`: width of the states of a vision
+    encoder, None where the model takes none; `img_positions`: how many of them it has positions for, 0 where it has
+    none.
     """
 
     dim: int = 5120
@@ -70,6 +74,11 @@ class WanParams:
         """Widths of the rotary axes (frames, rows, columns): 44, 42, 42 of 128."""
         spatial = 2 * (self.head_dim // 6)
         return self.head_dim - 2 * spatial, spatial, spatial
+
+    @property
+    def vision_tokens(self) -> int:
+        """Of one picture; models without positions take any number, and encoders give this one."""
+        return self.img_positions // 2 or VISION_TOKENS
 
     @property
     def has_vision(self) -> bool:
@@ -205,9 +214,10 @@ class WanAttentionBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, NUM_MODULATIONS, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, vectors: Tensor, places: Tensor | None, text: Tensor, image: Tensor | None,
-                rope: Rope) -> Tensor:
-        """x [B, L, D]; vectors [U, 6, D] and places as in `Modulation`; text [B, T, D], image [B, N, D]."""  # fmt: skip
+    def forward(
+        self, x: Tensor, vectors: Tensor, places: Tensor | None, text: Tensor, image: Tensor | None, rope: Rope
+    ) -> Tensor:
+        """x [B, L, D]; vectors [U, 6, D] and places as in `Modulation`; text [B, T, D], image [B, N, D]."""
         kind, e = x.dtype, Modulation(vectors, places).plus(self.modulation)
         attended = self.self_attn((self.norm1(x) * (1 + e.part(1)) + e.part(0)).to(kind), rope)
         x = (x + attended.float() * e.part(2)).to(kind)
@@ -254,6 +264,13 @@ class MLPProj(nn.Module):
         return self.proj(states)
 
 
+class Experts(Protocol):
+    """Two sets of weights of one tree of modules."""
+
+    def use(self, *, high_noise: bool) -> None:
+        """Let the modules hold the weights for much noise, or those for little."""
+
+
 class WanModel(BlockStackMixin, nn.Module):
     """The rectified-flow transformer of Wan 2.1, or one of the two experts of Wan 2.2."""
 
@@ -272,6 +289,8 @@ class WanModel(BlockStackMixin, nn.Module):
         if params.has_vision:
             self.img_emb = MLPProj(params)
         self.rope_tables = DeviceTables()
+        self.experts: Experts | None = None
+        """the weights of the two experts of Wan 2.2, of which the modules hold one at a time; None of one model"""
         self.init_block_stack(num_rows=1)
 
     @property

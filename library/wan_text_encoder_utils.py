@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from library.checkpoints.layout_rules import Rule, to_original
 from library.checkpoints.loading import (

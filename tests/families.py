@@ -4,6 +4,7 @@ library/tiny_models."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ class FamilyCase:
     outputs can be cached;
     `brief`: options that make prompts as short as those of the tests, where the family computes with all places of a
     long prompt;
-    `like`: the case that shows what data and loop do for this one too: the model is of the same classes."""
+    `first_frame`: samples begin with a picture; `like`: the case that shows what data and loop do for this one too: the model is of the same classes."""
 
     name: str
     version: str
@@ -26,6 +27,7 @@ class FamilyCase:
     caches_text: bool = True
     text_options: tuple[str, ...] = ()
     brief: tuple[str, ...] = ()
+    first_frame: bool = False
     like: str = ""
 
     @property
@@ -46,6 +48,10 @@ class FamilyCase:
         families of clips must be told."""
         live = ["--live_encoding"] if ARCHITECTURES[self.family].latents.clips else []
         return [f"--network_module={self.entry.network_module}", *self.entry.options, *self.brief, *live]
+
+    def letters(self, pictures: Path) -> str:
+        """What every line of sample prompts needs, with pictures of this folder."""
+        return f" --i {pictures / '00.png'}" if self.first_frame else ""
 
     def caches(self, *, on_disk: bool) -> list[str]:
         """Options that cache all that can be cached."""
@@ -69,6 +75,9 @@ CASES = {
         ),
         FamilyCase("lumina", "lumina2", ("lora_te_",)),
         FamilyCase("hunyuan_video", "hunyuan_video", ()),
+        FamilyCase("wan", "wan", ()),
+        FamilyCase("wan_i2v", "wan", (), first_frame=True, like="wan"),
+        FamilyCase("wan22", "wan", (), first_frame=True, like="wan"),
     )
 }
 

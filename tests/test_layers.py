@@ -155,8 +155,11 @@ SOURCE_SET = frozenset(FILES)
 
 
 def family_of_file(file: str) -> str | None:
-    """The family that a file belongs to by its name, or None for shared code."""
+    """The family that a file belongs to by its name, or None for shared code: parts of several families among it,
+    whatever they are called."""
     stem = Path(file).stem
+    if file.startswith("library/components/"):
+        return None
     for family in KNOWN:
         own_name = stem in (f"strategy_{family}", f"lora_{family}") or stem.startswith(f"{family}_")
         if own_name or file in (f"library/families/{family}.py", f"library/training/wiring/{family}.py"):

@@ -81,12 +81,14 @@ def load_t5_tokenizer(
     *,
     max_length: int = 512,
     option: str = "--t5xxl_tokenizer",
+    hub_id: str = T5_XXL_HUB_ID,
+    name: str = "T5",
 ) -> PreTrainedTokenizerFast:
-    """The T5 tokenizer; `model_path` is the T5 file, which may carry it as `spiece_model`, or the model's folder.
+    """The T5 tokenizer, or one of its kind; `model_path` is the T5 file, which may carry it as `spiece_model`, or the
+    model's folder.
 
     ConfigError naming every way to provide one when none is there.
     """
-    hub_id = T5_XXL_HUB_ID
     tokenizer = first_found(
         [
             lambda: from_option(folder, option, read_t5_folder),
@@ -94,9 +96,9 @@ def load_t5_tokenizer(
             lambda: _t5_from_model(model_path),
             lambda: from_hub(hub_id, None, cache_dir, read_t5_folder),
         ],
-        f"no T5 tokenizer: give a folder with tokenizer.json or spiece.model with {option}, or put it under "
+        f"no {name} tokenizer: give a folder with tokenizer.json or spiece.model with {option}, or put it under "
         "--tokenizer_cache_dir"
-        f" as {hub_id.replace('/', '_')}, or use a T5 file that carries it (an entry spiece_model), or allow access to "
+        f" as {hub_id.replace('/', '_')}, or use a {name} file that carries it (an entry spiece_model), or allow access to "
         f"the hub ({hub_id})",
     )
     tokenizer.model_max_length = max_length

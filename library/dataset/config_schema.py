@@ -21,6 +21,7 @@ from voluptuous import (
     In,
     Invalid,
     Length,
+    Match,
     Optional,
     Range,
     RangeInvalid,
@@ -136,7 +137,10 @@ def _frame_rate(value: Any) -> float | str:
 
 BOOLEAN = _of_type("true or false (without quotes) is needed", bool)
 TEXT = _of_type("a text in quotes is needed", str)
-PATH = All(TEXT, Length(min=1, msg="a path that is not empty is needed"))
+PATH = All(
+    TEXT, Length(min=1, msg="a path that is not empty is needed"),
+    Match(r"[^\0]+\Z", msg="a path without zero characters is needed"),
+)  # fmt: skip
 INTERPOLATION = All(TEXT, In(INTERPOLATIONS, msg=f"one of {', '.join(INTERPOLATIONS)} is needed"))
 ATTRIBUTES = All(_of_type('a table is needed, e.g. { note = "x" }', Mapping), dict)
 FACE_RANGE = All(_two_numbers, _rising)

@@ -61,7 +61,7 @@ def _entry(values: Any, where: str, medium: str) -> ListEntry:
         raise ConfigError(f"{where} has no {medium}_path{hint}")
     caption = values.get("caption")
     for name, value in [*paths.items(), *controls.items()]:
-        if not isinstance(value, str) or not value:
+        if not isinstance(value, str) or not value or "\0" in value:
             raise ConfigError(f"{where}: {name} is {value!r}; a path is needed")
     if not isinstance(caption, (str, type(None))):
         raise ConfigError(f"{where}: caption is {caption!r}; a text is needed")

@@ -1,24 +1,85 @@
-"""Wan 2.1 and 2.2: how their files are recognised. Qwen-Image and others use the autoencoder."""
+"""Wan 2.1 and 2.2. Qwen-Image and others use the autoencoder."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from library.families.record import AdapterFacts, FamilyRecord, ModelKind, Signature
+from library.families.latents import LatentSpec
+from library.families.record import (
+    AdapterFacts,
+    CacheNames,
+    ClipFacts,
+    EncoderFile,
+    FamilyRecord,
+    ModelKind,
+    SampleDefaults,
+    Signature,
+    TextKey,
+    TinyModel,
+)
+
+_TINY = "library.tiny_models.wan_tiny"
+_NETWORK = "networks.lora_wan"
 
 FAMILY = FamilyRecord(
     name="wan",
     title="Wan",
+    prefix="wan_",
+    page="docs/wan_train_network.md",
     place=95,
+    family="library.training.wiring.wan:WanFamily",
+    denoisers=("WanModel",),
+    targets=f"{_NETWORK}:TARGETS",
+    pipeline="library.generation.wan_pipeline:WanPipeline",
+    tiny=(
+        TinyModel(
+            name="wan", title="Wan 2.1, text to video", build=f"{_TINY}:build_tiny_wan", network_module=_NETWORK
+        ),
+        TinyModel(
+            name="wan_i2v", title="Wan 2.1, first frame to video", build=f"{_TINY}:build_tiny_wan_i2v",
+            network_module=_NETWORK,
+        ),
+        TinyModel(
+            name="wan22", title="Wan 2.2, first frame to video, two experts", build=f"{_TINY}:build_tiny_wan22",
+            network_module=_NETWORK,
+        ),
+    ),
+    latents=LatentSpec(
+        channels=16, spatial_stride=8, temporal_stride=4, patch=2, fingerprint="wan-f8c16", clips=True
+    ),
+    bucket_step=16,
+    clips=ClipFacts(short="wan", long="wan", fps=16.0, one_frame=True),
+    caches=CacheNames(latents="_wan.safetensors", text="_wan_te.safetensors"),
+    conditioning=(TextKey("t5", encoders=(0,), varlen=True),),
+    samples=SampleDefaults(
+        256, 16, {"sample_steps": 20, "frame_count": 1},
+        reads=frozenset(
+            {
+                "cfg_scale", "guidance_scale", "discrete_flow_shift", "image_path", "end_image_path",
+                "control_image_path", "control_video_path", "one_frame",
+            }
+        ),
+    ),
     model_kinds=(
         ModelKind(
             name="wan",
+            wanted="a Wan 2.1 or 2.2 denoiser (wan2.1_t2v_14B_bf16.safetensors)",
+            subfolder="transformer",
+            base_version="wan",
+            modelspec="wan2.1",
             signatures=(
                 Signature(
                     title="a Wan denoiser",
                     has=("blocks.0.self_attn.norm_q.weight",),
                     ranks=(("patch_embedding.weight", 5),),
                     detail="library.families.wan:detail",
+                ),
+                Signature(
+                    title="a Wan denoiser",
+                    has=("blocks.0.attn1.norm_q.weight", "condition_embedder.time_proj.weight"),
+                    ranks=(("patch_embedding.weight", 5),),
+                    detail="library.families.wan:detail",
+                    layout="diffusers",
                 ),
             ),
         ),
@@ -42,7 +103,15 @@ FAMILY = FamilyRecord(
             ),
         ),
     ),
-    adapters=AdapterFacts(title="Wan", parts=("blocks_0_self_attn", "blocks.0.self_attn", "blocks_0_cross_attn")),
+    layouts="library.wan_utils:LAYOUTS",
+    encoder_files=(EncoderFile(option="t5", title="umT5"),),
+    adapters=AdapterFacts(
+        title="Wan",
+        parts=("blocks_0_self_attn", "blocks.0.self_attn", "blocks_0_cross_attn"),
+        base_versions=("wan",),
+        modelspec=("wan",),
+        ai_toolkit="dotted",
+    ),
 )
 
 
@@ -50,8 +119,10 @@ def detail(table: Any) -> str:
     """Size and use, of a KeyTable."""
     size = {1536: "1.3B", 5120: "14B"}.get(table.size("patch_embedding.weight", 0) or 0, "")
     channels = table.size("patch_embedding.weight", 1)
-    if table.has("img_emb.proj.1.weight"):
-        use = "image to video" + (", first and last frame" if table.has("img_emb.emb_pos") else "")
+    vision = ("img_emb.proj.1.weight", "condition_embedder.image_embedder.ff.net.0.proj.weight")
+    positions = ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed")
+    if channels != 48 and any(map(table.has, vision)):
+        use = "image to video" + (", first and last frame" if any(map(table.has, positions)) else "")
     else:
         use = {36: "2.2 image to video", 48: "control"}.get(channels or 16, "text to video")
     return f"{size} {use}".strip()

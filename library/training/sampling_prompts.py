@@ -60,6 +60,8 @@ class SamplePrompt:
     frame_count: int | None = None
     cfg_scale: float | None = None
     """CFG scale of video families"""
+    cfg_scale_high_noise: float | None = None
+    """the same of a second model, where one takes over from some noise level on"""
     discrete_flow_shift: float | None = None
     image_path: str | None = None
     end_image_path: str | None = None

@@ -407,6 +407,6 @@ class Trainer:
         validation_seed = runtime.seed if data.validation_seed is None else data.validation_seed
         return self.step_class(
             runtime, self.family, self.trainable, models, strategies, objective,
-            timestep_samplers.build(self.config[TimestepOptions], is_flow=objective.is_flow), loss,
+            self.family.timestep_sampler(objective), loss,
             seed=runtime.seed, validation_seed=validation_seed, trained_text_encoders=trained, hooks=list(hooks),
         )

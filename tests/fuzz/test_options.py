@@ -50,7 +50,8 @@ def dataset_values(places: Path) -> dict:
         "bucket_reso_steps": 64,
         "subsets": [subset],
     }
-    return {"general": {"caption_extension": ".txt", "shuffle_caption": False}, "datasets": [table]}
+    flat = {"image_directory": str(places / "images"), "resolution": 64, "num_repeats": 1}
+    return {"general": {"caption_extension": ".txt", "shuffle_caption": False}, "datasets": [table, flat]}
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +131,16 @@ def test_dataset_configurations(lines, places, cases, finds):
     values = dataset_values(places)
     names = ["cache_latents", "class_tokens", "metadata_file", "conditioning_data_dir", "validation_split", "caption_separator", "secondary_separator", "resize_interpolation",
              "face_crop_aug_range", "max_bucket_reso", "caption_dropout_rate", "network_multiplier",
-             "custom_attributes", "token_warmup_step", "color_aug"]  # fmt: skip
+             "custom_attributes", "token_warmup_step", "color_aug", "image_directory", "image_jsonl_file", "video_directory",
+             "target_frames", "frame_extraction", "source_fps", "cache_directory", "control_directory",
+             "control_resolution", "fp_1f_clean_indices", "multiple_target"]  # fmt: skip
     for number in cases(225):
         draw, is_json = generator("datasets", number), number % 2
         changed = changed_value(values, draw)
-        if (
-            draw.random() < 0.5
-            and isinstance(changed.get("datasets"), list)
-            and changed["datasets"]
-            and isinstance(changed["datasets"][0], dict)
-        ):
-            changed["datasets"][0][draw.choice(names)] = draw.choice(VALUES)
+        found = changed.get("datasets")
+        tables = [table for table in found if isinstance(table, dict)] if isinstance(found, list) else []
+        if draw.random() < 0.5 and tables:
+            draw.choice(tables)[draw.choice(names)] = draw.choice(VALUES)
         content = as_json(changed) if is_json else as_toml(changed).encode("utf-8", "replace")
         path = places / f"fuzz.{'json' if is_json else 'toml'}"
         path.write_bytes(changed_bytes(content, draw) if draw.random() < 0.3 else content)

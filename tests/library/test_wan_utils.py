@@ -59,7 +59,8 @@ def test_real_sizes_of_encoders(tmp_path) -> None:
     for table in ("umt5_xxl_wan", "umt5_xxl_hf"):
         write_header_only(tmp_path / f"{table}.safetensors", key_table(table))
         values = inspect_umt5(tmp_path / f"{table}.safetensors")
-        assert (values["d_model"], values["num_layers"], values["num_heads"], values["vocab_size"]) == (4096, 24, 64, 256384)
+        sizes = [values[name] for name in ("d_model", "num_layers", "num_heads", "vocab_size")]
+        assert sizes == [4096, 24, 64, 256384]
     write_header_only(tmp_path / "clip.safetensors", key_table("wan_clip_vision_h"))
     values = inspect_vision(tmp_path / "clip.safetensors").values
     assert (values["width"], values["heads"], values["layers"], values["size"]) == (1280, 16, 32, 224)

@@ -127,7 +127,9 @@ def test_accumulated_batches_train_like_one_larger_batch(work: Work) -> None:
 def test_samples_and_validation_are_made_and_change_no_byte(work: Work) -> None:
     prompts = work.folder / "prompts.txt"
     prompts.write_text(
-        "a red cat --w 64 --h 128 --s 2 --d 1\na dog --w 64 --h 64 --s 2 --l 3 --n blue\n", encoding="utf-8"
+        f"a red cat --w 64 --h 128 --s 2 --d 1{work.case.letters(work.images)}\n"
+        f"a dog --w 64 --h 64 --s 2 --l 3 --n blue{work.case.letters(work.images)}\n",
+        encoding="utf-8",
     )
     data = work.dataset(dataset_keys="validation_split = 0.4", subset_keys="caption_dropout_rate = 0.3")
     around = [

@@ -15,6 +15,7 @@ import torch
 
 from library.core.keyed_random import isolated_rng, key_seed
 from library.core.options import shortened
+from library.dataset.batch import on_tensors
 from library.dataset.strategies import NegativeText
 from library.device_utils import clean_memory_on_device
 from library.generation.control_pictures import open_picture
@@ -87,13 +88,18 @@ def encode_sample_prompts(
         else:
             tokens, weights = strategies.tokenize.tokenize_prompt(strategies.prompt_text(text))
         outputs = strategies.encode(text_encoders, tokens, weights)
-        encoded[key] = {name: tensor.detach().cpu() for name, tensor in outputs.items()}
+        encoded[key] = on_tensors(lambda tensor: tensor.detach().cpu(), outputs)
     return encoded
 
 
 def joined(conditioning: Sequence[Conditioning]) -> Conditioning:
     """That of several samples [1, ...] as one batch."""
-    return {name: torch.cat([one[name] for one in conditioning]) for name in conditioning[0]}
+
+    def of_all(name: str) -> Any:
+        rows = [one[name] for one in conditioning]
+        return sum(rows, []) if isinstance(rows[0], list) else torch.cat(rows)
+
+    return {name: of_all(name) for name in conditioning[0]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from library.training.objective import NoisyLatents, Objective
     from library.training.protocols import BaseInfo, Plain
     from library.training.run import DiTOutput, Models
+    from library.training.timestep_samplers import TimestepSampler
 
 logger = logging.getLogger(__name__)
 
@@ -255,6 +256,11 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def objective(self) -> Objective: ...
+
+    def timestep_sampler(self, objective: Objective) -> TimestepSampler:
+        """What draws the noise levels of training, in the unit of the objective."""
+        options = self.config[timestep_samplers.TimestepOptions]
+        return timestep_samplers.build(options, is_flow=objective.is_flow)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """From what the cache stores, [B, C, h, w] or [B, C, F, h, w], to what the denoiser sees; of any rank, [B, C,

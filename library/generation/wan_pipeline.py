@@ -1,0 +1,189 @@
+"""The models of Wan put together for making clips."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from library.core.errors import ConfigError
+from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, is_high_noise
+from library.generation.control_pictures import open_picture
+from library.generation.sampling_utils import Conditioning, computing_on
+from library.generation.video_pipeline import VideoPipeline, clip_pixels, picture_pixels, read_clip_frames
+from library.generation.wan_options import WanRequest, parse_one_frame
+from library.training.timesteps import shift_sigmas
+from library.wan_clip_utils import vision_states
+from library.wan_conditioning_utils import OneFrame, generation_condition, one_frame, one_frame_conditions
+from library.wan_train_utils import predict_velocity
+
+LARGEST_SIGMA = 0.999
+"""of the table of a thousand noise levels, before it is shifted, from which UniPC starts"""
+
+
+@dataclass(frozen=True)
+class WanCondition:
+    """What a clip is conditioned on beside text, [1, ...] each; `latent_frames`: how many it has; `layout`: of a single
+    frame among reference frames."""
+
+    y: Tensor | None
+    vision: Tensor | None
+    latent_frames: int
+    layout: OneFrame | None = None
+
+
+@dataclass
+class WanPipeline(VideoPipeline):
+    """UniPC steps along shifted times, guided away from the negative prompt. Where there are two experts, the one for
+    much noise predicts down to the noise level `boundary`, with a guidance of its own. `vision`: the encoder of
+    pictures, for tasks that look at its states."""
+
+    task: WanTask = field(default=TASKS[DEFAULT_TASK], kw_only=True)
+    boundary: float | None = field(default=None, kw_only=True)
+    vision: Any = field(default=None, kw_only=True)
+    split_uncond: bool = field(default=True, kw_only=True)
+    _kept: tuple[Any, WanCondition] | None = field(default=None, init=False, repr=False)
+
+    family = "wan"
+    request_class = WanRequest
+    default_sampler = "unipc"
+
+    def velocity(
+        self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: WanRequest,
+        skip_layers: Collection[int] = (),
+    ) -> Tensor:
+        made, rows = self.condition(request), len(latents)
+
+        def of_each(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.expand(rows, *tensor.shape[1:])
+
+        places = None if made.layout is None else of_each(torch.tensor([made.layout.f_indices]))
+        return predict_velocity(
+            self.denoiser, latents, times, conditioning["t5"], y=of_each(made.y), vision=of_each(made.vision),
+            f_indices=places, boundary=self.boundary, skip_layers=skip_layers,
+        )  # fmt: skip
+
+    def schedule(self, request: WanRequest) -> Tensor:
+        first = LARGEST_SIGMA if request.sampler == "unipc" else 1.0
+        shift = request.flow_shift or self.task.flow_shift(request.width, request.height)
+        return shift_sigmas(torch.linspace(first, 0, request.steps + 1, dtype=torch.float64), shift).float()
+
+    def guided(
+        self, request: WanRequest, conditioning: Conditioning, negative: Conditioning | None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        low = super().guided(request, conditioning, negative)
+        if self.boundary is None or request.cfg_scale_high_noise is None:
+            return low
+        high_request = dataclasses.replace(request, cfg_scale=request.cfg_scale_high_noise, cfg_scale_high_noise=None)
+        high = super().guided(high_request, conditioning, negative)
+        boundary = self.boundary
+
+        def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+            return (high if is_high_noise(float(sigma), boundary) else low)(latents, sigma)
+
+        return velocity
+
+    def latent_shape(self, request: WanRequest) -> tuple[int, ...]:
+        channels, *_, height, width = super().latent_shape(request)
+        return channels, self.condition(request).latent_frames, height, width
+
+    def latents_together(
+        self, requests: Sequence[WanRequest], conditioning: Conditioning, negative: Conditioning | None
+    ) -> Tensor:
+        made = super().latents_together(requests, conditioning, negative)
+        layout = self.condition(requests[0]).layout
+        return made if layout is None else made[:, :, layout.target : layout.target + 1]
+
+    def encode(self, pixels: Tensor, seed: int) -> Tensor:
+        return self.vae.encode(pixels.to(self.vae.dtype))
+
+    # -- what stands beside the latents --------------------------------------------------------------------------------
+
+    def condition(self, request: WanRequest) -> WanCondition:
+        """Made once for all forwards of a request. ConfigError when the task needs what is not given."""
+        names = (
+            "width", "height", "frames", "image_path", "end_image_path", "control_path", "control_image_paths",
+            "one_frame",
+        )  # fmt: skip
+        key = tuple(getattr(request, name) for name in names)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._condition(request))
+        return self._kept[1]
+
+    @torch.no_grad()
+    def _condition(self, request: WanRequest) -> WanCondition:
+        problem = condition_problem(self.task, request)
+        if problem:
+            raise ConfigError(problem)
+        device = self.denoiser.device
+
+        def latents_of(clips: Tensor) -> Tensor:
+            return self.encode(clips, 0).float()
+
+        def picture(path: str | None) -> Tensor | None:
+            size = (request.width, request.height)
+            return None if path is None else picture_pixels(path, *size)[:, :, 0].to(device)
+
+        if not (self.task.takes_picture or self.task.fun_control or request.one_frame):
+            return WanCondition(None, None, generation_condition(latents_of, request.frames).latent_frames)
+        with computing_on(self.vae, device):
+            if request.one_frame:
+                layout = one_frame(*parse_one_frame(request.one_frame, "one_frame"))
+                references = [picture(path) for path in request.control_image_paths]
+                _, y = one_frame_conditions(latents_of, layout, None, references)
+                vision = self._vision(request.control_image_paths)
+                return WanCondition(y, vision, len(layout.f_indices), layout)
+            control = None
+            if self.task.fun_control:
+                frames = read_clip_frames(request.control_path, request.frames)
+                control = clip_pixels(frames, request.width, request.height).to(device)
+            made = generation_condition(
+                latents_of, request.frames, first=picture(request.image_path), last=picture(request.end_image_path),
+                control=control, takes_last=self.task.takes_last,
+            )  # fmt: skip
+        pictures = [request.image_path, request.end_image_path if self.task.takes_last else None]
+        return WanCondition(made.y, self._vision([path for path in pictures if path]), made.latent_frames)
+
+    def _vision(self, paths: Sequence[str]) -> Tensor | None:
+        """States [1, n * 257, D] of pictures, as they are in their files; None where nothing looks at them."""
+        if self.vision is None or not paths:
+            return None
+        device = self.denoiser.device
+        home = next(self.vision.parameters()).device
+        self.vision.to(device)
+        try:
+            states = [vision_states(self.vision, _pixels(path).to(device)) for path in paths]
+        finally:
+            self.vision.to(home)
+        return torch.cat(states, dim=1)
+
+
+def _pixels(path: str) -> Tensor:
+    """[1, 3, H, W] float32 in -1..1 of a picture file."""
+    values = torch.from_numpy(numpy.asarray(open_picture(path).convert("RGB")).astype(numpy.float32))
+    return (values / 127.5 - 1).permute(2, 0, 1)[None].contiguous()
+
+
+def condition_problem(task: WanTask, request: Any) -> str | None:
+    """What a clip lacks that its task is conditioned on, or None. `request`: a WanRequest, or a sample prompt, whose
+    fields have other names."""
+    control = getattr(request, "control_path", None) or getattr(request, "control_video_path", None)
+    if request.one_frame:
+        given = getattr(request, "control_image_paths", None) or getattr(request, "control_image_path", None) or ()
+        controls, _ = parse_one_frame(request.one_frame, "one_frame")
+        if len(given) != len(controls):
+            return (
+                f"one_frame names {len(controls)} control pictures, {len(given)} are given; needed: one control image"
+                " (--ci) for each"
+            )
+        return None if task.takes_picture else f"the task {task.name} has no place for control pictures (one_frame)"
+    if task.takes_picture and not request.image_path:
+        return f"the task {task.name} begins with a picture, and none is given; needed: the first frame (--i FILE)"
+    if task.fun_control and not control:
+        return f"the task {task.name} follows a clip, and none is given; needed: the control clip (--cn FILE)"
+    return None

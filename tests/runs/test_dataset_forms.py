@@ -1,0 +1,42 @@
+"""Datasets with and without subsets, from folders and from lists: one run, the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from tests.runs.conftest import Work, draw_pictures, largest_difference, read_parts
+
+KEYS = "resolution = 64\nbatch_size = 2"
+TEXT = "caption_extension = '.txt'"
+FEW = ("--max_train_steps=2", "--network_train_unet_only")
+
+
+def test_one_folder_in_three_forms(tmp_path: Path, tiny) -> None:
+    """Without buckets all of them train the same samples; caches of a folder of their own leave the images alone."""
+    work = Work(tmp_path, tiny, draw_pictures(tmp_path / "images", 3))
+    pictures = sorted(work.images.glob("*.png"))
+    rows = [{"image_path": str(path), "caption": path.with_suffix(".txt").read_text()} for path in pictures]
+    listed = tmp_path / "images.jsonl"
+    listed.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    caches = tmp_path / "caches"
+    forms = {
+        "subsets": f"[[datasets]]\n{KEYS}\n[[datasets.subsets]]\nimage_dir = '{work.images}'\n{TEXT}\n",
+        "flat": f"[[datasets]]\n{KEYS}\nimage_directory = '{work.images}'\n{TEXT}\n",
+        "list": f"[[datasets]]\n{KEYS}\nimage_jsonl_file = '{listed}'\ncache_directory = '{caches}'\n",
+    }
+    made = {}
+    for name, text in forms.items():
+        path = tmp_path / f"{name}.toml"
+        path.write_text(text, encoding="utf-8")
+        if name == "flat":
+            shutil.copy(pictures[0], work.images / "bare.png")  # without a caption: left out there
+        more = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"] if name == "list" else []
+        made[name] = work.train(name, *FEW, *more, dataset=path)
+    assert largest_difference(made["subsets"], made["flat"]) == largest_difference(made["subsets"], made["list"]) == 0
+    assert len(list(caches.glob("*_flux.npz"))) == len(list(caches.glob("*_flux_te.npz"))) == 3
+    assert not list(work.images.glob("*.npz"))
+    [dataset] = json.loads(read_parts(made["list"])[0]["ss_datasets"])
+    assert dataset["subsets"][0]["image_jsonl_file"] == "images.jsonl"
+    assert json.loads(read_parts(made["list"])[0]["ss_dataset_dirs"]) == {"images.jsonl": {"n_repeats": 1, "img_count": 3}}
