@@ -70,19 +70,39 @@ LARGEST_FP8 = 448.0
 """largest number of float8_e4m3fn"""
 
 
+FP8_BLOCK = 64
+"""inputs of a row that share a scale, where scales go by blocks"""
+
+
 def _forward_scaled(self: nn.Linear, x: Tensor) -> Tensor:
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    output = F.linear(x.to(dtype), self.weight.to(dtype)) * self.fp8_scale.to(dtype)  # [..., out] times [out]
+    if self.fp8_scale.ndim == 2:
+        output = F.linear(x.to(dtype), unscaled(self.weight, self.fp8_scale).to(dtype))
+    else:
+        output = F.linear(x.to(dtype), self.weight.to(dtype)) * self.fp8_scale.to(dtype)  # [..., out] times [out]
     return output if self.bias is None else output + self.bias.to(dtype)
 
 
-def scaled_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+def scaled_fp8(weight: Tensor, block: int | None = None) -> tuple[Tensor, Tensor]:
     """(weight [out, in] in 8 bits, scales [out] float32): each row divided by its largest absolute value / 448, so that
-    rows of any size use the whole range."""
+    rows of any size use the whole range. With `block` each run of so many inputs of a row has a scale of its own, [out, in
+    / block], where the inputs are a multiple of it. Scales stay float32: in a format of fewer digits all numbers of a block
+    would be off by the same share."""
     full = weight.detach().float()
-    scale = full.abs().amax(dim=1).clamp_min(1e-12) / LARGEST_FP8
-    return (full / scale[:, None]).to(FP8_STORAGE), scale
+    if block is None or full.shape[1] % block:
+        scale = full.abs().amax(dim=1).clamp_min(1e-12) / LARGEST_FP8
+        return (full / scale[:, None]).to(FP8_STORAGE), scale
+    blocks = full.unflatten(1, (-1, block))  # [out, in / block, block]
+    scale = (blocks.abs().amax(dim=2) / LARGEST_FP8).clamp_min(1e-8)
+    return (blocks / scale[:, :, None]).clamp(-LARGEST_FP8, LARGEST_FP8).flatten(1).to(FP8_STORAGE), scale
+
+
+def unscaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """The weight that `scaled_fp8` stored, float32; of a convolution [out, in, ...] too, whose scales go by rows."""
+    if scale.ndim == 2:
+        return (weight.float().unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
+    return weight.float() * scale.view(-1, *[1] * (weight.ndim - 1))
 
 
 def use_scales(layer: nn.Linear, scale: Tensor) -> None:

@@ -29,7 +29,7 @@ from library.checkpoints.loading import (
     strip_prefix,
 )
 from library.components.hunyuan_stream_utils import DENOISER_PREFIXES
-from library.fp8_optimization_utils import FP8_STORAGE, scaled_fp8, store_linears_in_fp8, use_scales
+from library.fp8_optimization_utils import FP8_BLOCK, FP8_STORAGE, scaled_fp8, store_linears_in_fp8, use_scales
 from library.framepack_models import FramePackParams, HunyuanVideoTransformer3DModelPacked
 from library.safetensors_utils import cast_all, save_file_atomic
 
@@ -122,9 +122,9 @@ def load_framepack(
 ) -> HunyuanVideoTransformer3DModelPacked:
     """Load a denoiser; its sizes come from the file.
 
-    `fp8_scaled` keeps the large matrices of the blocks in 8 bits, each row with a scale of its own; `dtype`
-    float8_e4m3fn the weights of all linear layers, without scales, and the rest in bfloat16; None keeps the file's own
-    types. `transform` may change the tensors as they are read. CheckpointError when the file does not fit.
+    `fp8_scaled` keeps the large matrices of the blocks in 8 bits, each 64 inputs of a row with a scale of their own;
+    `dtype` float8_e4m3fn the weights of all linear layers, without scales, and the rest in bfloat16; None keeps the file's
+    own types. `transform` may change the tensors as they are read. CheckpointError when the file does not fit.
     """
     info = inspect_framepack(path, config)
     params = info.params
@@ -137,7 +137,7 @@ def load_framepack(
     def cast(key: str, tensor: Tensor) -> Tensor:
         name = key[len(info.prefix) :]
         if fp8_scaled and name.endswith(".weight") and tensor.ndim == 2 and takes_scale(name.removesuffix(".weight")):
-            weight, scales[name.removesuffix(".weight")] = scaled_fp8(tensor)
+            weight, scales[name.removesuffix(".weight")] = scaled_fp8(tensor, FP8_BLOCK)
             return weight
         return store(key, tensor)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
+from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, with_spread
 
 if TYPE_CHECKING:
     from library.hunyuan_image_models import HYImageDiffusionTransformer
@@ -89,15 +89,3 @@ class ProjectedGuidance:
         direction = positive / positive.square().sum(dim=axes, keepdim=True).sqrt().clamp_min(1e-12)
         orthogonal = bounded - (bounded * direction).sum(dim=axes, keepdim=True) * direction
         return with_spread(negative + APG_SCALE * orthogonal, positive, self.rescale_projected)
-
-
-def with_spread(guided: Tensor, positive: Tensor, share: float) -> Tensor:
-    """`guided` with its standard deviation pulled towards that of `positive`: 0 not at all, 1 all the way.
-
-    Source: arXiv 2305.08891, section 3.4.
-    """
-    if not share:
-        return guided
-    axes = tuple(range(1, positive.ndim))
-    rescaled = guided * (positive.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
-    return share * rescaled + (1 - share) * guided

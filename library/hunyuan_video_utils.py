@@ -22,12 +22,9 @@ from library.components.hunyuan_stream_utils import (
     save_streams,
     stream_state,
 )
-from library.components.hunyuan_vae_utils import inspect_hunyuan_vae
-from library.components.llm_encoder_utils import inspect_llama, load_llama
-from library.components.text_encoder_utils import inspect_clip_l, load_clip_l
+from library.components.llama_clip_utils import add_size_problems, encoder_sizes
 from library.core.errors import CheckpointError, Problems
 from library.custom_offloading_utils import stream_swap_problem
-from library.fp8_optimization_utils import shrink_linears_to_fp8
 from library.hunyuan_video_models import HYVideoDiffusionTransformer, HYVideoParams
 
 logger = logging.getLogger(__name__)
@@ -130,25 +127,6 @@ LAYOUTS = DenoiserLayouts(
 )  # fmt: skip
 
 
-def load_encoders(
-    text_encoder1: str | os.PathLike,
-    text_encoder2: str | os.PathLike,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    disable_mmap: bool = False,
-    *,
-    fp8_llm: bool = False,
-) -> list[torch.nn.Module]:
-    """[LLaMA, CLIP-L]. On a CPU they compute in bfloat16 instead of float16; `fp8_llm` keeps the matrices of the first
-    in 8 bits. CheckpointError when a file does not fit."""
-    if torch.device(device).type == "cpu" and dtype == torch.float16:
-        dtype = torch.bfloat16
-    llama = load_llama(text_encoder1, dtype, device, disable_mmap)
-    if fp8_llm:
-        shrink_linears_to_fp8(llama)
-    return [llama, load_clip_l(text_encoder2, dtype, device, disable_mmap)]
-
-
 def fitting_problems(
     denoiser: Callable[[], HYVideoParams],
     *,
@@ -164,21 +142,11 @@ def fitting_problems(
     `denoiser` reads the header of `model`."""
     problems = Problems()
     params = problems.attempt(denoiser)
-    sizes = [
-        ("text_encoder1", text_encoder1, "its width", lambda: inspect_llama(text_encoder1)["hidden_size"], "text_dim"),
-        ("text_encoder2", text_encoder2, "its width", lambda: inspect_clip_l(text_encoder2)["width"], "vec_dim"),
-        (
-            "vae", vae, "its number of latent channels", lambda: inspect_hunyuan_vae(vae).params.latent_channels,
-            "out_channels",
-        ),
-    ]  # fmt: skip
-    for option, path, what, read, needed in sizes:
-        size = problems.attempt(read) if path is not None else None
-        if params is not None and size not in (None, getattr(params, needed)):
-            problems.add(
-                f"--{option} is {path}: {what} is {size}, the denoiser {model} takes {getattr(params, needed)};"
-                " use the files that belong together"
-            )
+    text, pooled, channels = (
+        None if params is None else getattr(params, name) for name in ("text_dim", "vec_dim", "out_channels")
+    )
+    files = (text_encoder1, text_encoder2, vae)
+    add_size_problems(problems, encoder_sizes(*files, text=text, pooled=pooled, channels=channels), model)
     if params is not None and in_channels not in (None, params.in_channels):
         problems.add(
             f"--dit_in_channels is {in_channels}, and the file {model} has {params.in_channels} input channels; leave it"

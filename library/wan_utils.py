@@ -30,7 +30,7 @@ from library.checkpoints.loading import (
     size_of,
     strip_prefix,
 )
-from library.fp8_optimization_utils import FP8_STORAGE, scaled_fp8, store_linears_in_fp8, use_scales
+from library.fp8_optimization_utils import FP8_BLOCK, FP8_STORAGE, scaled_fp8, store_linears_in_fp8, use_scales
 from library.safetensors_utils import cast_all, cast_floats, save_file_atomic
 from library.wan_models import WanModel, WanParams
 
@@ -135,10 +135,10 @@ def load_wan(
 ) -> WanModel:
     """Load a denoiser in any layout: a file, one of a split set, or a folder; its sizes come from the file.
 
-    `fp8_scaled` keeps the matrices of the blocks in 8 bits, each row with a scale of its own; `dtype` float8_e4m3fn the
-    weights of the linear layers, without scales, and the rest in bfloat16; None keeps the file's own types. What the
-    time goes through is float32 in any case. `transform` may change the tensors as they are read. CheckpointError when
-    the file does not fit.
+    `fp8_scaled` keeps the matrices of the blocks in 8 bits, each 64 inputs of a row with a scale of their own; `dtype`
+    float8_e4m3fn the weights of the linear layers, without scales, and the rest in bfloat16; None keeps the file's own
+    types. What the time goes through is float32 in any case. `transform` may change the tensors as they are read.
+    CheckpointError when the file does not fit.
     """
     info = inspect_wan(path, config)
     logger.info(
@@ -155,7 +155,7 @@ def load_wan(
         if ours.startswith(_IN_FLOAT32) or ours.endswith("modulation"):
             return cast_floats(tensor, torch.float32, key)
         if fp8_scaled and takes_scale(ours.removesuffix(".weight")) and ours.endswith(".weight"):
-            weight, scales[name] = scaled_fp8(tensor)
+            weight, scales[name] = scaled_fp8(tensor, FP8_BLOCK)
             return weight
         return store(key, tensor)
 

@@ -14,6 +14,7 @@ from library.core.options import is_bool_option, value_type
 from library.families.registry import FAMILIES
 from library.training.option_reader import Script
 from library.training.parser_common import script
+from tools.document_options import video_scripts
 
 FOLDER = Path(__file__).parent / "golden" / "options"
 SCRIPTS = (
@@ -60,8 +61,16 @@ def as_text(options: dict[str, dict[str, Any]]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def video_path(family: str) -> Path:
+    """Of the options of a family's video script."""
+    return FOLDER / f"{family}_generation.json"
+
+
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
+    for family, what in video_scripts().items():
+        video_path(family).write_text(as_text(option_set(what)), encoding="utf-8")
+        print(f"wrote {video_path(family)}")
     for family, trainable in SCRIPTS:
         frozen_path(family, trainable).write_text(as_text(option_set(script(family, trainable))), encoding="utf-8")
         print(f"wrote {frozen_path(family, trainable)}")

@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/*/*/__init__.py", 0),
     ("networks/*/__init__.py", 0), ("library/core/*.py", 0), ("library/families/*.py", 0),
     ("library/generation/gen_img/dynamic_prompts.py", 0),
-    ("library/generation/requests.py", 0), ("library/generation/video_requests.py", 0),
+    ("library/generation/requests.py", 0), ("library/generation/*_requests.py", 0),
     ("library/generation/adapter_files.py", 0),
     ("library/generation/*_options.py", 0),
     ("library/generation/gen_img/options.py", 0), ("library/generation/gen_img/prompts.py", 0),
@@ -62,7 +62,6 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/checkpoints/*.py", 2), ("library/components/*.py", 2), ("library/*_utils.py", 2),
     ("library/huggingface_util.py", 2),
     ("library/sai_model_spec.py", 2), ("library/tiny_models/*.py", 2), ("library/generation/picture_files.py", 2),
-    ("library/generation/video_files.py", 2),
     # 3: strategies and data
     ("library/strategy_*.py", 3), ("library/dataset/*.py", 3), ("library/dataset/clips/*.py", 3),
     ("library/config_util.py", 3),
@@ -80,7 +79,10 @@ LAYERS: tuple[tuple[str, int], ...] = (
 
 KNOWN = [name for name, record in records().items() if record.family or record.variant_of]
 """families that have files of their own"""
-FAMILY_BY_PLACE = {"tools/tiny_base": "flux", "library/model_util.py": "sd"}  # where the name does not tell
+FAMILY_BY_PLACE = {  # where the name does not tell
+    "tools/tiny_base": "flux", "library/model_util.py": "sd",
+    **{record.pictures: name for name, record in records().items() if record.pictures.endswith("_generate_video.py")},
+}  # fmt: skip
 ALLOWED_OUTSIDE = {0: {"toml"}, 1: {"torch", "einops", "numpy", "PIL"}, 6: {"toml"}}
 HEAVY = {
     "torch",

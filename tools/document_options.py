@@ -34,6 +34,8 @@ CACHES_PAGE = "docs/video_caching.md"
 GENERATION_PAGE = "docs/gen_img.md"
 """the page of the image scripts of Stable Diffusion and SDXL"""
 
+VIDEO_ENDING = "_generate_video.py"
+
 TRAINABLES_PAGE = "docs/trainables.md"
 """the page with the table of what can be learned of which family"""
 FEATURES: dict[str, tuple[str, ...]] = {
@@ -63,6 +65,20 @@ def generation_script() -> Script:
     from library.generation.gen_img.script import CLASSES
 
     return Script("sd", "generation", CLASSES, {}, {})
+
+
+def video_scripts() -> dict[str, Script]:
+    """The option groups of the video scripts in the form of a training script, by family."""
+    with_script = {name: record for name, record in FAMILIES.items() if record.pictures.endswith(VIDEO_ENDING)}
+    return {
+        name: Script(name, "generation", import_target(record.image_script).groups, {}, {})
+        for name, record in with_script.items()
+    }
+
+
+def video_page(family: str) -> str:
+    """The page of a family's video script."""
+    return f"docs/{FAMILIES[family].pictures.removesuffix('.py')}.md"
 
 
 def tables(what: Script) -> str:
@@ -179,6 +195,8 @@ def main(argv: list[str]) -> None:
             renew(tables(script(family, trainable)), root / page)
         renew(tables(generation_script()), root / GENERATION_PAGE)
         renew(cache_tool_tables(), root / CACHES_PAGE)
+        for family, what in video_scripts().items():
+            renew(tables(what), root / video_page(family))
         renew(trainables_table(), root / TRAINABLES_PAGE)
     elif len(argv) == 3:
         renew(tables(script(argv[0], argv[1])), Path(argv[2]))

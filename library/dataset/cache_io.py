@@ -267,8 +267,16 @@ def load_conditions(
 
 
 def _condition_problem(headers: Mapping[str, ArrayHeader], wanted: Mapping[str, tuple[int, ...]]) -> str | None:
-    missing = [key for key, shape in wanted.items() if key not in headers or not headers[key].holds("fiu", tuple(shape))]
+    missing = [
+        key for key, shape in wanted.items()
+        if key not in headers or not (fits(found := headers[key].shape, shape) and headers[key].holds("fiu", found))
+    ]  # fmt: skip
     return f"no {missing[0]}" if missing else None
+
+
+def fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether a shape is the wanted one, in which -1 stands for any size."""
+    return len(shape) == len(wanted) and all(want in (-1, size) for size, want in zip(shape, wanted))
 
 
 def mask_shape(bucket: Sequence[int]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from library.core.errors import CheckpointError, ConfigError
 from library.core.keyed_random import key_seed
 from library.dataset import cache_io
 from library.dataset.batch import CONDITIONING_ALPHA, CONDITIONING_IMAGES, numbered
-from library.dataset.cache_io import Array, ImageIdentity, LatentsRecord
+from library.dataset.cache_io import Array, ImageIdentity, LatentsRecord, fits
 from library.dataset.cache_names import latents_base
 from library.dataset.cache_pruning import listed_in
 from library.dataset.cache_stores import LatentStore, latent_store
@@ -69,8 +69,9 @@ class LatentEncoder(ABC):
 
     def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
         """What the family needs of a sample beside its latents and caches with them (first-frame latents, the embedding
-        of a vision encoder), for a sample of this Bucket: name -> shape. Nothing by default. `kind` of the bucket says
-        which control pictures there are, and how a single frame is learned."""
+        of a vision encoder), for a sample of this Bucket: name -> shape, in which -1 stands for a size that the encoder
+        decides. Nothing by default. `kind` of the bucket says which control pictures there are, and how a single frame
+        is learned."""
         return {}
 
     def encode_conditions(
@@ -182,7 +183,7 @@ class LatentCache:
         self._check_shape(latents, images, bucket)
         conditions = {name: torch.cat([row[name] for _, row in rows]) for name in shapes}
         for name, shape in shapes.items():
-            if tuple(conditions[name].shape[1:]) != tuple(shape):
+            if not fits(conditions[name].shape[1:], shape):
                 raise CheckpointError(
                     f"{name} has shape {list(conditions[name].shape[1:])}; that of {self.architecture.name} is "
                     f"{list(shape)}"

@@ -26,6 +26,7 @@ from library.dataset.cache_io import (
     LatentArrays,
     LatentsNotFound,
     LatentsRecord,
+    fits,
     flipped_key,
     latents_record_problem,
     mask_shape,
@@ -250,7 +251,7 @@ def _shapes_problem(file: TensorFile, wanted: Mapping[str, tuple[int, ...]]) -> 
 
 def _fits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """A picture may have its one frame in the file."""
-    return stored == tuple(wanted) or (len(wanted) == 3 and stored == (wanted[0], 1, *wanted[1:]))
+    return fits(stored, wanted) or (len(wanted) == 3 and stored == (wanted[0], 1, *wanted[1:]))
 
 
 def load_latents(path: str, architecture: DataArchitecture, bucket: Sequence[int]) -> LatentArrays:

@@ -27,6 +27,8 @@ FAMILY = FamilyRecord(
     denoisers=("HYVideoDiffusionTransformer",),
     targets="networks.lora_hunyuan_video:TARGETS",
     pipeline="library.generation.hunyuan_video_pipeline:HunyuanVideoPipeline",
+    pictures="hv_generate_video.py",
+    image_script="library.generation.hunyuan_video_inference:SCRIPT",
     tiny=(
         TinyModel(
             name="hunyuan_video",

@@ -135,7 +135,8 @@ class PictureMaker(Generic[Request]):
     def conditioning(self, request: Request) -> tuple[Conditioning, Conditioning | None]:
         """That of the prompt, and of the text that guidance leads away from where there is one."""
         with self._at_work(self.text_encoders, self.text_device, self.text_waits):
-            conditioning = self._encoded(request.texts, self.strategies.tokenize.tokenize)
+            rows = [self._encoded(texts, self.strategies.tokenize.tokenize) for texts in request.rows]
+            conditioning = rows[0] if len(rows) == 1 else {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
             text = request.negative_text
             return conditioning, (
                 None if text is None else self._encoded((text,), self.strategies.tokenize.tokenize_negative)

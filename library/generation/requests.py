@@ -57,6 +57,11 @@ class PictureRequest:
         return (self.prompt,)
 
     @property
+    def rows(self) -> tuple[tuple[str, ...], ...]:
+        """The texts of each row of the conditioning: of one, but where parts of a clip have texts of their own."""
+        return (self.texts,)
+
+    @property
     def negative_text(self) -> str | None:
         """The text that guidance leads away from; None = one forward per step."""
         return None if self.cfg_scale == 1.0 else self.negative_prompt or ""

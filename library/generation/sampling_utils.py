@@ -30,6 +30,18 @@ def guided(negative: Tensor, positive: Tensor, cfg_scale: float) -> Tensor:
     return negative + cfg_scale * (positive - negative)
 
 
+def with_spread(guided: Tensor, positive: Tensor, share: float) -> Tensor:
+    """`guided` with its standard deviation pulled towards that of `positive`: 0 not at all, 1 all the way.
+
+    Source: arXiv 2305.08891, section 3.4.
+    """
+    if not share:
+        return guided
+    axes = tuple(range(1, positive.ndim))
+    rescaled = guided * (positive.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
+    return share * rescaled + (1 - share) * guided
+
+
 def guided_velocity(
     predict: Callable[[Tensor, Tensor, Conditioning], Tensor],
     conditioning: Conditioning,

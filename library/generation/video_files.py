@@ -7,6 +7,7 @@ The same frames, rate and size give the same bytes. A file is complete or not th
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import tempfile
@@ -14,13 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.core.atomic_file import atomic_path
 from library.core.errors import AtelierError, ConfigError, foreign_errors
 from library.core.write_errors import write_errors_of
+from library.dataset.clips.video_files import has_pyav, reader_of
 from library.generation.image_grid import GridCell, image_grid
 from library.generation.picture_files import write_picture
 
@@ -100,10 +101,6 @@ def encoder_of(ending: str) -> Encoder:
     raise ConfigError(f"no encoder for {ending} files ({known}); PyAV brings one: pip install av, or choose .mp4")
 
 
-def has_pyav() -> bool:
-    return find_spec("av") is not None
-
-
 def write_video(frames: Sequence[Image.Image], path: Path, fps: float) -> Path:
     """A video file of RGB frames of one size, shown at `fps` frames per second. Both sides must be even.
 
@@ -122,7 +119,7 @@ def write_video(frames: Sequence[Image.Image], path: Path, fps: float) -> Path:
         with_ending = temporary.with_name(temporary.name + path.suffix)  # encoders go by the ending
         told = f"{path}: {encoder.codec} of {encoder.package} cannot write it"
         try:
-            with foreign_errors(AtelierError, told), write_errors_of(path), _quiet_stderr():
+            with foreign_errors(AtelierError, told), write_errors_of(path), quiet_stderr():
                 write(pixels, with_ending, fps, encoder.codec)
             os.replace(with_ending, temporary)
         finally:
@@ -163,7 +160,7 @@ def contact_sheet(frames: Sequence[Image.Image], fps: float) -> Image.Image:
 def _works(write: Any, codec: str, ending: str) -> bool:
     import numpy
 
-    with tempfile.TemporaryDirectory() as folder, _quiet_stderr():
+    with tempfile.TemporaryDirectory() as folder, quiet_stderr():
         target = Path(folder) / f"probe{ending}"
         try:
             write([numpy.full((32, 48, 3), level, numpy.uint8) for level in (40, 200)], target, 24.0, codec)
@@ -211,7 +208,7 @@ def _write_opencv(frames: Sequence[numpy.ndarray], path: Path, fps: float, codec
 
 
 @contextmanager
-def _quiet_stderr() -> Iterator[None]:
+def quiet_stderr() -> Iterator[None]:
     """Inside, what encoders print past Python is thrown away: what matters of it is in our own messages."""
     try:
         saved = os.dup(2)
@@ -245,18 +242,15 @@ def write_clip(frames: Sequence[Image.Image], path: Path, fps: float, texts: Map
 
 
 def read_video(path: str | os.PathLike[str], most: int | None = None) -> list[Image.Image]:
-    """The first `most` frames of a video file as RGB, as they are shown. ConfigError when it cannot be read."""
-    import cv2
+    """The first `most` frames of a video file, or of a folder of pictures, as RGB and as they are shown. ConfigError
+    when there are none."""
     from PIL import Image
 
-    with _quiet_stderr():
-        capture, frames = cv2.VideoCapture(str(path)), []
-        while len(frames) < (math.inf if most is None else most):
-            there, pixels = capture.read()
-            if not there:
-                break
-            frames.append(Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)))
-        capture.release()
+    with quiet_stderr():
+        frames = [
+            Image.fromarray(read())
+            for read in itertools.islice(reader_of(str(path)).each_frame(str(path), with_alpha=False), most)
+        ]
     if not frames:
-        raise ConfigError(f"{path} cannot be read as a video; needed: a file with a video stream")
+        raise ConfigError(f"{path} has no frames that can be read; needed: a file with a video stream")
     return frames

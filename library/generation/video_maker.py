@@ -8,7 +8,7 @@ from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import Conditioning
 from library.generation.video_requests import VideoRequest
 
-Texts = tuple[tuple[str, ...], str | None]
+Texts = tuple[tuple[tuple[str, ...], ...], str | None]
 
 
 @dataclass
@@ -18,7 +18,7 @@ class VideoMaker(PictureMaker[VideoRequest]):
     known: dict[Texts, tuple[Conditioning, Conditioning | None]] = field(default_factory=dict)
 
     def conditioning(self, request: VideoRequest) -> tuple[Conditioning, Conditioning | None]:
-        key = (request.texts, request.negative_text)
+        key = (request.rows, request.negative_text)
         if key not in self.known:
             self.known[key] = super().conditioning(request)
         return self.known[key]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from library.core.errors import ConfigError
 from library.dataset.bucket import centre_offset, cover_size
-from library.dataset.media_utils import resize_and_crop
+from library.dataset.media_utils import image_extensions, resize_and_crop
 from library.families.registry import record_of
 from library.generation.control_pictures import open_picture
 from library.generation.flow_pipeline import FlowPipeline
@@ -26,13 +26,10 @@ from library.generation.sampling_utils import (
     Conditioning,
     computing_on,
     guided,
-    guided_velocity,
     start_noise,
 )
 from library.generation.video_files import read_video
 from library.generation.video_requests import VideoRequest, guided_steps
-
-IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
 @dataclass
@@ -151,15 +148,10 @@ def frame_rate(family: str) -> float:
 
 
 def read_clip_frames(path: str | os.PathLike[str], most: int | None = None) -> list[Image.Image]:
-    """The first `most` frames of a video file, of an animated picture or of a folder of pictures, in the order of their
-    names. ConfigError when there are none."""
+    """The first `most` frames of a video file, of an animated picture or of a folder of pictures. ConfigError when
+    there are none."""
     path = Path(path)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS)[:most]
-        if not files:
-            raise ConfigError(f"{path} is a folder without pictures; needed: the frames of a clip")
-        return [open_picture(file) for file in files]
-    if path.suffix.lower() in IMAGE_ENDINGS:
+    if path.suffix.lower() in image_extensions() and not path.is_dir():
         return read_frames(path)[:most]
     return read_video(path, most)
 

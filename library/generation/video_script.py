@@ -34,7 +34,7 @@ from library.scripts.command_line import script_parser
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from torch import Tensor, nn
+    from torch import nn
 
     from library.checkpoints.loading import Transform
     from library.dataset.strategies import StrategySet
@@ -58,6 +58,7 @@ class VideoScript(LatentScript[VideoRequest]):
 
     adapters = VideoAdapterOptions
     models: ClassVar[type[VideoModelOptions]]
+    compilation: ClassVar[type[CompileOptions]] = CompileOptions
     size_step = 16
     kind = "video"
 
@@ -174,7 +175,7 @@ class VideoScript(LatentScript[VideoRequest]):
         self.save_denoiser(denoiser, target, wide)
 
     def _compile(self, config: Config, denoiser: Any) -> None:
-        options = config[CompileOptions]
+        options = config[self.compilation]
         if options.compile:
             from library.training.compilation import compile_blocks
 
@@ -285,7 +286,7 @@ class VideoScript(LatentScript[VideoRequest]):
         return [problem for problem in (*found, device_problem("device", model.device)) if problem]
 
     def _compile_problems(self, config: Config) -> list[str]:
-        options = config[CompileOptions]
+        options = config[self.compilation]
         if not options.compile:
             return []
         if config[self.models].blocks_to_swap:
@@ -295,7 +296,7 @@ class VideoScript(LatentScript[VideoRequest]):
         return unknown_backend(options.compile_backend, "compile_backend")
 
     def request_problems(self, config: Config, request: VideoRequest) -> list[str]:
-        if config[self.pictures].latent_path or config[MergedModelOptions].save_merged_model:
+        if self.is_without_prompts(config):
             return []
         named = named_files(request)
         found = [
@@ -304,6 +305,11 @@ class VideoScript(LatentScript[VideoRequest]):
         if named and not self._needs_vae(config):
             found.append(f"--{named[0][0]} is encoded by the autoencoder; --vae is not given")
         return found
+
+    @staticmethod
+    def is_without_prompts(config: Config) -> bool:
+        """Whether latents are decoded, or a merged model is written."""
+        return bool(config.value("latent_path") or config.value("save_merged_model"))
 
     def notices(self, config: Config) -> list[str]:
         from library.generation.video_files import encoder_of

@@ -389,7 +389,7 @@ class SavingOptions(OverflowOptions):
     save_precision: str | None = option(
         None,
         help="number format of the saved weights; that of the trained weights when not given (float32, or that of --full_*)",
-        choices=(None, "float", "fp16", "bf16"),
+        choices=(None, "float", "fp32", "fp16", "bf16"),
         convert=precision_name,
     )
     save_every_n_epochs: int | None = option(None, help="write a file every n epochs; 0 = never", convert=count_or_none)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from library.checkpoints.number_formats import IN_MEMORY, narrowed
 from library.core.errors import CheckpointError
 from library.core.keyed_random import StepDraws
+from library.fp8_optimization_utils import unscaled
 from networks.kinds.weight_decomposition import decomposed_output, dora_change, lengths_of, shrink
 
 
@@ -226,7 +227,7 @@ class AdapterModule(nn.Module):
     def original_weight(self) -> torch.Tensor:
         """The weight of the layer, multiplied out where it is stored in scaled 8 bits."""
         weight, scale = getattr(self.org_module, self.weight_name), getattr(self.org_module, "fp8_scale", None)
-        return weight if scale is None else weight.float() * scale.view(-1, *[1] * (weight.ndim - 1))
+        return weight if scale is None else unscaled(weight, scale)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """What the layer's weight makes of an input, without bias and adapter; in the type of autocast, else of `x`."""

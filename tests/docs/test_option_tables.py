@@ -18,6 +18,8 @@ from tools.document_options import (
     cache_tool_tables,
     generation_script,
     trainables_table,
+    video_page,
+    video_scripts,
     with_tables,
 )
 
@@ -45,6 +47,12 @@ def test_the_table_of_the_image_script_is_current() -> None:
 def test_the_tables_of_the_cache_tools_are_current() -> None:
     page = (ROOT / CACHES_PAGE).read_text(encoding="utf-8")
     assert between_marks(page, cache_tool_tables()) == page
+
+
+@pytest.mark.parametrize("family", video_scripts())
+def test_the_tables_of_video_scripts_are_current(family: str) -> None:
+    page, what = (ROOT / video_page(family)).read_text(encoding="utf-8"), video_scripts()[family]
+    assert with_tables(page, what) == page
 
 
 def test_the_table_of_trainables_is_current() -> None:

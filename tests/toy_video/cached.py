@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from library.core.options import option
+from library.families.record import OtherScript
 from library.dataset.strategies import StrategySet
 from library.training.wiring.video import VideoFamily
 from library.training.wiring.video_options import VideoOptions
@@ -22,7 +23,10 @@ class CachedToyOptions(VideoOptions):
 
 
 class CachedToyFamily(ToyVideoFamily, VideoFamily):
-    record = dataclasses.replace(FAMILY, family="tests.toy_video.cached:CachedToyFamily")
+    record = dataclasses.replace(
+        FAMILY, family="tests.toy_video.cached:CachedToyFamily",
+        scripts={"full": OtherScript(name="toy_video_train", options=frozenset({"trainable_modules"}))},
+    )
     options = CachedToyOptions
     denoiser_kinds = ("toy",)
     check = VideoFamily.check
@@ -47,6 +51,11 @@ class CachedToyFamily(ToyVideoFamily, VideoFamily):
         if not self.lacks("text_encoders"):
             return made
         return StrategySet(None, None, made.latents_caching, made.text_encoder_outputs_caching, made.text_layout)
+
+    def save_model(self, models, path, dtype, metadata, parts=()):
+        from library.safetensors_utils import save_file_atomic
+
+        save_file_atomic({name: tensor.to(dtype) for name, tensor in models.denoiser.state_dict().items()}, path, metadata)
 
     def load_vae(self, runtime):
         self.loaded.append("vae")

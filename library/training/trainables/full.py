@@ -62,9 +62,13 @@ class FullTrainable(WeightsTrainable):
         problems.raise_if_any()
 
     def _denoiser_rates(self, family: ModelFamily) -> Rates:
-        """Those that the user wrote, before those of the family's own options."""
+        """0 for what --trainable_modules leaves out, then those that the user wrote, before those of the family's own
+        options."""
         of_family = [(re.compile(f"^(?:{pattern})"), rate) for pattern, rate in family.layer_rates().items()]
-        return [*parse_rates(self.opts.layer_lrs, "layer_lrs"), *of_family]
+        parts = self.opts.trainable_modules or ["."]
+        others = "|".join(re.escape(part) for part in parts)
+        still = [] if "." in parts else [(re.compile(f"^(?!.*(?:{others}))"), 0.0)]
+        return [*still, *parse_rates(self.opts.layer_lrs, "layer_lrs"), *of_family]
 
     def _denoiser_learns(self, family: ModelFamily) -> bool:
         return bool(self.rate) or any(rate for _, rate in self._denoiser_rates(family))
@@ -173,6 +177,12 @@ class FullTrainable(WeightsTrainable):
         groups: list[ParamGroup] = rate_groups(
             denoiser.named_parameters(), self.rate, self._denoiser_rates(self.family), name="denoiser"
         )
+        if not groups and self.opts.trainable_modules and not self._text:
+            first = next(name for name, _ in denoiser.named_parameters())
+            raise ConfigError(
+                f"--trainable_modules is {' '.join(self.opts.trainable_modules)}; no parameter has that in its path (the"
+                f" first path: {first}), so that nothing would learn"
+            )
         for number, encoder in self._text.items():
             unused = tuple(self.family.unused_text_layers(number, encoder))
             used = [(name, p) for name, p in encoder.named_parameters() if not (unused and name.startswith(unused))]
@@ -265,7 +275,7 @@ class FullTrainable(WeightsTrainable):
         raise ConfigError(f"{path} is a whole model, with which a run begins as --pretrained_model_name_or_path")
 
     def metadata(self) -> dict[str, Plain]:
-        names = ("layer_lrs", "block_lr", *TEXT_RATES, "stop_text_encoder_training")
+        names = ("layer_lrs", "trainable_modules", "block_lr", *TEXT_RATES, "stop_text_encoder_training")
         given = {f"ss_{name}": getattr(self.opts, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
 

@@ -59,6 +59,10 @@ class WholeModelOptions(TrainedWeightsOptions):
         help="learning rates of the blocks of the U-Net, 23 numbers with commas: 0 embeddings of time and size, 1-9 input"
         " blocks, 10-12 middle, 13-21 output blocks, 22 output; 0 = not trained",
     )
+    trainable_modules: list[str] | None = option(
+        None, nargs="+", metavar="TEXT",
+        help="parts of paths of the denoiser's parameters: those that have one of them learn, the others stay; . = all",
+    )
     diffusers_xformers: bool = equivalent_option(
         False, help="attention of xformers in the text encoder",
         reason="--diffusers_xformers: attention is computed by torch (scaled_dot_product_attention)",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import Problems
+from library.core.options import Ignored, without_effect
 from library.dataset import CachingOptions
 from library.training.option_groups import ModelOptions, NoiseOptions, PrecisionOptions, SamplingOptions
 from library.training.timestep_samplers import MODES, TimestepOptions
@@ -32,6 +33,8 @@ class VideoFamily(FlowFamily):
 
     options: ClassVar[type[VideoOptions]]
     timestep_modes = MODES
+    embedders_wait: ClassVar[bool] = False
+    """whether its denoiser takes --img_in_txt_in_offloading"""
     denoiser_option = "dit"
     defaults = video_options.DEFAULTS
     stands_for = video_options.STANDS_FOR
@@ -112,6 +115,10 @@ class VideoFamily(FlowFamily):
     @property
     def _vae_path(self) -> str | None:
         return self.config[ModelOptions].vae
+
+    def idle(self) -> list[Ignored]:
+        given = ["img_in_txt_in_offloading"] if self.opts.img_in_txt_in_offloading and not self.embedders_wait else []
+        return without_effect(given, "the known script takes it and does nothing with it; --blocks_to_swap saves memory")
 
     def _notices(self) -> list[str]:
         return ["the time reaches the network in float32, as 1000 sigma (known trainers add 1)"]

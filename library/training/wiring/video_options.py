@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,8 +13,7 @@ from library.core.errors import Problems
 from library.core.options import equivalent_option, option, refused_option
 
 _ATTENTION = "attention is always computed by torch's scaled_dot_product_attention, which takes the fastest way there is"
-_STAYS = "layers of a few megabytes, which stay on the device"
-_SWAP = "swapped blocks exchange their places on a stream of their own, whose memory is taken once"
+_SWAP = "swapped blocks change places in the background, in one way for all settings, with the same result"
 
 DTYPES = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32",
@@ -91,8 +91,8 @@ class VideoOptions:
     block_swap_ring_size: int = equivalent_option(
         2, help="places on the device for swapped blocks", reason=f"--block_swap_ring_size: {_SWAP}"
     )
-    img_in_txt_in_offloading: bool = equivalent_option(
-        False, help="keep the first layers in main memory", reason=f"--img_in_txt_in_offloading: {_STAYS}"
+    img_in_txt_in_offloading: bool = option(
+        False, help="keep the layers that take in pixels and text in main memory between steps"
     )
 
     def __post_init__(self) -> None:
@@ -124,8 +124,14 @@ DEFAULTS: Mapping[str, object] = {"discrete_flow_shift": 1.0, "weighting_scheme"
 
 
 def following_defaults(values: Mapping[str, object]) -> dict[str, object]:
-    """Caches on the disk, for clips and captions each, unless something is said of them."""
+    """The precision of `accelerate launch`, and caches on the disk, for clips and captions each, unless something is said
+    of them."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    found: dict[str, object] = {"mixed_precision": launched} if launched in ("fp16", "bf16") else {}
     if values.get("live_encoding") or values.get("dataset_class"):
-        return {}
+        return found
     kinds = ("cache_latents", "cache_text_encoder_outputs")
-    return {f"{kind}_to_disk": True for kind in kinds if kind not in values and f"{kind}_to_disk" not in values}
+    return {
+        **found,
+        **{f"{kind}_to_disk": True for kind in kinds if kind not in values and f"{kind}_to_disk" not in values},
+    }

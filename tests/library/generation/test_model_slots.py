@@ -23,11 +23,12 @@ SLOTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lumina": ((), ("pretrained_model_name_or_path", "gemma2_path", "ae_path")),
     "anima": ((), ("dit", "vae", "text_encoder")),
     "hunyuan_image": ((), ("dit", "vae", "text_encoder", "byt5")),
+    "hunyuan_video": ((), ("dit", "vae", "text_encoder1", "text_encoder2")),
 }
 """family -> (words that choose it in its script, options that name model files)"""
 SCRIPTS = {"chroma": "flux"}
 """a variant -> whose script it is in"""
-OUT = dict.fromkeys(("anima", "hunyuan_image"), "save_path")
+OUT = dict.fromkeys(("anima", "hunyuan_image", "hunyuan_video"), "save_path")
 """family -> the option of the folder of pictures, where it has another name than output_dir"""
 _T5, _CLIP_L = {"text_encoders.t5xxl.transformer.": "t5xxl"}, {"text_encoders.clip_l.transformer.": "clip_l"}
 _AE = {"vae.": "vae_ldm16"}
@@ -45,6 +46,10 @@ BUNDLES: dict[str, dict[str, str]] = {
     "hunyuan_image": {
         "model.diffusion_model.": "hunyuan_image", "vae.": "vae_hunyuan_image",
         "text_encoders.qwen25_7b.transformer.": "qwen25_vl_7b", "text_encoders.byt5_small.transformer.": "byt5_glyph",
+    },
+    "hunyuan_video": {
+        "model.diffusion_model.": "hunyuan_video", "vae.": "vae_hunyuan_video",
+        "text_encoders.llama.transformer.": "llama3_8b", **_CLIP_L,
     },
 }  # fmt: skip
 """family -> what its file of all models holds: what stands before the names of a model -> key table"""

@@ -137,5 +137,5 @@ def test_a_contact_sheet_shows_the_first_the_last_and_frames_between():
 
 def test_a_file_without_pictures_is_named(tmp_path):
     (tmp_path / "sound.mp4").write_bytes(b"\0" * 100)
-    with pytest.raises(ConfigError, match="sound.mp4 cannot be read as a video"):
+    with pytest.raises(ConfigError, match="sound.mp4"):
         read_video(tmp_path / "sound.mp4")

@@ -120,7 +120,7 @@ def test_clips_are_read_from_files_animations_and_folders(tmp_path):
         assert [np.asarray(frame).tolist() for frame in read] == [np.asarray(frame).tolist() for frame in clip[:3]]
     assert len(read_clip_frames(write_video(clip, tmp_path / "clip.mp4", 8))) == 4
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="folder without pictures"):
+    with pytest.raises(ConfigError, match="holds no pictures"):
         read_clip_frames(tmp_path / "empty")
 
 

@@ -59,7 +59,14 @@ VIDEO = ("hunyuan_video_network", "wan_network", "framepack_network", "hunyuan_v
 OWN_OF_NETWORKS = {"drop_untrained"}
 OWN_OF_WORDS_BESIDE = {"embedding_lr", "embedding_files"}
 """options that only this project has; extend the sets together with the documentation"""
+OF_LAUNCH = {"mixed_precision": "no", "dynamo_backend": "inductor", "dynamo_dynamic": None}
+"""of the known video scripts None, which is that of `accelerate launch` here too, NO, which is what --compile is not given
+for here, and a switch whose other side is found out here"""
 OTHER_DEFAULTS = {
+    "hunyuan_video_network": {**OF_LAUNCH, "dit_in_channels": None},
+    "wan_network": OF_LAUNCH,
+    "framepack_network": OF_LAUNCH,
+    "hunyuan_video_full": {"trainable_modules": None, "dit_in_channels": None},
     "flux_network": {"model_prediction_type": "raw"},
     "flux_full": {"model_prediction_type": "raw"},
     "flux_textual_inversion": {"model_prediction_type": "raw"},
@@ -128,9 +135,9 @@ def test_options_keep_their_types_defaults_and_choices(which: str) -> None:
         if kind in ("int", "float") and spec.convert is None:
             assert value_type(owner, name).__name__ == kind, name
         assert (spec.nargs == "*") == (nargs == "*"), name
-        if choices:
-            assert spec.choices is None or set(choices) <= set(spec.choices), name
-        if default is None:
+        if choices and spec.choices is not None:
+            assert {spec.convert(choice) if spec.convert else choice for choice in choices} <= set(spec.choices), name
+        if default is None and name not in OTHER_DEFAULTS.get(which, {}):
             assert allows_none(owner, name), name
 
 

@@ -4,13 +4,18 @@ known scripts."""
 from __future__ import annotations
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from library.core.errors import ConfigError
 from library.training import cli, parser_common
+from library.training.wiring.video import VideoFamily
 from tests.planted import plant
 from tests.runs.conftest import largest_difference
 from tests.runs.test_video import VideoWork
 from tests.toy_video.cached import RECORD, CachedToyFamily
+from tests.toy_video.family import ToyVideoFamily
+from tests.toy_video.models import ToyVideoDit, seeded
 
 MODELS = ("--vae=vae.safetensors", "--toy_text=text.safetensors")
 
@@ -116,3 +121,51 @@ def test_options_stand_for_those_of_every_script(work, given, meant):
 def test_values_without_meaning_are_refused(work, given, told):
     with pytest.raises(ConfigError, match=told):
         cli.run(RECORD.name, "network", work.argv("out", "--dit=toy.safetensors", *MODELS, *given))
+
+
+@pytest.mark.parametrize("given", [("qkv",), ("qkv", "patch_in"), (".",)])
+def test_of_a_whole_model_the_named_parts_learn(work, given):
+    before = seeded(ToyVideoDit(), 3).state_dict()
+    words = ["--dit=toy.safetensors", "--max_train_steps=1", *MODELS, "--trainable_modules", *given]
+    argv = [word for word in work.argv("whole", *words) if not word.startswith("--network")]
+    cli.run(RECORD.name, "full", argv)
+    after = load_file(work.folder / "whole" / "lora.safetensors")
+    learned = {name for name in before if not torch.equal(before[name], after[name])}
+    assert learned and learned <= {name for name in before if "." in given or any(part in name for part in given)}
+    assert {name.split(".")[-2] for name in learned} >= ({"qkv", "patch_out"} if "." in given else set(given))
+
+
+def test_parts_that_no_path_has_are_told(work):
+    words = work.argv("whole", "--dit=toy.safetensors", *MODELS, "--trainable_modules", "img_attn")
+    with pytest.raises(ConfigError, match="--trainable_modules is img_attn.*no parameter"):
+        cli.run(RECORD.name, "full", [word for word in words if not word.startswith("--network")])
+
+
+def test_the_precision_of_the_launcher_is_the_default(work, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert config_of().value("mixed_precision") == "bf16"
+    assert config_of("--mixed_precision=no").value("mixed_precision") == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert config_of().value("mixed_precision") == "no"
+
+
+def test_an_epoch_draws_evenly_and_goes_on_so(work, monkeypatch):
+    """The noise levels of the steps of each epoch fill as many parts as there are samples; a resumed run draws the same."""
+    from library.training.objective import FlowMatchingObjective
+
+    seen, corrupt = [], FlowMatchingObjective.corrupt
+
+    def noted(self, latents, noise, times, draws):
+        seen.extend(times.tolist())
+        return corrupt(self, latents, noise, times, draws)
+
+    monkeypatch.setattr(FlowMatchingObjective, "corrupt", noted)
+    monkeypatch.setattr(ToyVideoFamily, "objective", VideoFamily.objective)
+    options = [*MODELS, "--timestep_sampling=uniform", "--num_timestep_buckets=3", "--save_every_n_steps=2", "--save_state"]
+    whole = work.train("whole", "--dit=toy.safetensors", *options, "--max_train_steps=6")
+    drawn = list(seen)
+    assert len(drawn) == 6 and all({int(3 * t) for t in drawn[i : i + 3]} == {0, 1, 2} for i in (0, 3))
+    seen.clear()
+    state = whole.with_name("lora-step00000002-state")
+    resumed = work.train("resumed", "--dit=toy.safetensors", *options, "--max_train_steps=6", f"--resume={state}")
+    assert seen == drawn[2:] and largest_difference(whole, resumed) == 0

@@ -1,0 +1,124 @@
+"""The video script of HunyuanVideo and SkyReels V1: what its files must be, and how they are loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from library.core.options import Config
+from library.generation.hunyuan_video_options import (
+    GROUPS,
+    LINE_OPTIONS,
+    HunyuanVideoAdapterOptions,
+    HunyuanVideoClipOptions,
+    HunyuanVideoModelOptions,
+    OldCompileOptions,
+)
+from library.generation.llama_clip_script import LlamaClipScript
+from library.generation.video_requests import VideoRequest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from library.checkpoints.loading import Transform
+    from library.dataset.strategies import StrategySet
+    from library.generation.video_pipeline import VideoPipeline
+    from library.hunyuan_video_models import HYVideoParams
+
+
+class HunyuanVideoScript(LlamaClipScript):
+    family = "hunyuan_video"
+    title = "HunyuanVideo"
+    adapters = HunyuanVideoAdapterOptions
+    pictures = HunyuanVideoClipOptions
+    models = HunyuanVideoModelOptions
+    compilation = OldCompileOptions
+    groups = GROUPS
+    line_options = LINE_OPTIONS
+    vae_kinds = frozenset({"vae_hunyuan_video"})
+    texts = {"flow-shift": "flow_shift", "guidance": "embedded_guidance_scale"}
+
+    def slots(self, config: Config) -> list[tuple[str, set[str]]]:
+        return [("dit", {"hunyuan_video"}), *self.encoder_slots]
+
+    def strategies(self, config: Config) -> StrategySet:
+        from library.dataset.strategies import StrategySet
+        from library.dataset.text_cache_io import TEXT_LAYOUTS
+        from library.strategy_hunyuan_video import HunyuanVideoTextEncodingStrategy, HunyuanVideoTokenizeStrategy
+
+        tokenize = HunyuanVideoTokenizeStrategy(*self.tokenizer_files(config))
+        return StrategySet(tokenize, HunyuanVideoTextEncodingStrategy(), text_layout=TEXT_LAYOUTS[self.family])
+
+    def load_denoiser(
+        self, config: Config, dtype: torch.dtype, device: torch.device, transform: Transform | None
+    ) -> nn.Module:
+        from library.fp8_optimization_utils import FP8_STORAGE
+        from library.hunyuan_video_utils import load_hunyuan_video
+
+        options = config[self.models]
+        plain_fp8 = options.fp8 and not options.fp8_scaled
+        denoiser = load_hunyuan_video(
+            options.dit, FP8_STORAGE if plain_fp8 else dtype, device, fp8_scaled=options.fp8_scaled, transform=transform
+        )
+        denoiser.embedders_wait = options.img_in_txt_in_offloading
+        return denoiser
+
+    def save_denoiser(self, denoiser: Any, target: str, dtype: torch.dtype) -> None:
+        from library.hunyuan_video_utils import save_hunyuan_video
+
+        save_hunyuan_video(denoiser, target, dtype)
+
+    def pipeline(self, config: Config, denoiser: Any, vae: Any) -> VideoPipeline:
+        from library.generation.hunyuan_video_pipeline import HunyuanVideoPipeline
+
+        return HunyuanVideoPipeline(denoiser, vae, split_uncond=config[self.pictures].split_uncond)
+
+    def fitting_problems(self, config: Config) -> list[str]:
+        from library.hunyuan_video_utils import fitting_problems
+
+        options = config[self.models]
+        found = fitting_problems(
+            lambda: self._params(config), text_encoder1=options.text_encoder1, text_encoder2=options.text_encoder2,
+            vae=options.vae, model=options.dit, in_channels=options.dit_in_channels,
+            blocks_to_swap=options.blocks_to_swap,
+        )  # fmt: skip
+        return found + self.tokenizer_problems(config)
+
+    def request_problems(self, config: Config, request: VideoRequest) -> list[str]:
+        """A picture for a model that is shown none, and the other way round."""
+        from library.core.errors import AtelierError
+
+        found = super().request_problems(config, request)
+        if self.is_without_prompts(config):
+            return found
+        dit = config[self.models].dit
+        try:
+            shown = self._params(config).shown_channels if dit else None
+        except (AtelierError, OSError):
+            return found  # `check` tells of the file
+        if shown and request.image_path is None:
+            found.append(
+                f"--image_path is not given, and {dit} is a model from image to video; needed: the first frame, or a"
+                " model from text to video"
+            )
+        if shown == 0 and request.image_path is not None:
+            found.append(
+                f"--image_path is {request.image_path}, and {dit} is a model from text to video, which is shown no"
+                " picture; needed: a model from image to video (32 input channels, as SkyReels V1 I2V)"
+            )
+        return found
+
+    def _params(self, config: Config) -> HYVideoParams:
+        from library.hunyuan_video_utils import inspect_hunyuan_video
+
+        return inspect_hunyuan_video(config[self.models].dit).params
+
+    def notices(self, config: Config) -> list[str]:
+        found = super().notices(config)
+        if "embedded_cfg_scale" in config.explicit and not self._params(config).guidance_embed:
+            found.append("--embedded_cfg_scale has no effect: only distilled models have embedded guidance")
+        return found
+
+
+SCRIPT = HunyuanVideoScript()
+build_parser, main, run = SCRIPT.build_parser, SCRIPT.main, SCRIPT.run

@@ -1,0 +1,119 @@
+"""What the video script of HunyuanVideo and SkyReels V1 is asked: option groups, letters of prompt lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from library.core.errors import ConfigError
+from library.core.options import LARGEST_STEPS, option
+from library.core.plugins import PluginOptions
+from library.generation.adapter_files import MergedModelOptions
+from library.generation.llama_clip_options import LlamaClipOptions
+from library.generation.requests import SessionOptions
+from library.generation.video_options import (
+    COMPILE_DYNAMIC,
+    COMPILE_MODES,
+    ClipOptions,
+    CompileOptions,
+    StartOptions,
+    VideoAdapterOptions,
+)
+from library.generation.video_requests import VIDEO_LINES
+from library.training.option_groups import ConsoleOptions
+from library.training.sampling_prompts import MOST_FRAMES, LineOption
+
+@dataclass(frozen=True, kw_only=True)
+class HunyuanVideoModelOptions(LlamaClipOptions):
+    """Models"""
+
+    dit: str | None = option(None, help="file of the HunyuanVideo or SkyReels V1 denoiser")
+    vae: str | None = option(None, help="file of the HunyuanVideo autoencoder (hunyuan_video_vae_bf16.safetensors)")
+    dit_in_channels: int | None = option(
+        None, help="input channels that the denoiser must have: 16 from text to video, 32 from image to video; those of"
+        " its file when not given"
+    )  # fmt: skip
+    img_in_txt_in_offloading: bool = option(
+        False, help="keep the layers that read latents and text in main memory between the forwards"
+    )
+    blocks_to_swap: int = option(
+        0, help="blocks whose weights wait in main memory; a double block counts as one, two single blocks as one"
+    )
+
+    def __post_init__(self) -> None:
+        if problems := self.model_problems():
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldCompileOptions(CompileOptions):
+    """Compilation"""
+
+    compile_args: list[str] | None = option(
+        None, nargs=4, metavar="TEXT", help="--compile with backend, mode, dynamic and fullgraph, as older scripts have it"
+    )
+
+    def __post_init__(self) -> None:
+        if self.compile_args is None:
+            return
+        backend, mode, dynamic, fullgraph = self.compile_args
+        problems = []
+        if mode.lower() not in COMPILE_MODES:
+            problems.append(f"--compile_args has the mode '{mode}'; needed: {', '.join(COMPILE_MODES)}")
+        for name, value, known in (("dynamic", dynamic, COMPILE_DYNAMIC), ("fullgraph", fullgraph, ("true", "false"))):
+            if value.lower() not in known:
+                problems.append(f"--compile_args has {name} '{value}'; needed: {', '.join(known)}")
+        if problems:
+            raise ConfigError(problems)
+        read = {
+            "compile": True, "compile_backend": backend, "compile_mode": mode.lower(),
+            "compile_dynamic": dynamic.lower(), "compile_fullgraph": fullgraph.lower() == "true",
+        }  # fmt: skip
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HunyuanVideoAdapterOptions(VideoAdapterOptions):
+    """LoRAs"""
+
+    exclude_single_blocks: bool = option(False, help="leave out the layers of the single blocks")
+
+    @property
+    def further_exclude(self) -> tuple[str, ...]:
+        return ("single_blocks",) if self.exclude_single_blocks else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HunyuanVideoClipOptions(ClipOptions):
+    """Videos"""
+
+    video_length: int = option(129, help="frames, rounded down to 4 n + 1", most=MOST_FRAMES)
+    infer_steps: int = option(50, help="steps", most=LARGEST_STEPS)
+    flow_shift: float = option(
+        7.0, help="how far the steps lie towards noise; 1 = evenly spaced. 17 suits fewer than 20 steps"
+    )
+    embedded_cfg_scale: float = option(6.0, help="guidance that is told to distilled models; 1 for SkyReels V1", least=0)
+    image_path: str | None = option(None, help="picture that is the first frame, for models from image to video (SkyReels)")
+
+    def __post_init__(self) -> None:
+        if problems := self.clip_problems():
+            raise ConfigError(problems)
+
+    def request_fields(self) -> dict[str, Any]:
+        return dict(
+            super().request_fields(), embedded_guidance_scale=self.embedded_cfg_scale, image_path=self.image_path
+        )
+
+
+GROUPS = (
+    PluginOptions, HunyuanVideoModelOptions, OldCompileOptions, HunyuanVideoAdapterOptions, MergedModelOptions,
+    HunyuanVideoClipOptions, StartOptions, SessionOptions, ConsoleOptions,
+)  # fmt: skip
+
+_LETTERS = ("w", "h", "f", "s", "d", "n", "m", "l", "c", "fs", "i", "v", "st", "e")
+LINE_OPTIONS: Mapping[str, LineOption] = {
+    **{letter: VIDEO_LINES[letter] for letter in _LETTERS},
+    "g": VIDEO_LINES["l"],
+}

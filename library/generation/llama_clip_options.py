@@ -1,0 +1,68 @@
+"""What the video scripts are asked whose captions LLaMA and CLIP-L read, and which share a causal video autoencoder:
+options without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.core.options import equivalent_option, option
+from library.generation.requests import DTYPE_NAMES, too_small_problems
+from library.generation.video_options import VideoModelOptions
+
+LEAST_TILE = 32
+TILE = 256
+"""pixels of a side of tiles, and of their steps, in which known scripts let the autoencoder decode"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaClipOptions(VideoModelOptions):
+    """Models
+
+    A family has further ones.
+    """
+
+    vae: str | None = option(None, help="file of the causal video autoencoder")
+    text_encoder1: str | None = option(None, help="file or folder of LLaMA 3, the language part of llava-llama-3-8b")
+    text_encoder2: str | None = option(None, help="file or folder of the CLIP-L text encoder")
+    text_encoder1_tokenizer: str | None = option(None, help="folder of the LLaMA tokenizer")
+    text_encoder2_tokenizer: str | None = option(None, help="folder of the CLIP tokenizer")
+    text_encoder_dtype: str = option("float16", help="number format of the text encoders; on a CPU bfloat16 stands for"
+                                     " float16")  # fmt: skip
+    fp8_llm: bool = option(False, help="keep the matrices of LLaMA in 8 bits")
+    vae_dtype: str = option("float16", help=f"number format of the autoencoder: {', '.join(DTYPE_NAMES)}")
+    vae_chunk_size: int | None = option(
+        None, help="frames that convolutions of the autoencoder compute at once: less memory, equal results"
+    )
+    vae_tiling: bool = option(
+        True, help=f"let the autoencoder compute frames larger than {TILE} pixels in tiles: little memory, close results"
+    )
+    vae_spatial_tile_sample_min_size: int | None = option(
+        None, help=f"pixels of a side of these tiles, a multiple of 8; {TILE} when not given"
+    )
+    split_attn: bool = equivalent_option(
+        False, help="one attention call for each sample",
+        reason="--split_attn: attention needs no splitting, texts without tokens in them are left out",
+    )  # fmt: skip
+
+    def model_problems(self) -> list[str]:
+        found = [*super().model_problems(), *too_small_problems(self, ("vae_chunk_size", 1))]
+        size = self.vae_spatial_tile_sample_min_size
+        if size is not None and (size < LEAST_TILE or size % 8):
+            found.append(
+                f"--vae_spatial_tile_sample_min_size is {size}; needed: a multiple of 8 and at least {LEAST_TILE}"
+            )
+        if self.text_encoder_dtype.lower() not in DTYPE_NAMES or self.text_encoder_name.startswith("float8"):
+            found.append(
+                f"--text_encoder_dtype is '{self.text_encoder_dtype}'; needed: float32, float16 or bfloat16"
+                " (--fp8_llm keeps LLaMA in 8 bits)"
+            )
+        return found
+
+    @property
+    def text_encoder_name(self) -> str:
+        return DTYPE_NAMES[self.text_encoder_dtype.lower()]
+
+    @property
+    def tile_size(self) -> int | None:
+        """Pixels of a side of the tiles in which the autoencoder computes; None = it does not."""
+        return self.vae_spatial_tile_sample_min_size or (TILE if self.vae_tiling else None)
