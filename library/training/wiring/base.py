@@ -409,6 +409,8 @@ class FlowFamily(ModelFamily):
     """kinds of file (checkpoint_kinds) that --pretrained_model_name_or_path may be"""
     denoiser_option: ClassVar[str] = "pretrained_model_name_or_path"
     """what messages call the option of the denoiser's file"""
+    reads_pickles: ClassVar[bool] = False
+    """whether that file may be one of PyTorch"""
     denoiser_writer: ClassVar[str] = ""
     """module:function that writes a file of the denoiser alone, from (model, path, dtype, metadata)"""
 
@@ -432,7 +434,9 @@ class FlowFamily(ModelFamily):
         """Missing, wrong and unfitting files, and a block swap that the depth of the file does not allow."""
         from library.checkpoints.kinds import check_slot
 
-        denoiser = check_slot(self._denoiser_path, self.denoiser_option, set(self.denoiser_kinds))
+        denoiser = check_slot(
+            self._denoiser_path, self.denoiser_option, set(self.denoiser_kinds), with_pickles=self.reads_pickles
+        )
         text, vae = ([] if self.lacks(part) else self._slot_problems(part) for part in ("text_encoders", "vae"))
         tokenizers = [] if text or self.lacks("text_encoders") else self._tokenizer_problems()
         found = [*([denoiser] if denoiser else []), *text, *vae, *tokenizers]
