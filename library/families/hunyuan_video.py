@@ -17,6 +17,7 @@ from library.families.record import (
     TextKey,
     TinyModel,
 )
+from library.families.stream_parts import STREAM_PARTS
 
 FAMILY = FamilyRecord(
     name="hunyuan_video",
@@ -123,6 +124,7 @@ FAMILY = FamilyRecord(
     layouts="library.hunyuan_video_utils:LAYOUTS",
     adapters=AdapterFacts(
         title="HunyuanImage or HunyuanVideo", parts=("individual_token_refiner",), priority=61,
+        shared_parts=STREAM_PARTS, widths=(3072,),
         base_versions=("hunyuan_video", "hunyuan-video"), modelspec=("hunyuan-video", "hunyuan_video"),
     ),
 )
