@@ -211,7 +211,9 @@ class ModelFamily(ABC):
             self.architecture, to_disk=caching.cache_text_encoder_outputs_to_disk,
             batch_size=caching.text_encoder_batch_size,
             skip_check=caching.skip_cache_check, trained=trained,
-            model_identity=combined_identity([*(model_identity(file) for file in files), *more]),
+            model_identity="" if self.lacks("text_encoders") else combined_identity(
+                [*(model_identity(file) for file in files), *more]
+            ),
             settings={name: str(value) for name, value in settings.items()}, **facts,
         )
 
