@@ -34,6 +34,7 @@ FAMILY = FamilyRecord(
             name="hunyuan_video",
             title="HunyuanVideo",
             build="library.tiny_models.hunyuan_video_tiny:build_tiny_hunyuan_video",
+            options=("--live_encoding",),
         ),
     ),
     latents=LatentSpec(
