@@ -169,7 +169,7 @@ def notices(datasets: Sequence[DatasetParams]) -> list[str]:
         "conditioning_data_dir: its pictures are scaled and cropped like their images, not squeezed to the bucket": any(
             d.kind == "CN" for d in datasets
         ),
-        "enable_bucket and bucket_no_upscale count for videos as for pictures: without the first all are cropped to the "
+        "enable_bucket and bucket_no_upscale count for videos as for pictures: without the first all are cropped to "
         "resolution, with the second none is enlarged": any(
             (not d.enable_bucket or d.bucket_no_upscale) and any(s.clips is not None for s in d.subsets)
             for d in datasets if d.bucket_rule == "area"
