@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from library.checkpoints.loading import Transform
     from library.core.keyed_random import StepDraws
     from library.dataset.batch import Batch
+    from library.dataset.items import ImageItem
     from library.dataset.latent_cache import LatentCache, LatentEncoder
     from library.dataset.strategies import Conditioning, StrategySet
     from library.dataset.text_cache import TextCache
@@ -219,6 +220,10 @@ class ModelFamily(ABC):
             model_identity=combined_identity([*(model_identity(file) for file in files), *more]) if files else "",
             settings={name: str(value) for name, value in settings.items()}, **facts,
         )
+
+    def see_items(self, items: Sequence[ImageItem]) -> None:
+        """The samples that a cache tool found, before it looks at the files of a part: for families without the file of
+        the denoiser, which says what is cached beside latents."""
 
     def lacks(self, part: str) -> bool:
         """Whether no file of a part, "vae" or "text_encoders", is given, so that a run depends on complete caches."""
