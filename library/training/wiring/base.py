@@ -199,7 +199,8 @@ class ModelFamily(ABC):
         self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (),
         settings: Mapping[str, object] = {}, **facts: object,
     ) -> TextCache | None:
-        """The text cache of this run, None without one. `files`: those of the text encoders; `more`: what else their
+        """The text cache of this run, None without one. `files`: those of the text encoders, none where they are not
+        given, and caches of any are taken; `more`: what else their
         outputs hang on, in words, and `settings`: the options that tell it; `facts`: see TextCache."""
         from library.checkpoints.identity import combined_identity, model_identity
         from library.dataset.text_cache import TextCache
@@ -211,7 +212,7 @@ class ModelFamily(ABC):
             self.architecture, to_disk=caching.cache_text_encoder_outputs_to_disk,
             batch_size=caching.text_encoder_batch_size,
             skip_check=caching.skip_cache_check, trained=trained,
-            model_identity=combined_identity([*(model_identity(file) for file in files), *more]),
+            model_identity=combined_identity([*(model_identity(file) for file in files), *more]) if files else "",
             settings={name: str(value) for name, value in settings.items()}, **facts,
         )
 
