@@ -11,17 +11,32 @@ from library.families.record import (
     ClipFacts,
     FamilyRecord,
     ModelKind,
+    OtherScript,
     SampleDefaults,
     Signature,
     TextKey,
     TinyModel,
 )
+from library.families.stream_parts import STREAM_PARTS
 
 FAMILY = FamilyRecord(
     name="hunyuan_video",
     title="HunyuanVideo",
     prefix="hv_",
     page="docs/hv_train_network.md",
+    scripts={
+        "full": OtherScript(
+            name="hv_train", options=frozenset({"trainable_modules"}),
+            foreign={
+                **dict.fromkeys(
+                    ("use_pinned_memory_for_block_swap", "block_swap_h2d_only", "block_swap_ring_size"),
+                    "an option of hv_train_network; blocks change places in the background (--blocks_to_swap)",
+                ),
+                "flash3": "an option of hv_train_network; attention is computed by torch (--sdpa)",
+                "use_safetensors": "files are safetensors unless --save_model_as says otherwise",
+            },
+        )
+    },
     place=90,
     family="library.training.wiring.hunyuan_video:HunyuanVideoFamily",
     denoisers=("HYVideoDiffusionTransformer",),
@@ -109,6 +124,7 @@ FAMILY = FamilyRecord(
     layouts="library.hunyuan_video_utils:LAYOUTS",
     adapters=AdapterFacts(
         title="HunyuanImage or HunyuanVideo", parts=("individual_token_refiner",), priority=61,
+        shared_parts=STREAM_PARTS, widths=(3072,),
         base_versions=("hunyuan_video", "hunyuan-video"), modelspec=("hunyuan-video", "hunyuan_video"),
     ),
 )

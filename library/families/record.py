@@ -197,6 +197,8 @@ class OtherScript:
     options: frozenset[str] = frozenset()
     defaults: Mapping[str, object] = field(default_factory=dict)
     """options whose default differs here: name -> default"""
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    """options of every script of the family, or of its kind, that the known one lacks: name -> reason"""
     text_switches: Mapping[int, str] = field(default_factory=dict)
     """text encoders, by their place, that learn only with an option of their own"""
     text_files: Mapping[int, str] = field(default_factory=dict)

@@ -149,6 +149,8 @@ class ModelFamily(ABC):
 
     tool_options: ClassVar[Mapping[str, tuple[type, ...]]] = {}
     """what is cached, "latents" or "text" -> groups of options that the tool for it has beside `options`"""
+    tool_defaults: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """in the same way defaults that differ in the tool: those of the known one"""
 
     def __init_subclass__(cls, **settings: object) -> None:
         super().__init_subclass__(**settings)
@@ -199,15 +201,23 @@ class ModelFamily(ABC):
         self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (),
         settings: Mapping[str, object] = {}, **facts: object,
     ) -> TextCache | None:
+<<<<<<< HEAD
         """The text cache of this run, None without one. `files`: those of the text encoders, none where they are not
         given, and caches of any are taken; `more`: what else their
         outputs hang on, in words, and `settings`: the options that tell it; `facts`: see TextCache."""
+=======
+        """The text cache of this run, None without one. `files`: those of the text encoders; `more`: what else their
+        outputs hang on, in words, and `settings`: the options that tell it; `facts`: see TextCache. Without files what
+        lies in the cache is taken, whatever made it."""
+>>>>>>> main
         from library.checkpoints.identity import combined_identity, model_identity
         from library.dataset.text_cache import TextCache
 
         caching = self.config[CachingOptions]
         if not caching.caches_text:
             return None
+        if not files:
+            more, settings = (), {}
         return TextCache(
             self.architecture, to_disk=caching.cache_text_encoder_outputs_to_disk,
             batch_size=caching.text_encoder_batch_size,
