@@ -201,15 +201,9 @@ class ModelFamily(ABC):
         self, trained: Sequence[bool], files: Sequence[str | Path], more: Sequence[str] = (),
         settings: Mapping[str, object] = {}, **facts: object,
     ) -> TextCache | None:
-<<<<<<< HEAD
-        """The text cache of this run, None without one. `files`: those of the text encoders, none where they are not
-        given, and caches of any are taken; `more`: what else their
-        outputs hang on, in words, and `settings`: the options that tell it; `facts`: see TextCache."""
-=======
         """The text cache of this run, None without one. `files`: those of the text encoders; `more`: what else their
         outputs hang on, in words, and `settings`: the options that tell it; `facts`: see TextCache. Without files what
         lies in the cache is taken, whatever made it."""
->>>>>>> main
         from library.checkpoints.identity import combined_identity, model_identity
         from library.dataset.text_cache import TextCache
 
