@@ -75,6 +75,7 @@ CASES = {
         ),
         FamilyCase("lumina", "lumina2", ("lora_te_",)),
         FamilyCase("hunyuan_video", "hunyuan_video", ()),
+        FamilyCase("framepack", "framepack", ()),
         FamilyCase("wan", "wan", ()),
         FamilyCase("wan_i2v", "wan", (), first_frame=True, like="wan"),
         FamilyCase("wan22", "wan", (), first_frame=True, like="wan"),

@@ -48,6 +48,10 @@ SLOTS: dict[str, dict[str, set[str]]] = {
         "dit": {"hunyuan_video"}, "vae": {"vae_hunyuan_video"}, "text_encoder1": {"llama3_8b"},
         "text_encoder2": {"clip_l", "sd3_medium_checkpoint"},
     },
+    "framepack": {
+        "dit": {"framepack"}, "vae": {"vae_hunyuan_video"}, "text_encoder1": {"llama3_8b"},
+        "text_encoder2": {"clip_l", "sd3_medium_checkpoint"}, "image_encoder": {"siglip_so400m"},
+    },
     "anima": {MODEL: {"anima"}, "qwen3": {"qwen3_0_6b"}, "vae": {"vae_wan", "vae_qwen_image_diffusers"}},
 }
 """family -> option that names a model file -> key tables that fit it"""
