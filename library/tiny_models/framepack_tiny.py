@@ -45,7 +45,7 @@ def build_tiny_framepack(
     folder: str | Path,
     *,
     seed: int = 0,
-    hidden: int = 32,
+    hidden: int = 64,
     depth: int = 1,
     depth_single: int = 2,
     dtype: torch.dtype = torch.float32,
