@@ -92,14 +92,15 @@ class FramePackLatentEncoder(LatentEncoder):
 
     def manner(self, bucket: Sequence[int]) -> str:
         kind = Bucket(*bucket).kind
-        tiled = self.tile_size is not None and max(bucket[:2]) > self.tile_size
         if kind.section_frames:
-            words = f"sections of {kind.section_frames}{' seen forwards' if self.is_f1 else ''}"
-        else:
-            places = self.one_frame(kind)
-            seen = "".join(f", {name}" for name, there in (("2x", places.middle), ("4x", places.far)) if there)
-            words = f"single frame at {places.target} beside {', '.join(map(str, places.near))}{seen}"
-        return f"{words}, in tiles of {self.tile_size} pixels" if tiled else words
+            return f"sections of {kind.section_frames}{' seen forwards' if self.is_f1 else ''}"
+        places = self.one_frame(kind)
+        seen = "".join(f", {name}" for name, there in (("2x", places.middle), ("4x", places.far)) if there)
+        return f"single frame at {places.target} beside {', '.join(map(str, places.near))}{seen}"
+
+    def pieces(self, bucket: Sequence[int]) -> str:
+        tiled = self.tile_size is not None and max(bucket[:2]) > self.tile_size
+        return f"in tiles of {self.tile_size} pixels" if tiled else ""
 
     def one_frame(self, kind: Any) -> OneFrame:
         """Places of a single frame and its control pictures."""

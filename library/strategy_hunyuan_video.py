@@ -48,7 +48,7 @@ class HunyuanVideoLatentEncoder(LatentEncoder):
     tile_size: int | None = None
     """pixels of a side of tiles in which the autoencoder was loaded to compute larger frames"""
 
-    def manner(self, bucket: Sequence[int]) -> str:
+    def pieces(self, bucket: Sequence[int]) -> str:
         tiled = self.tile_size is not None and max(bucket[:2]) > self.tile_size
         return f"in tiles of {self.tile_size} pixels" if tiled else ""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from library.dataset.architectures import ARCHITECTURES
+from library.dataset.architectures import ARCHITECTURES, DataArchitecture
 from library.tiny_models import TinyEntry, tiny_entry
 
 
@@ -40,18 +40,17 @@ class FamilyCase:
         return self.entry.family
 
     @property
+    def architecture(self) -> DataArchitecture:
+        """What the data side knows of it."""
+        return ARCHITECTURES[self.family]
+
+    @property
     def bucket_step(self) -> int:
-        return ARCHITECTURES[self.family].bucket_step
+        return self.architecture.bucket_step
 
     def options(self) -> list[str]:
-        """Of every run, beside those that name the model's files. Without options for caches nothing is cached, which
-        families of clips must be told."""
-        live = ["--live_encoding"] if ARCHITECTURES[self.family].latents.clips else []
-        return [f"--network_module={self.entry.network_module}", *self.entry.options, *self.brief, *live]
-
-    def letters(self, pictures: Path) -> str:
-        """What every line of sample prompts needs, with pictures of this folder."""
-        return f" --i {pictures / '00.png'}" if self.first_frame else ""
+        """Of every run, beside those that name the model's files."""
+        return [f"--network_module={self.entry.network_module}", *self.entry.options, *self.brief]
 
     def caches(self, *, on_disk: bool) -> list[str]:
         """Options that cache all that can be cached."""

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from library.core.options import is_bool_option, option_fields, value_type  # noqa: E402
 from library.core.registry import import_target  # noqa: E402
 from library.families.registry import FAMILIES, script_name  # noqa: E402
+from library.training import cache_tools, clip_cache_options  # noqa: E402
 from library.training.option_reader import Script  # noqa: E402
 from library.training.parser_common import TRAINABLES, script  # noqa: E402
 from networks.kinds.targets import targets_of_family  # noqa: E402
@@ -26,6 +27,9 @@ PAGES: dict[tuple[str, str], str] = {
     **{(name, what): other.page for name, record in FAMILIES.items() for what, other in record.scripts.items()},
 }
 """(family, trainable) -> the page of the script"""
+
+CACHES_PAGE = "docs/video_caching.md"
+"""the page of the tools that fill caches of clips"""
 
 GENERATION_PAGE = "docs/gen_img.md"
 """the page of the image scripts of Stable Diffusion and SDXL"""
@@ -86,6 +90,24 @@ def tables(what: Script) -> str:
         sections.append(
             "\n".join([f"### {title}", "", "| option | value | default | meaning |", "|---|---|---|---|", *rows])
         )
+    return "\n\n".join(sections)
+
+
+def cache_tool_tables() -> str:
+    """For each tool that fills caches of clips the options that it has beside those of the data set."""
+    sections = []
+    for family, record in FAMILIES.items():
+        if record.clips is None or record.variant_of is not None or record.clips.fps is None:
+            continue
+        family_class = import_target(record.family)
+        for what, part in cache_tools.PARTS.items():
+            tool = cache_tools.tool_script(family, what)
+            groups = (cache_tools.CacheToolOptions, *clip_cache_options.OPTIONS[what], *family_class.tool_options.get(what, ()))
+            own = {*family_class.part_options[part], "dataset_config", *(["vae"] if what == "latents" else [])}
+            names = [name for name, owner in tool.owners.items() if owner in groups or name in own]
+            rows = [_row(tool, tool.owners[name], name) for name in names if tool.status(name) != "foreign"]
+            title = f"### {record.title}: {'latents' if what == 'latents' else 'text'}"
+            sections.append("\n".join([title, "", "| option | value | default | meaning |", "|---|---|---|---|", *rows]))
     return "\n\n".join(sections)
 
 
@@ -172,6 +194,7 @@ def main(argv: list[str]) -> None:
         for (family, trainable), page in PAGES.items():
             renew(tables(script(family, trainable)), root / page)
         renew(tables(generation_script()), root / GENERATION_PAGE)
+        renew(cache_tool_tables(), root / CACHES_PAGE)
         for family, what in video_scripts().items():
             renew(tables(what), root / video_page(family))
         renew(trainables_table(), root / TRAINABLES_PAGE)

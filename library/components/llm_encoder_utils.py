@@ -163,7 +163,8 @@ def _folder_config(kind: LanguageModel, config: Mapping[str, Any]) -> dict[str, 
     config = {**config, **(config.get("text_config") or {})}  # of models that see pictures, the text tower stands below
     theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
     others = {name: config.get(name) for name in kind.others}
-    values = {**others, "rope_theta": theta, "eps": config.get("rms_norm_eps")}
+    heads = config.get("num_attention_heads")
+    values = {**others, "num_attention_heads": heads, "rope_theta": theta, "eps": config.get("rms_norm_eps")}
     return {name: value for name, value in values.items() if value is not None}
 
 

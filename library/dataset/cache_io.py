@@ -157,6 +157,8 @@ class LatentsRecord:
     """those beside the image that conditions were made of; not in files of families without"""
     manner: str = ""
     """what the latents hang on beside the VAE's file, in words; not in files where that is nothing"""
+    pieces: str | None = None
+    """how the VAE computed, in words, "" = at once; None = nothing is known of it, as where a run has no VAE"""
     made_with: Mapping[str, str] = field(default_factory=dict)
     """settings of a clip by which the reason is told, name -> value; not in files of pictures"""
     source: str = ""
@@ -361,6 +363,9 @@ def latents_record_problem(stored: Mapping[str, Any], expected: LatentsRecord, i
         return "made with another VAE"
     if stored.get("manner", "") != expected.manner:
         return f"encoded {stored.get('manner') or 'in one piece'}, and now {expected.manner or 'in one piece'}"
+    pieces = stored.get("pieces", "")
+    if expected.pieces is not None and pieces != expected.pieces:
+        return f"encoded {pieces or 'in one piece'}, and now {expected.pieces or 'in one piece'}"
     if stored.get("resized") != list(expected.resized) or stored.get("interpolation") != expected.interpolation:
         return "made with other resize settings"
     if stored.get("exif") != expected.exif:
@@ -415,7 +420,7 @@ def existing_arrays(path: str) -> dict[str, np.ndarray]:
         return {}
 
 
-_ONLY_IF_SET = ("pictures", "manner", "made_with", "source", "listed_in", "frame_count")
+_ONLY_IF_SET = ("pictures", "manner", "pieces", "made_with", "source", "listed_in", "frame_count")
 """fields of records that files without them do not have"""
 
 

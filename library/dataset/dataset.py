@@ -131,10 +131,10 @@ class Dataset:
         return [group for group in groups.values() if group[1]]
 
     def metadata(self) -> dict[str, Any]:
-        """The record of `ss_datasets`; the bucket limits are those in force, on the grid."""
+        """The record of `ss_datasets`; the bucket limits are those in force, on the grid, where there are any."""
         params = self.params
         limits = effective_limits(params.min_bucket_reso, params.max_bucket_reso, params.bucket_reso_steps)
-        lowest, highest = limits if params.enable_bucket else (None, None)
+        lowest, highest = limits if params.enable_bucket and params.bucket_rule == "steps" else (None, None)
         return {
             "is_dreambooth": params.kind != "FT",
             "batch_size_per_device": params.batch_size,

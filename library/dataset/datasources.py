@@ -38,7 +38,9 @@ DEFAULT_SPLIT_SEED = 42
 MOST_PROBLEMS = 50
 CAPTION_EXTENSIONS = (".txt", ".caption", ".tags", ".cap")
 """what caption files are called by the programs that write them"""
-CLASS_TOKENS_HINT = '; give them caption files, or write one text for all of them: class_tokens = "..." in the subset'
+CAPTION_WAYS = {True: "write a caption for each there", False: "give them caption files"}
+"""whether a file lists them -> what to do"""
+CLASS_TOKENS_HINT = ', or write one text for all of them: class_tokens = "..." in the subset'
 MOST_SAMPLES = 50_000_000
 """of an epoch, with repeats; each is a number in memory"""
 
@@ -242,6 +244,8 @@ def _settle_captions(images: Sequence[FoundImage], subset: SubsetParams, scanner
     if not bare or (subset.class_tokens and subset.is_listed):
         return
     hint = _caption_hint(bare, subset)
+    if not hint and not subset.class_tokens:
+        hint = f"; {CAPTION_WAYS[subset.is_listed]}{'' if subset.metadata_file else CLASS_TOKENS_HINT}"
     if subset.class_tokens:
         if hint:
             scanner.warnings.append(
@@ -249,12 +253,12 @@ def _settle_captions(images: Sequence[FoundImage], subset: SubsetParams, scanner
             )
     elif scanner.fail_on_missing_captions:
         scanner.problems.append(
-            f"{subset.label}: {len(bare)} {subset.medium} have no caption: {listed(bare)}{hint or CLASS_TOKENS_HINT}"
+            f"{subset.label}: {len(bare)} {subset.medium} have no caption: {listed(bare)}{hint}"
         )
     else:
         scanner.warnings.append(
             f"{len(bare)} {subset.medium} in {subset.label} have no caption and train with an empty one: "
-            f"{listed(bare)}{hint or CLASS_TOKENS_HINT}"
+            f"{listed(bare)}{hint}"
         )
 
 
@@ -442,7 +446,7 @@ def _check_counts(
                 scanner.problems.append(
                     f"{dataset.label}: of every image one side would be shorter than one bucket step "
                     f"({dataset.bucket_reso_steps} px),"
-                    " and bucket_no_upscale is on; switch it off or lower bucket_reso_steps"
+                    f" and bucket_no_upscale is on; switch it off{' or lower bucket_reso_steps' * (dataset.bucket_rule == 'steps')}"
                 )
     if scanner.problems:
         return
@@ -472,6 +476,9 @@ def _why_empty(subset: SubsetParams, dataset: DatasetParams, scanner: Scanner) -
     if subset.is_listed:
         return f"{folder} names no {medium} that can be used"
     extensions = scanner.extensions if subset.clips is None else VIDEO_EXTENSIONS
+    if subset.label in scanner.without_captions:
+        ending = caption_ending(subset)
+        return f"no image in {folder} that can be used has a caption file ({ending}); write them, or class_tokens for all"
     if any(os.path.splitext(name)[1].lower() in extensions for name in os.listdir(folder)):
         return f"no {medium} in {folder} can be used"
     inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())

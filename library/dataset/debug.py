@@ -16,6 +16,8 @@ from library.generation.image_grid import GridCell, image_grid
 
 MOST_CELLS = 64
 """samples on the sheet"""
+FRAMES_SHOWN = 4
+"""of a clip, side by side: the first, the last, and those evenly between"""
 
 
 def debug_dataset(
@@ -23,7 +25,7 @@ def debug_dataset(
     show: Callable[[str], None] = print
 ) -> int:
     """Describe every sample of some epochs; draw the first ones with their captions on one `sheet` (PNG), as the model
-    sees them. Returns the number of samples shown."""
+    sees them, of clips a few frames. Returns the number of samples shown."""
     count, cells = 0, []
     for epoch in range(1, epochs + 1):
         plan = group.plan(epoch, seed, 1)
@@ -36,9 +38,11 @@ def debug_dataset(
             show(
                 f"epoch {epoch}, batch {request.index + 1} of {len(plan)}, dataset {request.dataset}: {describe(batch)}"
             )
+            items = group.datasets[request.dataset].items
             for i in range(len(batch)):
                 count += 1
-                show("  " + describe_sample(batch, i))
+                clip = items[request.items[i]].clip
+                show("  " + describe_sample(batch, i, "" if clip is None else f", {clip.words}"))
                 if sheet is not None and batch.images is not None and len(cells) < MOST_CELLS:
                     cells.append(
                         GridCell(
@@ -85,18 +89,22 @@ def describe_size(batch: Batch, i: int) -> str:
     return f"{original_width}x{original_height} to {width}x{height}"
 
 
-def describe_sample(batch: Batch, i: int) -> str:
+def describe_sample(batch: Batch, i: int, frames: str = "") -> str:
+    """`frames`: which ones a clip has."""
     top, left = batch.crop_top_lefts[i].tolist()
     flipped = ", mirrored" if batch.flippeds[i] else ""
     weight = f", weight {batch.loss_weights[i].item():g}" if batch.loss_weights[i] != 1 else ""
     attributes = f", {batch.custom_attributes[i]}" if batch.custom_attributes[i] else ""
     return (
-        f"{batch.image_keys[i]}: {describe_size(batch, i)}, cut left {left} top {top}{flipped}{weight}"
+        f"{batch.image_keys[i]}{frames}: {describe_size(batch, i)}, cut left {left} top {top}{flipped}{weight}"
         f"{attributes}; caption: {batch.captions[i]!r}"
     )
 
 
 def picture(image: torch.Tensor) -> Image.Image:
-    """[3, H, W] in -1..1 as a picture; the first frame of a clip [3, F, H, W]."""
-    image = image if image.ndim == 3 else image[:, 0]
+    """[3, H, W] in -1..1 as a picture; of a clip [3, F, H, W] some frames side by side."""
+    if image.ndim == 4:
+        shown = min(image.shape[1], FRAMES_SHOWN)
+        numbers = [place * (image.shape[1] - 1) // (shown - 1) for place in range(shown)]
+        image = torch.cat([image[:, number] for number in numbers], dim=-1)  # [3, H, n W]
     return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())

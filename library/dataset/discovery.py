@@ -56,6 +56,8 @@ class Scanner:
     skipped: set[str] = field(default_factory=set)
     too_small: set[str] = field(default_factory=set)
     """labels of subsets of which skip_image_resolution leaves no image"""
+    without_captions: set[str] = field(default_factory=set)
+    """labels of subsets whose images without caption file are left out"""
     too_short: dict[str, str] = field(default_factory=dict)
     """by label, why no clip can be cut out of the videos of a subset"""
     checks: dict[str, ImageCheck | ConfigError] = field(default_factory=dict)
@@ -196,6 +198,7 @@ def _with_captions(names: list[str], listing: Listing, subset: SubsetParams, sca
     captioned = _captioned(names, listing, subset)
     bare = [name for name in names if stem_of(name) not in captioned]
     scanner.skipped.update(map(listing.of, bare))
+    scanner.without_captions |= {subset.label} if bare else set()
     scanner.summary_warning(
         bare, f"pictures in {subset.label} have no caption file ({caption_ending(subset)}) and are left out"
     )

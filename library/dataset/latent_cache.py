@@ -49,6 +49,11 @@ class LatentEncoder(ABC):
         tiles"); "" where they are made in one piece."""
         return ""
 
+    def pieces(self, bucket: Sequence[int]) -> str:
+        """How the VAE computes pictures or clips of this size ("in tiles of 256 pixels"), where latents hang on it; ""
+        at once. As `manner`, but a run without a VAE takes caches whatever it was."""
+        return ""
+
     condition_pictures: tuple[str, ...] = ()
     """conditions that are pictures (CONDITIONING_IMAGES: control pictures) and that `encode_conditions` reads: caches
     hold what is made of them, and the step gets that in their place"""
@@ -243,7 +248,7 @@ class LatentCache:
             made = self.record_of(item)
             return (
                 f"{type(self.encoder).__qualname__} {self.architecture.name} {item.bucket.key} {needs} {made.model} "
-                f"{made.latent_space} {made.manner}"
+                f"{made.latent_space} {made.manner}{'' if made.pieces is None else f' {made.pieces}'}"
                 f" {made.resized} {made.interpolation} {made.exif} {made.version}"
                 f"{f' {made.made_with} {made.frame_count}' if item.clip is not None else ''}"
             )
@@ -274,7 +279,8 @@ class LatentCache:
         return LatentsRecord(
             model=self.model_identity, latent_space=self.architecture.latents.fingerprint, image=image,
             pictures=pictures, resized=tuple(item.resized_size), interpolation=item.subset.resize_interpolation,
-            manner=self.encoder.manner(item.bucket), made_with=_made_with(item),
+            manner=self.encoder.manner(item.bucket),
+            pieces=self.encoder.pieces(item.bucket) if self.model_identity else None, made_with=_made_with(item),
             source=cache_io.source_of(item.latents_npz, item.absolute_path) if has_source else "",
             listed_in=listed_in(item.latents_npz, item.subset) if has_source else "",
             frame_count=None if item.clip is None else item.clip.length,

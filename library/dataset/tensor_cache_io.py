@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,6 +76,14 @@ class TensorFile:
                 for name in names if name in self.keys
             }  # fmt: skip
 
+    def nan_problem(self, names: Iterable[str]) -> str | None:
+        """The first of these tensors in which too much is NaN; told of files that no record vouches for."""
+        with MemoryEfficientSafeOpen(self.path) as file:
+            for name in names:
+                if name in self.keys and (problem := nan_problem(file.get_tensor(self.keys[name]))):
+                    return f"{problem} in {name}"
+        return None
+
     def record(self, suffix: str = "") -> dict[str, Any] | None:
         """Our record; None where there is none, or where the tensors are no longer those it was written with. A damaged
         one is an empty one, which fits nothing."""
@@ -112,19 +120,30 @@ def checksum(tensor: Tensor) -> int:
 def without_nans(tensor: Tensor, what: str) -> Tensor:
     """The tensor with 0 in the place of NaN, which a warning counts. CheckpointError, where more than MOST_NAN of it
     are: nothing could be learned from it."""
-    if not tensor.is_floating_point():
-        return tensor
-    bad = torch.isnan(tensor.float() if tensor.itemsize == 1 else tensor)  # 8-bit numbers have no operations
+    bad = _nans(tensor)
     count = int(bad.sum())
     if not count:
         return tensor
-    if count > MOST_NAN * tensor.numel():
+    if problem := nan_problem(tensor):
         raise CheckpointError(
-            f"{what}: {count} of {tensor.numel()} numbers are NaN, and at most {MOST_NAN:.0%} may be; delete the file and"
-            " make it anew, with the model in bfloat16 or float32"
+            f"{what}: {problem}, and at most {MOST_NAN:.0%} may be; delete the file and make it anew, with the model in"
+            " bfloat16 or float32"
         )
     logger.warning("%s: %d of %d numbers are NaN and count as 0", what, count, tensor.numel())
     return tensor.masked_fill(bad, 0) if tensor.itemsize > 1 else tensor.float().masked_fill(bad, 0).to(tensor.dtype)
+
+
+def _nans(tensor: Tensor) -> Tensor:
+    """Where a tensor of any number format is NaN."""
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape, dtype=torch.bool)
+    return torch.isnan(tensor.float() if tensor.itemsize == 1 else tensor)  # 8-bit numbers have no operations
+
+
+def nan_problem(tensor: Tensor) -> str | None:
+    """In words, where more of a tensor is NaN than may be."""
+    count = int(_nans(tensor).sum())
+    return f"{count} of {tensor.numel()} numbers are NaN" if count > MOST_NAN * tensor.numel() else None
 
 
 def header_or_reason(path: str) -> TensorFile | str:
@@ -210,7 +229,7 @@ def latents_problem(
         return problem
     stored = file.record() if expected is not None else None
     if stored is None:
-        return None
+        return file.nan_problem(wanted)
     return latents_record_problem(stored, expected, image_path) or pictures_problem(stored, picture_paths)
 
 
@@ -362,6 +381,8 @@ def find_text(
                 reason = text_record_problem(stored, expected)
             elif suffix or (caption is None and not accept_unrecorded):
                 reason = "no record of its caption"
+            else:
+                reason = file.nan_problem(_stored_name(name, suffix) for name in needed)
         if reason is None:
             return suffix, ""
         reasons.append(reason)

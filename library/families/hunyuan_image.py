@@ -16,10 +16,7 @@ from library.families.record import (
     TextKey,
     TinyModel,
 )
-
-_OWN = ("modulation_linear", "modulation.linear", ".img_attn_", ".txt_attn_")
-_OWN_OF_SIDES = ("mlp_fc", "mlp.fc", "mod_linear", "mod.linear", "attn_q_norm", "attn_k_norm")
-"""parts of names of layers that no other family calls so"""
+from library.families.stream_parts import STREAM_PARTS
 
 FAMILY = FamilyRecord(
     name="hunyuan_image",
@@ -121,7 +118,7 @@ FAMILY = FamilyRecord(
     layouts="library.hunyuan_image_utils:LAYOUTS",
     adapters=AdapterFacts(
         title="HunyuanImage or HunyuanVideo",
-        parts=(*_OWN, *(f"{side}_{part}" for side in ("img", "txt") for part in _OWN_OF_SIDES)),
+        parts=STREAM_PARTS,
         # the others are called as in FLUX.1, with underscores or in the names of diffusers
         shared_parts=("double_blocks", "single_blocks", "transformer_blocks"),
         widths=(3584,),

@@ -16,6 +16,7 @@ from library.families.record import (
     TextKey,
     TinyModel,
 )
+from library.families.stream_parts import STREAM_PARTS
 
 FAMILY = FamilyRecord(
     name="hunyuan_video",
@@ -34,6 +35,7 @@ FAMILY = FamilyRecord(
             name="hunyuan_video",
             title="HunyuanVideo",
             build="library.tiny_models.hunyuan_video_tiny:build_tiny_hunyuan_video",
+            options=("--live_encoding",),
         ),
     ),
     latents=LatentSpec(
@@ -108,6 +110,7 @@ FAMILY = FamilyRecord(
     layouts="library.hunyuan_video_utils:LAYOUTS",
     adapters=AdapterFacts(
         title="HunyuanImage or HunyuanVideo", parts=("individual_token_refiner",), priority=61,
+        shared_parts=STREAM_PARTS, widths=(3072,),
         base_versions=("hunyuan_video", "hunyuan-video"), modelspec=("hunyuan-video", "hunyuan_video"),
     ),
 )

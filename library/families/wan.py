@@ -107,7 +107,9 @@ FAMILY = FamilyRecord(
     encoder_files=(EncoderFile(option="t5", title="umT5"),),
     adapters=AdapterFacts(
         title="Wan",
-        parts=("blocks_0_self_attn", "blocks.0.self_attn", "blocks_0_cross_attn"),
+        # those of other families with such blocks end in _proj
+        pattern=r"^([a-z_.]*[._])?(?<!transformer_)blocks[._]\d+[._]"
+        r"((self|cross)_attn[._](q|k|v|o|k_img|v_img)|attn[12][._](to|add)_\w+([._]0)?|ffn[._]\w*)\.",
         base_versions=("wan",),
         modelspec=("wan",),
         ai_toolkit="dotted",

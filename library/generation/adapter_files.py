@@ -196,7 +196,9 @@ class MergedModelOptions:
         if not adapters.lora_weight:
             found.append("--save_merged_model writes the denoiser with --lora_weight in it, which is not given")
         if adapters.lycoris:
-            found.append("--save_merged_model: the package lycoris-lora merges without multipliers; leave out --lycoris")
+            found.append(
+                "--save_merged_model: the package lycoris-lora merges without multipliers; leave out --lycoris"
+            )
         if is_fp8:
             found.append("--save_merged_model writes whole weights; leave out --fp8 and --fp8_scaled")
         if target.suffix != ".safetensors":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from library.generation.video_requests import VideoRequest
@@ -37,13 +38,26 @@ class FramePackRequest(VideoRequest):
     `sections`: how many; None = as many as `frames` hold. `prompt`, `image_path`: with the notation of sections
     (library/components/framepack_sections), each part for its own. `end_image_path`: what the clip ends with; the model
     that goes forward does not see it. `latent_paddings`: further ones of the first sections that are made.
-    `guidance_rescale`: see `with_spread`.
+    `guidance_rescale`: see `with_spread`. `seconds`: how long a script is asked to make it, which says how many
+    `sections`; `takes_shape`: a single frame has the shape of its first control picture.
     """
 
     sections: int | None = None
+    seconds: float = 5.0
+    takes_shape: bool = False
     latent_paddings: tuple[int, ...] = ()
     guidance_rescale: float = 0.0
     magcache: MagCacheSettings | None = None
+    magcache_retention: float | None = None
+    magcache_threshold: float | None = None
+    magcache_most: int | None = None
+
+    @property
+    def own_magcache(self) -> MagCacheSettings | None:
+        """`magcache` with the settings that a prompt line gives one by one."""
+        given = {"retention": self.magcache_retention, "threshold": self.magcache_threshold, "most": self.magcache_most}
+        changes = {name: value for name, value in given.items() if value is not None}
+        return self.magcache and dataclasses.replace(self.magcache, **changes)
 
     @property
     def rows(self) -> tuple[tuple[str, ...], ...]:

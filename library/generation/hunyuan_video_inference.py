@@ -58,8 +58,9 @@ class HunyuanVideoScript(LlamaClipScript):
         options = config[self.models]
         plain_fp8 = options.fp8 and not options.fp8_scaled
         denoiser = load_hunyuan_video(
-            options.dit, FP8_STORAGE if plain_fp8 else dtype, device, fp8_scaled=options.fp8_scaled, transform=transform
-        )
+            options.dit, FP8_STORAGE if plain_fp8 else dtype, device, self.disable_mmap(config),
+            fp8_scaled=options.fp8_scaled, transform=transform,
+        )  # fmt: skip
         denoiser.embedders_wait = options.img_in_txt_in_offloading
         return denoiser
 
@@ -78,7 +79,7 @@ class HunyuanVideoScript(LlamaClipScript):
 
         options = config[self.models]
         found = fitting_problems(
-            lambda: self._params(config), text_encoder1=options.text_encoder1, text_encoder2=options.text_encoder2,
+            lambda: self._params(config), **dict(zip(("text_encoder1", "text_encoder2"), self.encoder_files(config))),
             vae=options.vae, model=options.dit, in_channels=options.dit_in_channels,
             blocks_to_swap=options.blocks_to_swap,
         )  # fmt: skip

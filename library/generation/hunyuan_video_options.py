@@ -10,13 +10,13 @@ from library.core.errors import ConfigError
 from library.core.options import LARGEST_STEPS, option
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import MergedModelOptions
-from library.generation.llama_clip_options import LlamaClipOptions
+from library.generation.llama_clip_options import LlamaClipModelOptions
 from library.generation.requests import SessionOptions
 from library.generation.video_options import (
     COMPILE_DYNAMIC,
     COMPILE_MODES,
-    ClipOptions,
     CompileOptions,
+    LengthOptions,
     StartOptions,
     VideoAdapterOptions,
 )
@@ -24,8 +24,9 @@ from library.generation.video_requests import VIDEO_LINES
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import MOST_FRAMES, LineOption
 
+
 @dataclass(frozen=True, kw_only=True)
-class HunyuanVideoModelOptions(LlamaClipOptions):
+class HunyuanVideoModelOptions(LlamaClipModelOptions):
     """Models"""
 
     dit: str | None = option(None, help="file of the HunyuanVideo or SkyReels V1 denoiser")
@@ -51,7 +52,7 @@ class OldCompileOptions(CompileOptions):
     """Compilation"""
 
     compile_args: list[str] | None = option(
-        None, nargs=4, metavar="TEXT", help="--compile with backend, mode, dynamic and fullgraph, as older scripts have it"
+        None, nargs=4, metavar="TEXT", help="--compile with backend, mode, dynamic and fullgraph, as older ones have it"
     )
 
     def __post_init__(self) -> None:
@@ -86,16 +87,18 @@ class HunyuanVideoAdapterOptions(VideoAdapterOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HunyuanVideoClipOptions(ClipOptions):
+class HunyuanVideoClipOptions(LengthOptions):
     """Videos"""
 
-    video_length: int = option(129, help="frames, rounded down to 4 n + 1", most=MOST_FRAMES)
+    video_length: int = option(129, help="frames, rounded down to 4 n + 1", least=1, most=MOST_FRAMES)
     infer_steps: int = option(50, help="steps", most=LARGEST_STEPS)
     flow_shift: float = option(
         7.0, help="how far the steps lie towards noise; 1 = evenly spaced. 17 suits fewer than 20 steps"
     )
-    embedded_cfg_scale: float = option(6.0, help="guidance that is told to distilled models; 1 for SkyReels V1", least=0)
-    image_path: str | None = option(None, help="picture that is the first frame, for models from image to video (SkyReels)")
+    embedded_cfg_scale: float = option(6.0, help="guidance told to distilled models; 1 for SkyReels V1", least=0)
+    image_path: str | None = option(
+        None, help="picture that is the first frame, for models from image to video (SkyReels)"
+    )
 
     def __post_init__(self) -> None:
         if problems := self.clip_problems():

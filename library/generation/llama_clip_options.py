@@ -15,7 +15,7 @@ TILE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaClipOptions(VideoModelOptions):
+class LlamaClipModelOptions(VideoModelOptions):
     """Models
 
     A family has further ones.
@@ -34,11 +34,12 @@ class LlamaClipOptions(VideoModelOptions):
         None, help="frames that convolutions of the autoencoder compute at once: less memory, equal results"
     )
     vae_tiling: bool = option(
-        True, help=f"let the autoencoder compute frames larger than {TILE} pixels in tiles: little memory, close results"
+        True, help=f"let the autoencoder compute frames above {TILE} pixels in tiles: less memory, close results"
     )
     vae_spatial_tile_sample_min_size: int | None = option(
         None, help=f"pixels of a side of these tiles, a multiple of 8; {TILE} when not given"
     )
+    disable_numpy_memmap: bool = option(False, help="read model files without mapping them into memory")
     split_attn: bool = equivalent_option(
         False, help="one attention call for each sample",
         reason="--split_attn: attention needs no splitting, texts without tokens in them are left out",

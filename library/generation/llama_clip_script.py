@@ -3,36 +3,44 @@ autoencoder."""
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from library.core.options import Config
 from library.generation.video_script import VideoScript
-from library.training.wiring.base import tokenizer_problems
+from library.training.wiring.base import part_of, tokenizer_problems
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 class LlamaClipScript(VideoScript):
-    """`models` is a LlamaClipOptions."""
+    """`models` is a LlamaClipModelOptions."""
 
     encoder_slots = (("text_encoder1", {"llama"}), ("text_encoder2", {"clip_l"}))
 
     def load_encoders(self, config: Config) -> list[nn.Module]:
         import torch
 
-        from library.components.llm_encoder_utils import load_llama
-        from library.components.text_encoder_utils import load_clip_l
-        from library.fp8_optimization_utils import shrink_linears_to_fp8
+        from library.components.llama_clip_utils import load_encoders
 
         options = config[self.models]
         dtype = getattr(torch, options.text_encoder_name)
         if self.text_device(config).type == "cpu" and dtype == torch.float16:
             dtype = torch.bfloat16
-        llama = load_llama(options.text_encoder1, dtype, "cpu")
-        if options.fp8_llm:
-            shrink_linears_to_fp8(llama)
-        return [llama, load_clip_l(options.text_encoder2, dtype, "cpu")]
+        return load_encoders(
+            *self.encoder_files(config), dtype, "cpu", self.disable_mmap(config), fp8_llm=options.fp8_llm
+        )
+
+    @staticmethod
+    def disable_mmap(config: Config) -> bool:
+        """Whether files are read without mapping them into memory."""
+        return bool(config.value("disable_numpy_memmap"))
+
+    def encoder_files(self, config: Config) -> tuple[str, str]:
+        """Of both text encoders; the second may be in the folder of a pipeline."""
+        options = config[self.models]
+        return options.text_encoder1, str(part_of(options.text_encoder2, "text_encoder_2"))
 
     def load_vae(self, config: Config) -> nn.Module:
         import torch
@@ -46,8 +54,9 @@ class LlamaClipScript(VideoScript):
         if device_of(options).type == "cpu" and dtype == torch.float16:
             dtype = torch.float32  # a CPU has no convolutions of float16 worth their time
         return load_hunyuan_vae(
-            options.vae, dtype, "cpu", chunk_frames=options.vae_chunk_size, tile_size=options.tile_size
-        )
+            options.vae, dtype, "cpu", self.disable_mmap(config), chunk_frames=options.vae_chunk_size,
+            tile_size=options.tile_size,
+        )  # fmt: skip
 
     def tokenizer_files(self, config: Config) -> tuple[Any, ...]:
         """Arguments of the family's tokenize strategy."""
@@ -62,15 +71,16 @@ class LlamaClipScript(VideoScript):
         from library.components.llm_encoder_utils import inspect_llama
         from library.components.text_encoder_utils import inspect_clip_l
 
-        options = config[self.models]
-        tokenize = self.strategies(config).tokenize
-        return [
+        llama, clip_l = self.encoder_files(config)
+        tokenize = functools.cache(lambda: self.strategies(config).tokenize)
+        found = [
             *tokenizer_problems(
-                lambda: tokenize.llama, lambda: inspect_llama(options.text_encoder1)["vocab_size"], "LLaMA",
-                "--text_encoder1_tokenizer", f"--text_encoder1 {options.text_encoder1}",
+                lambda: tokenize().llama, lambda: inspect_llama(llama)["vocab_size"], "LLaMA",
+                "--text_encoder1_tokenizer", f"--text_encoder1 {llama}",
             ),
             *tokenizer_problems(
-                lambda: tokenize.clip_l, lambda: inspect_clip_l(options.text_encoder2)["vocab"], "CLIP",
-                "--text_encoder2_tokenizer", f"--text_encoder2 {options.text_encoder2}",
+                lambda: tokenize().clip_l, lambda: inspect_clip_l(clip_l)["vocab"], "CLIP",
+                "--text_encoder2_tokenizer", f"--text_encoder2 {clip_l}",
             ),
         ]  # fmt: skip
+        return list(dict.fromkeys(found))

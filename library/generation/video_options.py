@@ -26,7 +26,7 @@ from library.generation.video_requests import (
 )
 from library.training.sampling_prompts import DRAWN, MOST_FRAMES
 
-_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention, which takes the fastest way there is"
+_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 COMPILE_DYNAMIC = {"true": True, "false": False, "auto": None}
 
@@ -95,7 +95,7 @@ class CompileOptions:
     compile_backend: str = option("inductor", help="backend of --compile")
     compile_mode: str = option("default", choices=COMPILE_MODES, help="mode of --compile")
     compile_dynamic: str | None = option(
-        None, choices=tuple(COMPILE_DYNAMIC), help="whether sizes may change without compiling again; auto when not given"
+        None, choices=tuple(COMPILE_DYNAMIC), help="whether sizes may change without compiling anew; auto if not given"
     )
     compile_fullgraph: bool = option(False, help="compile each block as one graph, or fail")
     compile_cache_size_limit: int | None = option(None, help="how many variants of a block are kept", least=1)
@@ -110,8 +110,8 @@ class VideoAdapterOptions(ListedAdapterOptions):
     """LoRAs"""
 
     include_patterns: list[str] | None = option(
-        None, nargs="*", help="use only the layers that this regular expression finds: the first one in the first of the"
-        " --lora_weight, the second one in the second, and so on; one alone counts for all"
+        None, nargs="*", help="use only the layers that this regular expression finds: the first one in the first of"
+        " the --lora_weight, the second one in the second, and so on; one alone counts for all"
     )  # fmt: skip
     exclude_patterns: list[str] | None = option(
         None, nargs="*", help="leave out the layers that this regular expression finds, of each file in the same way"
@@ -166,7 +166,6 @@ class ClipOptions:
     video_size: tuple[int, ...] = option(
         (256, 256), nargs=2, metavar="PIXELS", help="height and width", most=LARGEST_PICTURE_SIDE
     )
-    video_length: int | None = option(None, help="frames, rounded down to 4 n + 1", most=MOST_FRAMES)
     fps: float = option(24, help="frames per second of the video file", most=1000)
     infer_steps: int = option(50, help="steps", most=LARGEST_STEPS)
     guidance_scale: float = option(
@@ -190,7 +189,7 @@ class ClipOptions:
 
     def clip_problems(self) -> list[str]:
         """What is out of range or contradicts itself."""
-        problems = too_small_problems(self, ("infer_steps", 1), ("seed", DRAWN), ("video_length", 1))
+        problems = too_small_problems(self, ("infer_steps", 1), ("seed", DRAWN))
         if len(self.video_size) != 2 or min(self.video_size) < self.size_step:
             size = " ".join(map(str, self.video_size))
             problems.append(f"--video_size is {size}; needed: height and width, {self.size_step} or more each")
@@ -214,9 +213,19 @@ class ClipOptions:
         height, width = self.video_size
         return dict(
             prompt=self.prompt or "", negative_prompt=self.negative_prompt, width=width, height=height,
-            frames=self.video_length or 1, fps=self.fps, steps=self.infer_steps, cfg_scale=self.guidance_scale,
+            fps=self.fps, steps=self.infer_steps, cfg_scale=self.guidance_scale,
             flow_shift=self.flow_shift, seed=self.seed,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthOptions(ClipOptions):
+    """Videos of so many frames"""
+
+    video_length: int = option(81, help="frames, rounded down to 4 n + 1", least=1, most=MOST_FRAMES)
+
+    def request_fields(self) -> dict[str, Any]:
+        return dict(super().request_fields(), frames=self.video_length)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REQUEST_GROUPS = (StartOptions, StepGuidanceOptions)
-"""groups that say fields of a request, where a script has them"""
 NAMED_FILES: Mapping[str, str] = {
     "image_path": "image_path", "end_image_path": "end_image_path", "video_path": "video_path",
     "control_path": "control_path", "control_image_paths": "control_image_path",
@@ -59,6 +57,9 @@ class VideoScript(LatentScript[VideoRequest]):
     adapters = VideoAdapterOptions
     models: ClassVar[type[VideoModelOptions]]
     compilation: ClassVar[type[CompileOptions]] = CompileOptions
+    request_class: ClassVar[type[VideoRequest]] = VideoRequest
+    request_groups: ClassVar[tuple[type, ...]] = (StartOptions, StepGuidanceOptions)
+    """groups that say fields of a request, where the script has them"""
     size_step = 16
     kind = "video"
 
@@ -111,10 +112,10 @@ class VideoScript(LatentScript[VideoRequest]):
     def base_request(self, config: Config) -> VideoRequest:
         """That of the options, before lines of prompts change it."""
         fields = config[self.pictures].request_fields()
-        for group in REQUEST_GROUPS:
+        for group in self.request_groups:
             if group in config:
                 fields |= config[group].request_fields()
-        return VideoRequest(**fields)
+        return self.request_class(**fields)
 
     def load(self, config: Config) -> PictureMaker[VideoRequest]:
         return self.load_for(config, None)
@@ -187,7 +188,7 @@ class VideoScript(LatentScript[VideoRequest]):
     def _needs_vae(self, config: Config) -> bool:
         """Whether something is decoded, or pictures are encoded."""
         wanted = config[self.pictures].output_type != "latent" or bool(config[self.models].vae)
-        return wanted or bool(named_files(self.base_request(config)))
+        return wanted or any(self.named_files(self.base_request(config)))
 
     def completed(self, request: VideoRequest, maker: PictureMaker[VideoRequest]) -> VideoRequest:
         request = super().completed(self.defaults(request), maker)
@@ -210,11 +211,20 @@ class VideoScript(LatentScript[VideoRequest]):
         if config[self.pictures].output_type in LATENT_OUTPUTS:
             from library.generation.latent_files import save_latents
 
-            told = {} if config[SessionOptions].no_metadata else latent_texts(request)
+            told = {} if config[SessionOptions].no_metadata else self.latent_texts(request)
             written = save_latents(latents, path.with_name(f"{path.name}_latent.safetensors"), told)
             if config[self.pictures].output_type == "latent":
                 return written
         return self._write_frames(config, maker.decode(latents), path, texts)
+
+    def latent_texts(self, request: VideoRequest) -> dict[str, str]:
+        """What a file of latents tells, under the names of known scripts."""
+        told = {
+            "seeds": request.seed, "prompt": request.prompt, "height": request.height, "width": request.width,
+            "video_length": request.frames, "infer_steps": request.steps, "guidance_scale": request.cfg_scale,
+            "embedded_cfg_scale": request.embedded_guidance_scale, "negative_prompt": request.negative_prompt,
+        }  # fmt: skip
+        return {name: str(value) for name, value in told.items() if value is not None}
 
     def decode_files(self, config: Config) -> list[Path]:
         """Videos of the files of --latent_path: `{time}_{index}_{seed}_{name of the file}.mp4`; the size is that of the
@@ -298,13 +308,19 @@ class VideoScript(LatentScript[VideoRequest]):
     def request_problems(self, config: Config, request: VideoRequest) -> list[str]:
         if self.is_without_prompts(config):
             return []
-        named = named_files(request)
+        named = list(self.named_files(request))
         found = [
             f"--{name} is {path}: there is no such file" for name, path in named if not Path(path).exists()
         ]
         if named and not self._needs_vae(config):
             found.append(f"--{named[0][0]} is encoded by the autoencoder; --vae is not given")
         return found
+
+    def named_files(self, request: VideoRequest) -> Iterator[tuple[str, str]]:
+        """(option, path) of every file that a request names."""
+        for field, name in NAMED_FILES.items():
+            value = getattr(request, field)
+            yield from ((name, path) for path in ([value] if isinstance(value, str) else value or ()))
 
     @staticmethod
     def is_without_prompts(config: Config) -> bool:
@@ -336,22 +352,3 @@ def video_name(index: int, seed: int | str | None, now: float | None = None) -> 
     now = time.time() if now is None else now
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
     return f"{stamp}-{int(now * 1000) % 1000:03d}_{index}_{seed}"
-
-
-def named_files(request: VideoRequest) -> list[tuple[str, str]]:
-    """(option, path) of every file that a request names."""
-    found = []
-    for field, name in NAMED_FILES.items():
-        value = getattr(request, field)
-        found += [(name, path) for path in ([value] if isinstance(value, str) else value or ())]
-    return found
-
-
-def latent_texts(request: VideoRequest) -> dict[str, str]:
-    """What a file of latents tells, under the names of known scripts."""
-    told = {
-        "seeds": request.seed, "prompt": request.prompt, "height": request.height, "width": request.width,
-        "video_length": request.frames, "infer_steps": request.steps, "guidance_scale": request.cfg_scale,
-        "embedded_cfg_scale": request.embedded_guidance_scale, "negative_prompt": request.negative_prompt,
-    }  # fmt: skip
-    return {name: str(value) for name, value in told.items() if value is not None}

@@ -140,7 +140,7 @@ def tool_script(family: str, what: str) -> option_reader.Script:
         ignored=family_class.ignored,
         foreign=family_class.foreign,
         neutral=family_class.neutral,
-        defaults={**family_class.defaults, **defaults},
+        defaults={**family_class.defaults, **defaults, **family_class.tool_defaults.get(what, {})},
         stands_for={**family_class.stands_for, **spelled},
         shares_file=True,
     )
@@ -205,11 +205,14 @@ def build_parser(what: str, family: str = FIRST_FAMILY) -> argparse.ArgumentPars
     return parser
 
 
-def main(what: str, argv: Sequence[str] | None = None) -> None:
-    """Read the options, fill the cache, end the process with an error's exit code and one message."""
+def main(what: str, argv: Sequence[str] | None = None, family: str | None = None) -> None:
+    """Read the options, fill the cache, end the process with an error's exit code and one message. `family`: that of a
+    script which has only one."""
     from library.training.cli import exit_code
 
     words = list(sys.argv[1:] if argv is None else argv)
+    if family is not None:
+        words = [f"--family={family}", *words]
 
     def show_help_or_run() -> None:
         if {"-h", "--help"} & set(words):

@@ -108,7 +108,7 @@ def why_ignored(key: str, content: Mapping[str, Any]) -> str:
 
 def is_neutral(name: str, value: Any, defaults: Iterable[Any]) -> bool:
     """Whether `value` asks for nothing: a default, nothing at all, or zero where no default is another number."""
-    if value is None or value == "" or value is False or value == [] or value == {}:
+    if value is None or value is False or value in ("", [], {}, [""]):
         return True
     value = _plain(value)
     accepted = [_plain(default) for default in defaults]

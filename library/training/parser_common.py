@@ -85,10 +85,8 @@ TRAINABLES.add(
     "library.training.trainables.network_words:NetworkWithWords",
     options="library.training.adapters:NetworkOptions",
     beside="library.training.new_words:groups_beside_adapter",
-    ignored={
-        "fused_backward_pass": "gradients of a network are few, are averaged over processes and clipped by their common norm, which"
-        " needs all of them at once; the option saves memory in full fine-tuning only",
-    },
+    foreign="library.training.adapters:foreign_options",
+    ignored="library.training.adapters:ignored_options",
 )
 
 OFFLOADS = {"cpu_offload_checkpointing": {"gradient_checkpointing": True}}

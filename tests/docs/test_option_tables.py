@@ -9,11 +9,13 @@ import pytest
 from library.training.parser_common import script
 from tests.option_sets import SCRIPTS
 from tools.document_options import (
+    CACHES_PAGE,
     FEATURES,
     GENERATION_PAGE,
     PAGES,
     TRAINABLES_PAGE,
     between_marks,
+    cache_tool_tables,
     generation_script,
     trainables_table,
     video_page,
@@ -40,6 +42,11 @@ def test_the_table_of_the_image_script_is_current() -> None:
     page = (ROOT / GENERATION_PAGE).read_text(encoding="utf-8")
     assert with_tables(page, generation_script()) == page
     assert [name for name in generation_script().owners if f"`--{name}`" not in page] == []
+
+
+def test_the_tables_of_the_cache_tools_are_current() -> None:
+    page = (ROOT / CACHES_PAGE).read_text(encoding="utf-8")
+    assert between_marks(page, cache_tool_tables()) == page
 
 
 @pytest.mark.parametrize("family", video_scripts())

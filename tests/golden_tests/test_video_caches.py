@@ -198,6 +198,8 @@ def test_numbers_that_are_none(case, tmp_path, caplog):
             tensor_cache_io.save_latents(path, what, bucket, arrays)
         with pytest.raises(CheckpointError, match="1152 of 1152"):
             tensor_cache_io.load_latents(other, what, bucket)
+        problem = tensor_cache_io.latents_problem(other, what, bucket, flip_aug=False, alpha_mask=False)
+        assert problem == "1152 of 1152 numbers are NaN in latents", "at the start, and not when it is loaded"
         return
     tensor_cache_io.save_latents(path, what, bucket, arrays)
     for file in (path, other):

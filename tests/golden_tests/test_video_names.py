@@ -37,6 +37,11 @@ def test_names_of_caches(case):
     assert os.path.basename(text_npz_path(architecture, cache_base(given["item"]))) == case["expected"]["text"]
 
 
+def test_a_folder_of_caches(tmp_path):
+    assert cache_base("v/a.b.mp4", (5, 9), str(tmp_path)) == str(tmp_path / "a.b_00005-009.mp4")
+    assert cache_base("v/walk", (5, 9, 2)) == "v/walk_00005-009-0002"
+
+
 @pytest.mark.parametrize("case", behaviour_cases("video_names.json", "parse"))
 def test_the_way_back(case):
     given, wanted = case["input"], case["expected"]

@@ -45,7 +45,7 @@ SLOTS: dict[str, dict[str, set[str]]] = {
         "vae": {"vae_hunyuan_image"},
     },
     "hunyuan_video": {
-        "dit": {"hunyuan_video"}, "vae": {"vae_hunyuan_video"}, "text_encoder1": {"llama3_8b"},
+        MODEL: {"hunyuan_video"}, "vae": {"vae_hunyuan_video"}, "text_encoder1": {"llama3_8b"},
         "text_encoder2": {"clip_l", "sd3_medium_checkpoint"},
     },
     "framepack": {
@@ -55,6 +55,12 @@ SLOTS: dict[str, dict[str, set[str]]] = {
     "anima": {MODEL: {"anima"}, "qwen3": {"qwen3_0_6b"}, "vae": {"vae_wan", "vae_qwen_image_diffusers"}},
 }
 """family -> option that names a model file -> key tables that fit it"""
+
+
+def told_as(family: str, slot: str) -> str:
+    """The option by which messages call a slot."""
+    own = getattr(import_target(FAMILIES[family].family), "denoiser_option", MODEL)
+    return own if slot == MODEL else slot
 
 
 @dataclass

@@ -101,7 +101,7 @@ def test_files_of_an_earlier_run_stay(work: FamilyWork, monkeypatch, capsys) -> 
 
 @pytest.mark.parametrize("text, words", [
     ("", ["has no [[datasets]]"]), ("[[datasets]\n", ["is not valid TOML", "line 1"]),
-    ("[[datasets]]\nresolution = 64\n", ["no subsets"]),
+    ("[[datasets]]\nresolution = 64\n", ["subsets"]),
     ("[[datasets]]\nresolution = 64\nbatch_size = 0\n[[datasets.subsets]]\nimage_dir = '/nope'\nnum_repeats = -1\n",
      ["batch_size", "num_repeats", "the folder /nope does not exist"]),
 ])  # fmt: skip

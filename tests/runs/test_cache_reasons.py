@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from library.dataset.cache_stores import text_store
 from library.dataset.text_cache import TextCache
-from library.dataset.text_cache_io import TextLayout, save_text
+from library.dataset.text_cache_io import TextLayout
 from library.safetensors_utils import read_header
 from tests.families import CASES
 from tests.runs.families import Tinies
@@ -41,9 +42,13 @@ SETTINGS: dict[str, dict[str, str]] = {
         "--weighted_captions": "made with another weighted_captions",
     },
     "hunyuan_image": {},
+    "hunyuan_video": {},
+    "wan": {},
 }
 """family -> option -> why files that were made without it cannot be used"""
-ENCODER = {"sdxl": "pretrained_model_name_or_path", "lumina": "gemma2", "anima": "qwen3", "hunyuan_image": "byt5"}
+ENCODER = {"sdxl": "pretrained_model_name_or_path", "lumina": "gemma2", "anima": "qwen3", "hunyuan_image": "byt5"} | {
+    "hunyuan_video": "text_encoder2", "wan": "t5"
+}  # fmt: skip
 """family -> the option of a text encoder's file, where it has none of T5"""
 
 
@@ -53,22 +58,23 @@ def tinies(tmp_path_factory: pytest.TempPathFactory) -> Tinies:
 
 
 def test_every_family_with_such_a_cache_takes_part() -> None:
-    assert SETTINGS.keys() == {name for name, case in CASES.items() if case.caches_text}
+    assert SETTINGS.keys() == {case.family for case in CASES.values() if case.caches_text}
 
 
 def write(cache: TextCache, layout: TextLayout, path: Path) -> None:
     """A file of this cache, of zeros."""
     length = cache.max_token_length or 4
-    kinds = {"float": np.float32, "float32": np.float32, "bool": np.bool_}
+    kinds = {"float": torch.float32, "float32": torch.float32, "bool": torch.bool}
     outputs = {
-        key.name: np.zeros([length, 2][: key.rank], kinds.get(key.dtype, np.int64)) for key in layout.keys
+        key.name: torch.zeros([length, 2][: key.rank], dtype=kinds.get(key.dtype, torch.int64)) for key in layout.keys
     }  # fmt: skip
-    save_text(str(path), layout, outputs, cache.record_of(CAPTION))
+    store = text_store(cache.architecture)
+    store.save(str(path), cache.architecture, layout, outputs, cache.record_of(CAPTION), caption=CAPTION)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_setting_that_makes_a_cache_stale_is_named(name: str, tinies: Tinies, tmp_path: Path) -> None:
-    work, path = tinies.work(name, tmp_path), tmp_path / "a.npz"
+    work, path = tinies.work(name, tmp_path), tmp_path / "a"
 
     def strategies_of(*options: str):
         return work.trainer("out", *ON_DISK, *options).family.strategies()

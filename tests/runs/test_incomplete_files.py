@@ -19,7 +19,7 @@ MISSING = (
     "output_blocks.1.0.in_layers.0.bias", "single_blocks.1.norm.key_norm.scale", "layers.1.input_layernorm.weight",
     "joint_blocks.1.x_block.mlp.fc2.bias", "layers.1.attention_norm1.weight", "blocks.1.mlp.layer2.weight",
     "single_blocks.1.linear2.bias", "layers.1.layer_norm2.bias", "block.1.layer.1.layer_norm.weight",
-    "layers.1.mlp.down_proj.weight", "decoder.conv_out.bias", "decoder.head.2.bias",
+    "layers.1.mlp.down_proj.weight", "decoder.conv_out.bias", "decoder.conv_out.conv.bias", "decoder.head.2.bias",
 )  # fmt: skip
 """endings of names, the first that a file has"""
 

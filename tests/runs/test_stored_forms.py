@@ -25,6 +25,8 @@ PLACES = {
     "clip_g": ("text_encoders.clip_g.transformer.", "clip_g"),
     "t5xxl": ("text_encoders.t5xxl.transformer.", "t5xxl"),
     "byt5": ("text_encoders.byt5_small.transformer.", "t5xxl"),
+    "text_encoder1": ("text_encoders.llama.transformer.", "llama"),
+    "text_encoder2": ("text_encoders.clip_l.transformer.", "clip_l"),
     "gemma2": ("text_encoders.gemma2_2b.transformer.", "gemma2"),
     "text_encoder": ("text_encoders.qwen25_7b.transformer.", "qwen25_vl"),
     "qwen3": ("text_encoders.qwen3_06b.transformer.", "qwen3"),

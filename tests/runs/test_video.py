@@ -206,7 +206,7 @@ def test_further_parts_are_armed_and_evaluated_like_the_denoiser(work, monkeypat
             return {"expert": Expert()} if beside == "denoiser" else super().load_parts(runtime, beside)
 
     compiled = []
-    monkeypatch.setattr(trainer_base, "compile_blocks", lambda part, backend: compiled.append(part))
+    monkeypatch.setattr(trainer_base, "compile_blocks", lambda part, backend, **how: compiled.append(part))
     words = ["--network_train_unet_only", "--gradient_checkpointing", "--cpu_offload_checkpointing", "--torch_compile"]
     config = parser_common.parse_command(work.argv("out", *words), "toy_video", "network").config
     run = Trainer(config, WithExpert(config), NetworkTrainable(config)).prepare()

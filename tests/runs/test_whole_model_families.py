@@ -19,7 +19,7 @@ from library.training.hooks.checkpoint import planned_lines
 from library.training.option_groups import SavingOptions
 from tests.option_sets import SCRIPTS
 from tests.runs.conftest import Work
-from tests.runs.families import Tinies, without
+from tests.runs.families import MODEL, Tinies, told_as, without
 from tests.runs.test_whole_models import argv, changed, train
 
 BF16 = ("--mixed_precision=bf16", "--full_bf16")
@@ -154,7 +154,7 @@ def test_a_model_that_is_not_given(which: tuple[str, str], tinies: Tinies, tmp_p
     work = tinies.work("chroma", tmp_path)
     words = [f"--dataset_config={work.dataset()}", f"--output_dir={work.folder / 'out'}"]
     words += ["--num_last_block_to_freeze=1"] if which == ("sd3", "full") else []
-    with pytest.raises(ConfigError, match="--pretrained_model_name_or_path is not given"):
+    with pytest.raises(ConfigError, match=f"--{told_as(which[0], MODEL)} is not given"):
         cli.run(*which, words)
 
 

@@ -11,8 +11,8 @@ from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.generation.adapter_files import MergedModelOptions
 from library.generation.requests import SessionOptions
 from library.generation.video_options import (
-    ClipOptions,
     CompileOptions,
+    LengthOptions,
     StartOptions,
     StepGuidanceOptions,
     VideoAdapterOptions,
@@ -38,7 +38,7 @@ class ToyModelOptions(VideoModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToyClipOptions(ClipOptions):
+class ToyClipOptions(LengthOptions):
     """Videos"""
 
     video_length: int = option(5, help="frames")

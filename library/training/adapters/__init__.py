@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError, Problems, did_you_mean
 from library.core.options import LARGEST_RANK, number_or_none, option, parse_bool
 from library.core.registry import Registry
+from library.families.record import FamilyRecord
 from library.families.registry import FAMILIES
 from library.training.keyword_args import split_items
 
@@ -194,3 +195,24 @@ def check_network_module(options: NetworkOptions, usual: str | None = None) -> N
         f"module{did_you_mean(options.network_module, known) or '.'}"
         f" Known: {', '.join(known)}, or any importable module with create_network"
     )
+
+
+_UPDATED_AT_ONCE = {
+    "fused_backward_pass": "gradients of a network are few, are averaged over processes and clipped by their common norm, which"
+    " needs all of them at once; the option saves memory in full fine-tuning only",
+}
+
+
+def ignored_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:
+    """Options that the family's script takes and that mean nothing: name -> reason."""
+    return {} if _is_of_clips(record) else _UPDATED_AT_ONCE
+
+
+def foreign_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:
+    """Options that the family's script does not have: name -> reason."""
+    return _UPDATED_AT_ONCE if _is_of_clips(record) else {}
+
+
+def _is_of_clips(record: FamilyRecord) -> bool:
+    """Whether the known script of a family is that of a trainer of videos."""
+    return record.latents is not None and record.latents.clips

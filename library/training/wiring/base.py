@@ -149,6 +149,8 @@ class ModelFamily(ABC):
 
     tool_options: ClassVar[Mapping[str, tuple[type, ...]]] = {}
     """what is cached, "latents" or "text" -> groups of options that the tool for it has beside `options`"""
+    tool_defaults: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """in the same way defaults that differ in the tool: those of the known one"""
 
     def __init_subclass__(cls, **settings: object) -> None:
         super().__init_subclass__(**settings)
@@ -200,18 +202,21 @@ class ModelFamily(ABC):
         settings: Mapping[str, object] = {}, **facts: object,
     ) -> TextCache | None:
         """The text cache of this run, None without one. `files`: those of the text encoders; `more`: what else their
-        outputs hang on, in words, and `settings`: the options that tell it; `facts`: see TextCache."""
+        outputs hang on, in words, and `settings`: the options that tell it; `facts`: see TextCache. Without files what
+        lies in the cache is taken, whatever made it."""
         from library.checkpoints.identity import combined_identity, model_identity
         from library.dataset.text_cache import TextCache
 
         caching = self.config[CachingOptions]
         if not caching.caches_text:
             return None
+        if not files:
+            more, settings = (), {}
         return TextCache(
             self.architecture, to_disk=caching.cache_text_encoder_outputs_to_disk,
             batch_size=caching.text_encoder_batch_size,
             skip_check=caching.skip_cache_check, trained=trained,
-            model_identity=combined_identity([*(model_identity(file) for file in files), *more]),
+            model_identity=combined_identity([*(model_identity(file) for file in files), *more]) if files else "",
             settings={name: str(value) for name, value in settings.items()}, **facts,
         )
 
@@ -413,6 +418,8 @@ class FlowFamily(ModelFamily):
     """kinds of file (checkpoint_kinds) that --pretrained_model_name_or_path may be"""
     denoiser_option: ClassVar[str] = "pretrained_model_name_or_path"
     """what messages call the option of the denoiser's file"""
+    reads_pickles: ClassVar[bool] = False
+    """whether that file may be one of PyTorch"""
     denoiser_writer: ClassVar[str] = ""
     """module:function that writes a file of the denoiser alone, from (model, path, dtype, metadata)"""
 
@@ -436,7 +443,9 @@ class FlowFamily(ModelFamily):
         """Missing, wrong and unfitting files, and a block swap that the depth of the file does not allow."""
         from library.checkpoints.kinds import check_slot
 
-        denoiser = check_slot(self._denoiser_path, self.denoiser_option, set(self.denoiser_kinds))
+        denoiser = check_slot(
+            self._denoiser_path, self.denoiser_option, set(self.denoiser_kinds), with_pickles=self.reads_pickles
+        )
         text, vae = ([] if self.lacks(part) else self._slot_problems(part) for part in ("text_encoders", "vae"))
         tokenizers = [] if text or self.lacks("text_encoders") else self._tokenizer_problems()
         found = [*([denoiser] if denoiser else []), *text, *vae, *tokenizers]

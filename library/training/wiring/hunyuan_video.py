@@ -53,6 +53,7 @@ class HunyuanVideoFamily(LlamaClipFamily):
 
     record = FAMILY
     denoiser_kinds = ("hunyuan_video",)
+    reads_pickles = True
     denoiser_writer = "library.hunyuan_video_utils:save_hunyuan_video"
     options = HunyuanVideoOptions
     vae_kind = "vae_hunyuan_video"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PARTS = ("vae", "text_encoders")
 _IMAGE_MODELS = "it belongs to Stable Diffusion; video models have no such variant"
+_PLACES = "an option of scripts for pictures; parts are loaded where they are used, and released after their last use"
 
 
 class VideoFamily(FlowFamily):
@@ -44,6 +45,10 @@ class VideoFamily(FlowFamily):
         "v2": _IMAGE_MODELS,
         "v_parameterization": "video models predict the velocity of their flow in any case",
         "clip_skip": "video models take a fixed layer of their text encoders",
+        "lowram": _PLACES,
+        "highvram": _PLACES,
+        "mem_eff_attn": "an option of scripts for pictures; attention is computed by torch (--sdpa)",
+        "skip_until_initial_step": "an option of scripts for pictures; a run goes on at the exact batch of its first step",
         "max_token_length": "it counts CLIP tokens of Stable Diffusion; video models have lengths of their own",
     }
 

@@ -86,6 +86,7 @@ class LlamaClipFamily(VideoFamily):
             }
         ),
     }
+    tool_defaults = {"latents": {"vae_dtype": "fp16"}, "text": {"text_encoder_dtype": "fp16"}}
 
     def part_files(self, part: str) -> Mapping[str, str | None]:
         if part == "vae":

@@ -34,6 +34,22 @@ def test_every_line_carries_prefix_and_suffix():
     assert processed("one\ntwo", caption_suffix="s") == "one s"
 
 
+def test_a_whole_caption_keeps_its_lines_unless_one_is_chosen():
+    whole = {"whole_captions": True, "caption_prefix": "p"}
+    assert processed("one\ntwo", **whole) == "p one\ntwo"
+    assert deterministic_caption("one\ntwo", SubsetParams(**whole)) == "p one\ntwo"
+    assert {processed("one\ntwo", seed, enable_wildcard=True, **whole) for seed in range(50)} == {"p one", "p two"}
+
+
+@pytest.mark.parametrize(
+    ("extension", "whole", "name"),
+    [(".txt", True, "a.txt"), ("txt", True, "a.txt"), ("_cap.txt", True, "a_cap.txt"), ("cap.txt", False, "a.cap.txt")],
+)
+def test_endings_of_caption_files(extension, whole, name):
+    assert caption_paths("a.png", SubsetParams(caption_extension=extension, whole_captions=whole)) == [name]
+    assert caption_paths("a.png", SubsetParams(caption_extension=None, whole_captions=whole)) == []
+
+
 def test_the_separator_never_stays_in_the_text():
     assert processed("a ||| b, c", keep_tokens_separator="|||") == "a, b, c"
     assert processed("a;b ||| c", keep_tokens_separator="|||", caption_separator=";") == "a;b;c"

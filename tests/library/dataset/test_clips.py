@@ -13,6 +13,7 @@ import torch
 
 from library.core.errors import CheckpointError
 from library.dataset.build import set_frames
+from library.dataset.cache_index import CacheIndex
 from library.dataset.cache_io import LatentArrays, save_latents
 from library.dataset.caching import encode_latents, plan_latents
 from library.dataset.collate import collate
@@ -39,7 +40,7 @@ def group_of(folder: Path, strategy: ToyLatentsCaching, lengths=LENGTHS, **subse
         make_item(draw_clip(folder / f"{i}.png", frames, alpha=settings.alpha_mask), (32, 32), subset=settings)
         for i, frames in enumerate(lengths)
     ]
-    set_frames(items, FAMILY.latents)
+    set_frames(items, FAMILY.latents, CacheIndex())
     params = DatasetParams(
         resolution=(32, 32),
         batch_size=2,

@@ -15,6 +15,8 @@ from PIL import Image
 from library.core.errors import ConfigError
 from library.dataset.batch import Batch
 from library.dataset.caching import encode_latents, plan_latents
+from library.dataset.clips.settings import ClipSettings
+from library.dataset.dataset import subset_record
 from library.dataset.items import SubsetParams
 from library.dataset.text_caching import empty_caption_item, encode_text, plan_text
 from tests.library.dataset.images import FLUX, epoch_requests, make_folder, make_group, make_image, make_item
@@ -358,8 +360,17 @@ def test_the_record_for_metadata(tmp_path):
     assert record["bucket_info"]["buckets"][0] == {"resolution": (64, 64), "count": 6}
 
 
+def test_the_record_of_videos():
+    clips = ClipSettings(target_frames=(1, 25), source_fps=30.0)
+    record = subset_record(SubsetParams(video_directory="a/v/", control_directory="a/c", clips=clips), 4)
+    wanted = {"video_directory": "v", "control_directory": "c", "img_count": 4, "source_fps": 30.0, "max_frames": 129}
+    assert wanted.items() <= record.items() and record["target_frames"] == (1, 25)
+
+
 def test_the_recorded_limits_are_those_in_force(tmp_path):
     items = make_folder(tmp_path, 1)
+    (record,) = make_group(items, bucket_rule="area").metadata()
+    assert (record["min_bucket_reso"], record["max_bucket_reso"]) == (None, None)
     (record,) = make_group(items, min_bucket_reso=40, max_bucket_reso=120).metadata()
     assert (record["min_bucket_reso"], record["max_bucket_reso"]) == (32, 128)
     (record,) = make_group(items, enable_bucket=False).metadata()

@@ -242,6 +242,31 @@ def test_cached_info_is_true_to_the_folder(tmp_path):
     assert state() == {"1.png": ("another", (48, 16)), "3.png": ("three", (32, 16)), "4.png": ("own now", (32, 16))}
 
 
+def test_images_without_a_caption_are_told_with_what_to_do(tmp_path):
+    image(tmp_path / "a" / "1.png", caption=None)
+    flat = f"[[datasets]]\nresolution = 64\nimage_directory = '{tmp_path / 'a'}'\n"
+    assert problems(tmp_path, flat + "caption_extension = '.txt'\n") == [
+        f"datasets[0]: no image in {tmp_path / 'a'} that can be used has a caption file (.txt);"
+        " write them, or class_tokens for all"
+    ]
+    [told] = scan(tmp_path, flat).warnings
+    assert "have no caption and train with an empty one" in told and "caption files, or write one text" in told
+    listed = tmp_path / "list.jsonl"
+    listed.write_text(json.dumps({"image_path": str(tmp_path / "a" / "1.png")}), encoding="utf-8")
+    [told] = scan(tmp_path, f"[[datasets]]\nresolution = 64\nimage_jsonl_file = '{listed}'\n").warnings
+    assert "write a caption for each there, or write one text" in told
+    listed.write_text("", encoding="utf-8")
+    [told] = problems(tmp_path, f"[[datasets]]\nresolution = 64\nimage_jsonl_file = '{listed}'\n")
+    assert told == f"datasets[0]: {listed} names no image that can be used"
+
+
+def test_cached_captions_are_of_the_form_of_the_dataset(tmp_path):
+    image(tmp_path / "a" / "1.png", caption="one\ntwo")
+    flat = f"[[datasets]]\nresolution = 64\nimage_directory = '{tmp_path / 'a'}'\ncaption_extension = '.txt'\n"
+    for text, caption in (2 * [(config(folder(tmp_path / "a")), "one"), (flat, "one\ntwo")])[:3]:
+        assert scan(tmp_path, text, cache_info=True).train[0][0].caption == caption
+
+
 def test_unchanged_images_are_not_read_again(tmp_path):
     path = image(tmp_path / "a" / "1.png")
     scan(tmp_path, config(folder(tmp_path / "a")), cache_info=True)

@@ -176,7 +176,8 @@ def test_problems_are_told_together_before_a_model_is_loaded(run, monkeypatch, t
         )  # fmt: skip
     told = "\n".join(caught.value.problems)
     for part in (
-        "--video_size is 8 32", "--infer_steps is 0", "--slg_layers is 'a,b'", "--cfg_apply_ratio needs --cfg_skip_mode",
+        "--video_size is 8 32", "--infer_steps is 0", "--slg_layers is 'a,b'",
+        "--cfg_apply_ratio needs --cfg_skip_mode",
         "--fps is 0", "--include_patterns has 2 values for 0 --lora_weight", "--lora_multiplier has 2 values",
     ):
         assert part in told, part

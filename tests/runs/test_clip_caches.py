@@ -1,0 +1,161 @@
+"""Caches of videos beside a run: made by the tools, or by the rules of the known format in the tests, they are all that a
+run needs; what is wrong with them is told with its reason before a model is loaded."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.safetensors_utils import load_safetensors, save_file_atomic
+from library.tiny_models.hunyuan_video_tiny import TinyHunyuanVideo, build_tiny_hunyuan_video
+from library.training import cache_tools, cli
+from tests.library.dataset.clips.videos import write_video
+from tests.runs.conftest import fingerprint, largest_difference
+from tests.runs.families import refused_run
+
+DATA = """
+[general]
+resolution = [64, 32]
+batch_size = 2
+caption_extension = ".txt"
+enable_bucket = true
+[[datasets]]
+video_directory = '{videos}'
+cache_directory = '{caches}'
+target_frames = [{frames}]
+frame_extraction = "chunk"
+"""
+CAPTIONS = {"a": "a red cat", "b": "a dog runs"}
+
+
+class ClipWork:
+    """Two videos of ten frames, 128x64, of which each gives two clips of five."""
+
+    def __init__(self, folder: Path, tiny: TinyHunyuanVideo) -> None:
+        self.folder, self.tiny, self.caches = folder, tiny, folder / "caches"
+        for first, (name, caption) in enumerate(CAPTIONS.items()):
+            write_video(folder / "videos" / f"{name}.avi", 10, size=(128, 64), first=10 * first)
+            (folder / "videos" / f"{name}.txt").write_text(caption, encoding="utf-8")
+
+    def data(self, frames: int = 5) -> str:
+        path = self.folder / f"data{frames}.toml"
+        text = DATA.format(videos=self.folder / "videos", caches=self.caches, frames=frames)
+        path.write_text(text, encoding="utf-8")
+        return f"--dataset_config={path}"
+
+    def argv(self, out: str, frames: int = 5) -> list[str]:
+        """Of a run without VAE and text encoders."""
+        return [
+            f"--dit={self.tiny.denoiser}", self.data(frames), f"--output_dir={self.folder / out}", "--output_name=lora",
+            "--network_module=networks.lora", "--network_dim=4", "--max_train_steps=2", "--seed=5",
+            "--max_data_loader_n_workers=0", "--learning_rate=1e-2", "--console_log_level=WARNING",
+        ]  # fmt: skip
+
+    def train(self, out: str) -> Path:
+        cli.run("hunyuan_video", "network", self.argv(out))
+        return self.folder / out / "lora.safetensors"
+
+    def tool(self, what: str, *options: str) -> None:
+        names = ("--vae=",) if what == "latents" else ("--text_encoder",)
+        files = [word for word in self.tiny.arguments() if word.startswith(names)]
+        cache_tools.run(what, ["--family=hunyuan_video", self.data(), *files, *options])
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.caches.glob("*.safetensors"))
+
+    def write_known(self) -> None:
+        """Caches by the rules of the known format: the size that frames are read in in the name, float16."""
+        generator = torch.Generator().manual_seed(3)
+        self.caches.mkdir(exist_ok=True)
+        for name, caption in CAPTIONS.items():
+            for start in (0, 5):
+                latents = torch.randn(16, 2, 4, 8, generator=generator).half()
+                save_file_atomic(
+                    {"latents_2x4x8_float16": latents}, self.caches / f"{name}_{start:05d}-005_0064x0032_hv.safetensors",
+                    {"architecture": "hunyuan_video", "width": "64", "height": "32", "format_version": "1.0.1",
+                     "frame_count": "5"},
+                )  # fmt: skip
+            text = {
+                "llm_float16": torch.randn(256, 24, generator=generator).half(),
+                "llm_mask": (torch.arange(256) < 9).long(), "clipL_float16": torch.randn(16, generator=generator).half(),
+                "clipL_mask": torch.ones(77, dtype=torch.int64),
+            }  # fmt: skip
+            header = {"architecture": "hunyuan_video", "caption1": caption, "format_version": "1.0.1"}
+            save_file_atomic(text, self.caches / f"{name}_hv_te.safetensors", header)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> TinyHunyuanVideo:
+    return build_tiny_hunyuan_video(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def work(tiny, tmp_path) -> ClipWork:
+    return ClipWork(tmp_path, tiny)
+
+
+CLIPS = [f"{name}_{start:05d}-005_0128x0064_hv.safetensors" for name in CAPTIONS for start in (0, 5)]
+
+
+def test_a_run_needs_no_more_than_what_the_tools_made(work):
+    work.tool("latents", "--vae_dtype=fp16", "--batch_size=2")
+    assert work.names() == CLIPS
+    latents = load_safetensors(work.caches / CLIPS[0])
+    assert {key: list(tensor.shape) for key, tensor in latents.items()} == {"latents_2x4x8_float16": [16, 2, 4, 8]}
+    work.tool("text", "--text_encoder_dtype=bf16")
+    assert work.names() == sorted([*CLIPS, "a_hv_te.safetensors", "b_hv_te.safetensors"])
+    text = load_safetensors(work.caches / "a_hv_te.safetensors")
+    assert sorted(text) == ["clipL_bfloat16", "clipL_mask", "llm_bfloat16", "llm_mask"]
+    assert list(text["llm_bfloat16"].shape) == [256, 24] and list(text["clipL_bfloat16"].shape) == [16]
+    before = {path: path.stat().st_mtime_ns for path in work.caches.glob("*.safetensors")}
+    assert fingerprint(work.train("one")) == fingerprint(work.train("two"))
+    assert before == {path: path.stat().st_mtime_ns for path in work.caches.glob("*.safetensors")}
+
+
+def test_caches_of_the_known_trainer_train(work):
+    """Each of their numbers is learned from, and none of the files is touched."""
+    work.write_known()
+    before = {path: path.read_bytes() for path in work.caches.glob("*.safetensors")}
+    first = work.train("one")
+    assert {path: path.read_bytes() for path in work.caches.glob("*.safetensors")} == before
+    for name in ("a_00000-005_0064x0032_hv", "a_hv_te"):
+        path = work.caches / f"{name}.safetensors"
+        key = "latents_2x4x8_float16" if "-005" in name else "llm_float16"
+        tensors = load_safetensors(path)
+        header = {"architecture": "hunyuan_video"} | ({"caption1": CAPTIONS["a"]} if "te" in name else {})
+        save_file_atomic(tensors | {key: -tensors[key]}, path, header)
+        assert largest_difference(first, work.train(name)) > 1e-7
+        path.write_bytes(before[path])
+
+
+def test_caches_that_do_not_fit_are_told_with_the_reason(work, monkeypatch, capsys):
+    """Other frames, another caption, NaN: one message names the tools, before a model is loaded."""
+    work.write_known()
+    message = refused_run("hunyuan_video", work.argv("out", frames=9), monkeypatch, capsys)
+    assert "no file" in message and "tools/cache_latents.py --family hunyuan_video" in message
+    for path in list(work.caches.glob("*-005_*")):
+        path.rename(path.with_name(path.name.replace("-005_", "-009_")))
+    message = refused_run("hunyuan_video", work.argv("out", frames=9), monkeypatch, capsys)
+    assert "made of 5 frames, and now 9" in message
+    work.write_known()
+    path = work.caches / "a_00000-005_0064x0032_hv.safetensors"
+    tensors = load_safetensors(path)
+    save_file_atomic({key: tensor * float("nan") for key, tensor in tensors.items()}, path)
+    (work.folder / "videos" / "b.txt").write_text("another caption", encoding="utf-8")
+    message = refused_run("hunyuan_video", work.argv("out"), monkeypatch, capsys)
+    assert "1024 of 1024 numbers are NaN in latents" in message and "made with another caption" in message
+    assert "tools/cache_text_encoder_outputs.py" in message
+
+
+@pytest.mark.parametrize("name", ["hv_cache_latents", "hv_cache_text_encoder_outputs"])
+def test_the_known_names_of_the_tools(name, work, monkeypatch, capsys):
+    module = importlib.import_module(f"tools.{name}")
+    what = "latents" if name.endswith("latents") else "text"
+    with pytest.raises(SystemExit):
+        cache_tools.main(what, [work.data()], family=module.FAMILY)
+    error = capsys.readouterr().err
+    assert ("--vae is not given" if what == "latents" else "--text_encoder1 is not given") in error
+    assert module.setup_parser().parse_args(["--keep_cache"]).keep_cache
