@@ -57,6 +57,11 @@ def media_of(table: Table) -> str:
     return "video" if any(KEYS[name].media == "video" for name in sources_of(table)) else "image"
 
 
+def _media(table: Table) -> set[str]:
+    """Those that its keys may be for: all where the source is not known."""
+    return {KEYS[name].media or "image" for name in sources_of(table)} or set(MEDIA)
+
+
 def check_sources(dataset: DatasetTables, architecture: DataArchitecture, problems: ProblemList) -> None:
     """Every subset has one source, of a medium that the family learns, and keys that are for this medium."""
     for table in dataset.subsets:
@@ -75,8 +80,8 @@ def check_sources(dataset: DatasetTables, architecture: DataArchitecture, proble
                 f"{architecture.name} learns pictures, not videos; train a family that does"
                 f" ({', '.join(video_families())}), or write image_directory"
             ))  # fmt: skip
-    media = {media_of(table) for table in dataset.subsets}
-    for table, held in [(dataset.table, media), *((table, {media_of(table)}) for table in dataset.subsets)]:
+    held_by = [_media(table) for table in dataset.subsets]
+    for table, held in [(dataset.table, set().union(*held_by)), *zip(dataset.subsets, held_by)]:
         for name in table.values:
             if KEYS[name].media and KEYS[name].media not in held and name not in SOURCE_KEYS:
                 problems.add(table.where(name), "conflict", (

@@ -166,6 +166,12 @@ NESTED = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\n"
         ]),
         (WAN, '[[datasets]]\nvideo_directory = "v"\nsource_fps = inf', [("datasets[0].source_fps", "out_of_range")]),
         (FLUX, "[[datasets]]\nresolution = 512", [("datasets[0].subsets", "missing")]),
+        (WAN, '[[datasets]]\nvideo_directry = "v"\ntarget_frames = [5]\nmultiple_target = false', [
+            ("datasets[0]", "missing"), ("datasets[0].video_directry", "unknown_key"),
+        ]),
+        (WAN, '[[datasets]]\nvideo_directory = "v"\nimage_directory = "i"\ntarget_frames = [5]\nno_resize_control = false', [
+            ("datasets[0]", "conflict"),
+        ]),
         (WAN, "[[datasets]]\nresolution = 512", [("datasets[0]", "missing")]),
         (WAN, "[[datasets]]\nresolution = 512\nsubsets = []", [("datasets[0].subsets", "missing")]),
         (WAN, '[[datasets]]\nresolution = 512\nvideo_directory = "v"\nsubsets = []', [
