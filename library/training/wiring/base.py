@@ -329,6 +329,10 @@ class ModelFamily(ABC):
         """Beginnings of the names of those parameters of a text encoder whose results nothing reads."""
         return ()
 
+    def prompt_rows(self, text: str) -> Sequence[str]:
+        """The texts of which a sample prompt consists: one, but where parts of a clip have texts of their own."""
+        return [text]
+
     def needs_negative(self, prompt: SamplePrompt) -> bool:
         """Whether a complete prompt is made with CFG, which takes a second conditioning."""
         scale = prompt.cfg_scale if self.architecture.latents.clips else prompt.scale
