@@ -339,10 +339,8 @@ def _items_of(
 ) -> tuple[list[ImageItem], list[ImageItem]]:
     """The training and validation items of a subset. Regularisation images all stay in training. The clips of a video
     are all on one side."""
-    cutter = None
-    if subset.clips is not None:
-        assert architecture is not None, "videos are cut into clips for an architecture"
-        cutter = Cutter.of(subset, architecture)
+    cutter = Cutter.of(subset, architecture)
+    if cutter is not None:
         images = _cut_videos(images, cutter, subset, scanner)
     absolute = AbsolutePaths()
     seeds = (dataset.validation_seed, seed, DEFAULT_SPLIT_SEED)

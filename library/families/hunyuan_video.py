@@ -11,6 +11,7 @@ from library.families.record import (
     ClipFacts,
     FamilyRecord,
     ModelKind,
+    OtherScript,
     SampleDefaults,
     Signature,
     TextKey,
@@ -23,6 +24,19 @@ FAMILY = FamilyRecord(
     title="HunyuanVideo",
     prefix="hv_",
     page="docs/hv_train_network.md",
+    scripts={
+        "full": OtherScript(
+            name="hv_train", options=frozenset({"trainable_modules"}),
+            foreign={
+                **dict.fromkeys(
+                    ("use_pinned_memory_for_block_swap", "block_swap_h2d_only", "block_swap_ring_size"),
+                    "an option of hv_train_network; blocks change places in the background (--blocks_to_swap)",
+                ),
+                "flash3": "an option of hv_train_network; attention is computed by torch (--sdpa)",
+                "use_safetensors": "files are safetensors unless --save_model_as says otherwise",
+            },
+        )
+    },
     place=90,
     family="library.training.wiring.hunyuan_video:HunyuanVideoFamily",
     denoisers=("HYVideoDiffusionTransformer",),

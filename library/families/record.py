@@ -177,6 +177,8 @@ class TinyModel:
     build: str
     network_module: str = "networks.lora"
     options: tuple[str, ...] = ()
+    first_frame: bool = False
+    """whether its samples begin with a picture"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +199,8 @@ class OtherScript:
     options: frozenset[str] = frozenset()
     defaults: Mapping[str, object] = field(default_factory=dict)
     """options whose default differs here: name -> default"""
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    """options of every script of the family, or of its kind, that the known one lacks: name -> reason"""
     text_switches: Mapping[int, str] = field(default_factory=dict)
     """text encoders, by their place, that learn only with an option of their own"""
     text_files: Mapping[int, str] = field(default_factory=dict)

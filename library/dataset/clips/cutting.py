@@ -24,9 +24,12 @@ class Cutter:
     section_frames: int | None = None
 
     @classmethod
-    def of(cls, subset: SubsetParams, architecture: DataArchitecture) -> Cutter:
-        assert subset.clips is not None and architecture.clips is not None
-        return cls(subset.clips, architecture, subset.window_size if architecture.clips.sections else None)
+    def of(cls, subset: SubsetParams, architecture: DataArchitecture | None) -> Cutter | None:
+        """None for pictures, and for a family that learns no videos, which the configuration is refused for."""
+        facts = None if architecture is None else architecture.clips
+        if subset.clips is None or facts is None or facts.fps is None:
+            return None
+        return cls(subset.clips, architecture, subset.window_size if facts.sections else None)
 
     @property
     def target_fps(self) -> float:

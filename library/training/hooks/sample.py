@@ -74,7 +74,7 @@ def encode_sample_prompts(
     family: ModelFamily, strategies: StrategySet, text_encoders: list[torch.nn.Module | None],
     prompts: Sequence[SamplePrompt],
 ) -> Texts:
-    """Conditioning of one sample (tensors [1, ...] on the CPU) for every text that sampling needs; negative prompts
+    """Conditioning of one sample (tensors [1, ...] on the CPU, with a row for each of `prompt_rows`) for every text that sampling needs; negative prompts
     stand under `StrategySet.negative_key`.
 
     Made once while the text encoders are in memory. What an encoder that is None would make is not there.
@@ -85,10 +85,11 @@ def encode_sample_prompts(
         if key in encoded:
             continue
         if isinstance(key, NegativeText):
-            tokens, weights = strategies.tokenize.tokenize_negative(strategies.prompt_text(text)), None
+            prompts = [(strategies.tokenize.tokenize_negative(strategies.prompt_text(text)), None)]
         else:
-            tokens, weights = strategies.tokenize.tokenize_prompt(strategies.prompt_text(text))
-        outputs = strategies.encode(text_encoders, tokens, weights)
+            prompts = [strategies.tokenize.tokenize_prompt(strategies.prompt_text(t)) for t in family.prompt_rows(text)]
+        rows = [strategies.encode(text_encoders, tokens, weights) for tokens, weights in prompts]
+        outputs = rows[0] if len(rows) == 1 else joined(rows)
         encoded[key] = on_tensors(lambda tensor: tensor.detach().cpu(), outputs)
     return encoded
 

@@ -124,4 +124,8 @@ def foreign_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:
     others = [name for name in option_fields(WholeModelOptions) if name not in own]
     named = ", ".join(f"--{name}" for name in option_fields(WholeModelOptions) if name in own)
     where = script.name if script else f"training of whole {record.title} models"
-    return {**dict.fromkeys(others, f"an option of other scripts for whole models; {where} has {named}"), **OF_ADAPTERS}
+    return {
+        **dict.fromkeys(others, f"an option of other scripts for whole models; {where} has {named}"),
+        **OF_ADAPTERS,
+        **(script.foreign if script else {}),
+    }

@@ -56,6 +56,7 @@ class HunyuanVideoFamily(LlamaClipFamily):
     reads_pickles = True
     denoiser_writer = "library.hunyuan_video_utils:save_hunyuan_video"
     options = HunyuanVideoOptions
+    embedders_wait = True
     vae_kind = "vae_hunyuan_video"
     text_strategy = "library.strategy_hunyuan_video:HunyuanVideo"
 

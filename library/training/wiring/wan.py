@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.core.errors import CheckpointError, ConfigError, Problems
-from library.core.options import Ignored, equivalent_option, option, without_effect
+from library.core.options import Ignored, equivalent_option, number_or_none, option, without_effect
 from library.families.wan import FAMILY
-from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, boundary_of
+from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, boundary_of, task_of_caches
 from library.training.option_groups import MemoryOptions, ModelOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import tokenizer_problems
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from library.dataset.batch import Batch
+    from library.dataset.items import ImageItem
     from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import Conditioning, StrategySet
     from library.generation.pipeline import PicturePipeline
@@ -59,8 +60,16 @@ class WanOptions(VideoOptions):
         None, help="file of the CLIP vision encoder, for Wan 2.1 with pictures"
         " (models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth)",
     )
+    i2v: bool = option(
+        False, help="for tools that fill caches without a denoiser: what begins with a first frame, of Wan 2.2 or, with"
+        " --clip, of 2.1; --task says the same",
+    )
     vae_cache_cpu: bool = option(
         False, help="keep what the VAE remembers between the pieces of a clip in main memory: less memory of the device"
+    )
+    one_frame: bool = equivalent_option(
+        False, help="single frames with others as reference",
+        reason="--one_frame: the dataset says which samples are such frames (fp_1f_clean_indices, fp_1f_target_index)",
     )
     force_v2_1_time_embedding: bool = equivalent_option(
         False, help="one time embedding for each sample",
@@ -71,7 +80,7 @@ class WanOptions(VideoOptions):
         " learns with both",
     )
     timestep_boundary: float | None = option(
-        None, help="noise level, 0 to 1 or in thousandths, from which the second expert takes over; that of the task when"
+        None, convert=number_or_none, help="noise level, 0 to 1 or in thousandths, from which the second expert takes over; that of the task when"
         " not given",
     )
     offload_inactive_dit: bool = option(
@@ -94,24 +103,31 @@ class WanFamily(VideoFamily):
     denoiser_writer = "library.wan_utils:save_wan"
     options = WanOptions
     part_options = {
-        "vae": frozenset({"task", "clip", "vae_cache_cpu", "vae_dtype"}),
+        "vae": frozenset({"task", "clip", "i2v", "one_frame", "vae_cache_cpu", "vae_dtype"}),
         "text_encoders": frozenset({"t5", "t5_tokenizer", "fp8_t5"}),
     }
+
+    _follows_clips = False
 
     # -- task and files ------------------------------------------------------------------------------------------------
 
     @cached_property
     def task(self) -> WanTask:
-        """By the option, or else by the denoiser's file."""
+        """By the option, or else by the denoiser's file; without it, by what is to be cached."""
         if self.opts.task is not None:
             return TASKS[self.opts.task]
         if self._denoiser_path is None:
-            return TASKS[DEFAULT_TASK]
+            vision = self.opts.clip is not None
+            return TASKS[task_of_caches(first_frame=self.opts.i2v, vision=vision, control=self._follows_clips)]
         try:
             found = fitting_tasks(self._denoiser_info.params)
         except CheckpointError:  # told by the check
             found = ()
         return found[0] if found else TASKS[DEFAULT_TASK]
+
+    def see_items(self, items: Sequence[ImageItem]) -> None:
+        """Control clips are cached where there are some."""
+        self._follows_clips = any(item.control_paths and not item.kind.clean_indices for item in items)
 
     def part_files(self, part: str) -> Mapping[str, str | None]:
         if part == "text_encoders":
@@ -123,16 +139,24 @@ class WanFamily(VideoFamily):
         from library.checkpoints.kinds import check_slot
 
         kinds = {"vae": "vae_wan", "clip": "clip_vision", "t5": "umt5"}
-        files = self.part_files(part)
-        if self.lacks(part):
-            return []
-        found = [check_slot(file, name, {kinds[name]}, with_pickles=True) for name, file in files.items()]
+        files = self.part_files(part).items()
+        found = [check_slot(file, name, {kinds[name]}, with_pickles=True) for name, file in files]
         return [problem for problem in found if problem]
+
+    def _file_problems(self) -> list[str]:
+        """With the task against the denoiser, whatever else is wrong."""
+        found, problems = super()._file_problems(), Problems()
+        try:
+            readable = self._denoiser_path is not None and self._denoiser_info is not None
+        except CheckpointError:  # among those found
+            readable = False
+        if readable:
+            problems.attempt(self._check_task)
+            problems.attempt(self._check_second_expert)
+        return [*problems.messages, *found]
 
     def _tokenizer_problems(self) -> list[str]:
         """A tokenizer that cannot be found or read, or whose ids the model does not have."""
-        if self.lacks("text_encoders"):
-            return []
         from library.wan_text_encoder_utils import inspect_umt5
 
         return tokenizer_problems(
@@ -155,12 +179,10 @@ class WanFamily(VideoFamily):
         return inspect_wan(self._denoiser_path)
 
     def _size_problems(self) -> list[str]:
-        """The task against the denoiser, sizes of the files against each other; headers only."""
+        """Sizes of the files against each other; headers only."""
         from library.custom_offloading_utils import row_swap_problem
 
         params, problems = self._denoiser_info.params, Problems()
-        problems.attempt(self._check_task)
-        problems.attempt(self._check_second_expert)
         widths = []
         if not self.lacks("text_encoders"):
             widths.append(("t5", self.opts.t5, "its width", self._text_width, params.text_dim))
@@ -283,6 +305,8 @@ class WanFamily(VideoFamily):
             found += without_effect(given, "it is about two experts, and --dit_high_noise is not given")
         if not self.task.needs_vision and "clip" in self.config.explicit:
             found += without_effect(["clip"], f"the task {self.task.name} does not look at a vision encoder")
+        if self.opts.i2v and self._denoiser_path is not None:
+            found += without_effect(["i2v"], "the task is told by --task or the denoiser's file")
         if "guidance_scale" in self.config.explicit:
             found += without_effect(["guidance_scale"], "no model of Wan has embedded guidance")
         return found
@@ -301,10 +325,15 @@ class WanFamily(VideoFamily):
         return StrategySet(tokenize, encoding, self.latents_caching(), text, TEXT_LAYOUTS["wan"])
 
     def latents_caching(self) -> LatentCache:
+        from library.checkpoints.identity import combined_identity, model_identity
         from library.strategy_wan import WanLatentEncoder
 
-        shape = self._vision_shape if self.task.needs_vision else None
-        return self.latent_cache(WanLatentEncoder(self.task, shape), self._vae_path)
+        if not self.task.needs_vision:
+            return self.latent_cache(WanLatentEncoder(self.task), self._vae_path)
+        cache = self.latent_cache(WanLatentEncoder(self.task, self._vision_shape), self._vae_path)
+        if cache.model_identity:  # of both files, where they are given
+            cache.model_identity = combined_identity([cache.model_identity, model_identity(self.opts.clip)])
+        return cache
 
     # -- models --------------------------------------------------------------------------------------------------------
 
