@@ -31,7 +31,7 @@ setup(
         "sentencepiece": ["sentencepiece"],
         "onnx": ["onnxruntime>=1.17"],
         "faces": ["anime-face-detector"],
-        "video": ["av>=12"],
+        "video": ["av>=14.1"],
         "optimizers": requirements("requirements-optimizers.txt"),
         "dev": requirements("requirements-dev.txt"),
     },

@@ -38,7 +38,7 @@ from library.dataset.config_sources import (
     FLAT_BUCKETS,
     FlatScope,
     check_area,
-    check_cache_folders_of,
+    check_shared_caches,
     check_sources,
     check_targets,
     learns_videos,
@@ -179,7 +179,7 @@ def load_blueprint(
     tables = reader.read(with_new_names(raw, warnings))
     resolver = _Resolver(options, caching or CachingOptions(), explicit, architecture, rules, problems, warnings)
     datasets = tuple(resolver.dataset(tables, dataset) for dataset in tables.datasets)
-    check_cache_folders_of(datasets, tables.datasets, architecture, problems)
+    check_shared_caches(datasets, tables.datasets, architecture, problems)
     if options.masked_loss and not any(d.kind == "CN" or any(s.alpha_mask for s in d.subsets) for d in datasets):
         warnings.append(
             "--masked_loss is on, and no dataset has conditioning_data_dir or alpha_mask: the loss is not masked"

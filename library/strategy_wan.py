@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from library.components.tokenizers import check_ids, load_t5_tokenizer
-from library.dataset.batch import CONDITIONING_IMAGES
-from library.dataset.latent_cache import LatentEncoder
+from library.core.errors import ConfigError
+from library.dataset.batch import CONDITIONING_IMAGES, numbered
+from library.dataset.items import SampleFacts
+from library.dataset.latent_cache import LatentEncoder, bucket_of
 from library.families.latents import Bucket
 from library.families.wan import FAMILY
 from library.families.wan_tasks import LATENT_CHANNELS, MASK_CHANNELS, TASKS, WanTask
@@ -25,13 +27,22 @@ from library.strategy_base import (
     TextEncodingStrategy,
     TokenizeStrategy,
 )
-from library.wan_conditioning_utils import ends_condition, picture_condition
+from library.wan_clip_utils import vision_states
+from library.wan_conditioning_utils import (
+    OneFrame,
+    ends_condition,
+    one_frame,
+    one_frame_conditions,
+    picture_condition,
+)
 
 logger = logging.getLogger(__name__)
 
 HUB_ID = "google/umt5-xxl"
 MAX_LENGTH = 512
 """tokens of a caption, its end token among them"""
+DEFAULT_TARGET = 1
+"""place of a single frame where the dataset names those of its control pictures alone"""
 VISION = "clip"
 """name of the vision encoder among the parts, and of its states among the conditions"""
 
@@ -114,13 +125,55 @@ class WanLatentEncoder(LatentEncoder):
     def __init__(self, task: WanTask = TASKS["t2v-14B"], vision_shape: tuple[int, int] | None = None) -> None:
         self.task = task
         self.vision_shape = vision_shape if task.needs_vision else None
-        self.condition_pictures = (CONDITIONING_IMAGES,) if task.fun_control else ()
+
+    def layout(self, bucket: Sequence[int]) -> OneFrame | None:
+        """How single frames of this Bucket stand among their reference frames; None of all other samples. ConfigError
+        when the task has no place for these."""
+        kind = Bucket(*bucket).kind
+        if not kind.clean_indices:
+            return None
+        if not self.task.takes_picture or self.task.fun_control:
+            raise ConfigError(
+                f"the dataset has single frames with control pictures (fp_1f_clean_indices), and the task is"
+                f" {self.task.name}: needed: a task with a first frame, i2v-14B for one control picture, flf2v-14B for two"
+            )
+        target = DEFAULT_TARGET if kind.target_index is None else kind.target_index
+        return one_frame(kind.clean_indices, target)
+
+    def manner(self, bucket: Sequence[int]) -> str:
+        layout = self.layout(bucket)
+        return "" if layout is None else f"places {layout.f_indices}, the frame itself at {layout.target}"
+
+    def pictures_for(self, bucket: Sequence[int]) -> tuple[str, ...]:
+        layout = self.layout(bucket)
+        if layout is not None:
+            return tuple(numbered(CONDITIONING_IMAGES, number) for number in range(layout.references))
+        return (CONDITIONING_IMAGES,) if self.task.fun_control else ()
 
     def encode(self, vae: Any, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return vae.encode(images)
 
+    def encode_with_facts(
+        self, vae: Any, parts: Mapping[str, torch.nn.Module], images: Tensor, seeds: Sequence[int],
+        pictures: Mapping[str, Tensor], facts: Sequence[SampleFacts],
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Of a single frame latents and conditions hold its reference frames too."""
+        bucket = bucket_of(images, facts[0].kind)
+        layout = self.layout(bucket)
+        if layout is None:
+            return super().encode_with_facts(vae, parts, images, seeds, pictures, facts)
+        references = [pictures[name] for name in self.pictures_for(bucket)]
+        latents, y = one_frame_conditions(vae.encode, layout, images, references)
+        places = torch.tensor([layout.f_indices] * len(images), dtype=torch.int32, device=latents.device)
+        made = {"latents_image": y, "f_indices": places}
+        if self.vision_shape is not None:
+            made[VISION] = torch.stack([vision_states(parts[VISION], picture) for picture in references], dim=1)
+        return latents, made
+
     def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
-        task, spec = self.task, FAMILY.latents
+        task, spec, layout = self.task, FAMILY.latents, self.layout(bucket)
+        if layout is not None:
+            return self._one_frame_shapes(bucket, layout)
         width, height, frames = Bucket(*bucket)[:3]
         grid = (
             1 + (frames - 1) // spec.temporal_stride, height // spec.spatial_stride, width // spec.spatial_stride,
@@ -137,12 +190,15 @@ class WanLatentEncoder(LatentEncoder):
                 shapes[f"{VISION}_end"] = self.vision_shape
         return shapes
 
+    def _one_frame_shapes(self, bucket: Sequence[int], layout: OneFrame) -> Mapping[str, tuple[int, ...]]:
+        channels, *grid = FAMILY.latents.latent_shape(bucket)
+        shapes = {"latents_image": (MASK_CHANNELS + channels, *grid), "f_indices": (len(layout.f_indices),)}
+        return {**shapes, VISION: (layout.references, *self.vision_shape)} if self.vision_shape else shapes
+
     def encode_conditions(
         self, vae: Any, parts: Mapping[str, torch.nn.Module], images: Tensor, seeds: Sequence[int],
         pictures: Mapping[str, Tensor],
     ) -> Mapping[str, Tensor]:
-        from library.wan_clip_utils import vision_states
-
         clips = images if images.ndim == 5 else images[:, :, None]  # [B, 3, F, H, W]
         first, last, frames = clips[:, :, 0], clips[:, :, -1], clips.shape[2]
         made: dict[str, Tensor] = {}

@@ -21,6 +21,7 @@ from library.checkpoints.loading import (
     check_marks,
     check_state,
     count_blocks,
+    is_blob,
     open_checkpoint,
     size_of,
 )
@@ -94,7 +95,8 @@ def inspect_vision(path: str | os.PathLike, config: Mapping[str, Any] | None = N
     is_own = any(key.endswith(OWN_MARK) for key in source.shapes)
     known = OWN_PREFIXES if is_own else PREFIXES
     prefix = next((one for one in known if any(key.startswith(one) for key in source.shapes)), "")
-    stripped = {key[len(prefix) :]: tensor for key, tensor in source.shapes.items() if key.startswith(prefix)}
+    named = {key: tensor for key, tensor in source.shapes.items() if key.startswith(prefix) and not is_blob(key)}
+    stripped = {key[len(prefix) :]: tensor for key, tensor in named.items()}
     shapes = _to_transformers(stripped) if is_own else stripped
     check_marks(shapes, MARKS, source.path, "CLIP vision encoder")
 

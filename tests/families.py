@@ -19,7 +19,7 @@ class FamilyCase:
     outputs can be cached;
     `brief`: options that make prompts as short as those of the tests, where the family computes with all places of a
     long prompt;
-    `first_frame`: samples begin with a picture; `like`: the case that shows what data and loop do for this one too: the model is of the same classes."""
+    `like`: the case that shows what data and loop do for this one too: the model is of the same classes."""
 
     name: str
     version: str
@@ -27,7 +27,6 @@ class FamilyCase:
     caches_text: bool = True
     text_options: tuple[str, ...] = ()
     brief: tuple[str, ...] = ()
-    first_frame: bool = False
     like: str = ""
 
     @property
@@ -52,6 +51,10 @@ class FamilyCase:
         """Of every run, beside those that name the model's files."""
         return [f"--network_module={self.entry.network_module}", *self.entry.options, *self.brief]
 
+    def letters(self, pictures: Path) -> str:
+        """What every line of sample prompts needs, with pictures of this folder."""
+        return f" --i {pictures / '00.png'}" if self.entry.first_frame else ""
+
     def caches(self, *, on_disk: bool) -> list[str]:
         """Options that cache all that can be cached."""
         kinds = ["latents", *(["text_encoder_outputs"] if self.caches_text else [])]
@@ -75,8 +78,8 @@ CASES = {
         FamilyCase("lumina", "lumina2", ("lora_te_",)),
         FamilyCase("hunyuan_video", "hunyuan_video", ()),
         FamilyCase("wan", "wan", ()),
-        FamilyCase("wan_i2v", "wan", (), first_frame=True, like="wan"),
-        FamilyCase("wan22", "wan", (), first_frame=True, like="wan"),
+        FamilyCase("wan_i2v", "wan", (), like="wan"),
+        FamilyCase("wan22", "wan", (), like="wan"),
     )
 }
 

@@ -25,7 +25,7 @@ from library.core.options import LARGEST_SEED, add_options, option, read_options
 from library.tiny_models import TINY_SETS, TinySet, build_tiny, tiny_entry  # noqa: E402
 
 DTYPES = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
-SAMPLE_PROMPTS = "a red circle --w 64 --h 64 --s 4 --d 1\na blue square --w 64 --h 64 --s 4 --d 2\n"
+SAMPLE_PROMPTS = ("a red circle --w 64 --h 64 --s 4 --d 1", "a blue square --w 64 --h 64 --s 4 --d 2")
 STEPS = 20
 
 
@@ -74,7 +74,9 @@ def make(opts: MakeOptions) -> str:
     from library.tiny_models.pictures import write_dataset
 
     tiny = build_tiny(opts.family or "", folder, seed=opts.seed, dtype=getattr(torch, DTYPES[opts.precision]))
-    write_text_atomically(folder / "prompts.txt", SAMPLE_PROMPTS)
+    picture = folder / "images" / "00.png" if opts.num_pictures else "YOUR_PICTURE.png"
+    more = f" --i {picture}" if tiny_entry(opts.family or "").first_frame else ""
+    write_text_atomically(folder / "prompts.txt", "".join(f"{line}{more}\n" for line in SAMPLE_PROMPTS))
     dataset = (
         str(write_dataset(folder, count=opts.num_pictures, seed=opts.seed))
         if opts.num_pictures

@@ -60,6 +60,8 @@ PART_KINDS: tuple[ModelKind, ...] = (
     ),
     ModelKind(
         name="umt5", role="text_encoder",
+        wanted="an umT5-XXL text encoder (models_t5_umt5-xxl-enc-bf16.pth, umt5_xxl_fp16.safetensors)",
+        subfolder="text_encoder",
         signatures=(
             Signature(title="a UMT5 text encoder", has=("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",)),
             Signature(title="a UMT5 text encoder", has=("blocks.0.pos_embedding.embedding.weight", "token_embedding.weight")),
@@ -115,7 +117,8 @@ PART_KINDS: tuple[ModelKind, ...] = (
         signatures=(Signature(title="a SigLIP image encoder", has=("vision_model.head.probe",)),)
     ),
     ModelKind(
-        name="clip_vision", role="text_encoder",
+        name="clip_vision", role="text_encoder", subfolder="image_encoder",
+        wanted="a CLIP vision encoder (models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, clip_vision_h.safetensors)",
         signatures=(
             Signature(title="a CLIP image encoder", has=("vision_model.embeddings.class_embedding",)),
             Signature(title="a CLIP image encoder", contains=("visual.cls_embedding",)),

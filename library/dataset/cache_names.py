@@ -1,5 +1,6 @@
-"""Names of cache files: of a picture `<name>_<WWWW>x<HHHH><ending>`, of a clip `<name>_<start>-<frames>_<WWWW>x<HHHH><ending>`
-with its section behind the frames where it has one, of a caption `<name><ending>`.
+"""Names of cache files: of a picture `<name>_<WWWW>x<HHHH><ending>`, of a clip
+`<name>_<start>-<frames>_<WWWW>x<HHHH><ending>` with its section behind the frames where it has one, of a caption
+`<name><ending>`.
 
 `name` is that of the file without its extension, the size is that of the file, and the endings are those of the
 family's record. The functions of cache_io.py add size and ending; here is what stands before them, and the way back.
@@ -31,14 +32,15 @@ class CacheName:
 
 
 def window_suffix(window: Sequence[int]) -> str:
-    """`_00120-081` of a clip of 81 frames from frame 120 on, `_00120-081-0003` of its section 3, nothing of a picture."""
+    """`_00120-081` of a clip of 81 frames from frame 120 on, `_00120-081-0003` of its section 3, nothing of a
+    picture."""
     widths = (5, 3, 4)
     return "_" * bool(window) + "-".join(f"{number:0{width}d}" for number, width in zip(window, widths))
 
 
 def cache_base(path: str, window: Sequence[int] = (), folder: str | None = None) -> str:
-    """The file in whose place a cache stands: `path`, in `folder` where caches have one, with the clip in its name. Size
-    and ending take the place of its extension."""
+    """The file in whose place a cache stands: `path`, in `folder` where caches have one, with the clip in its name.
+    Size and ending take the place of its extension."""
     if folder is not None:
         path = os.path.join(os.path.abspath(folder), os.path.basename(path))
     if not window:
@@ -58,8 +60,8 @@ def text_base(item: ImageItem, path: str | None = None) -> str:
 
 
 def parse_latents_name(name: str, ending: str, *, is_clip: bool) -> CacheName | None:
-    """What the name of a cache of latents says, without its folder; None where it is none with this ending, or none of a
-    clip."""
+    """What the name of a cache of latents says, without its folder; None where it is none with this ending, or none of
+    a clip."""
     found = re.fullmatch(f"(?P<stem>.+){_WINDOW if is_clip else ''}{_SIZE}{re.escape(ending)}", name, re.DOTALL)
     if found is None:
         return None

@@ -234,7 +234,8 @@ def read_caption(image_path: str, params: SubsetParams) -> str | None:
     """The raw caption of an image from its caption file; None when there is no file, "" when the file is empty.
 
     Without wildcards it is the first line (the whole text with `whole_captions`); with them all lines that are not
-    blank, joined by newlines. A byte order mark is removed. Raises ConfigError with the path when the file is not UTF-8.
+    blank, joined by newlines. A byte order mark is removed. Raises ConfigError with the path when the file is not
+    UTF-8.
     """
     for path in caption_paths(image_path, params):
         try:

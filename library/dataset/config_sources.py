@@ -68,12 +68,13 @@ def check_sources(dataset: DatasetTables, architecture: DataArchitecture, proble
         sources = sources_of(table)
         if dataset.is_flat and not sources:
             problems.add(
-                table.path, "missing", f"the dataset has no source; write one of {', '.join(SOURCE_KEYS)}, or give it"
-                " [[datasets.subsets]]"
+                table.path, "missing",
+                f"the dataset has no source; write one of {', '.join(SOURCE_KEYS)}, or give it [[datasets.subsets]]",
             )
         if len(sources) > 1:
             problems.add(
-                table.path, "conflict", f"has {' and '.join(sources)}; one source is possible, give each a table of its own"
+                table.path, "conflict",
+                f"has {' and '.join(sources)}; one source is possible, give each a table of its own",
             )
         if media_of(table) == "video" and not learns_videos(architecture):
             problems.add(table.where(next(name for name in sources if KEYS[name].media == "video")), "conflict", (
@@ -84,9 +85,9 @@ def check_sources(dataset: DatasetTables, architecture: DataArchitecture, proble
     for table, held in [(dataset.table, set().union(*held_by)), *zip(dataset.subsets, held_by)]:
         for name in table.values:
             if KEYS[name].media and KEYS[name].media not in held and name not in SOURCE_KEYS:
-                problems.add(table.where(name), "conflict", (
-                    f"the key is for {MEDIA[KEYS[name].media]}; here are {' and '.join(MEDIA[one] for one in sorted(held))}"
-                ))  # fmt: skip
+                there = " and ".join(MEDIA[medium] for medium in sorted(held))
+                message = f"the key is for {MEDIA[KEYS[name].media]}; here are {there}"
+                problems.add(table.where(name), "conflict", message)
 
 
 def video_families() -> list[str]:
@@ -101,7 +102,8 @@ def check_area(scope: Scope, architecture: DataArchitecture, problems: ProblemLi
     if resolution is not BAD and math.isqrt(resolution[0] * resolution[1]) < 2 * step:
         problems.add(
             scope.where("resolution"), "out_of_range",
-            f"is {resolution[0]}x{resolution[1]}; buckets of {architecture.name} need an area of {2 * step}x{2 * step} or more"
+            f"is {resolution[0]}x{resolution[1]}; buckets of {architecture.name} need an area of {2 * step}x{2 * step}"
+            " or more",
         )
 
 
@@ -141,53 +143,64 @@ def check_targets(
 ) -> None:
     """Settings of what is learned of a picture or video, against each other and the family."""
     if subset.multiple_target and not (architecture.clips is not None and architecture.clips.layers):
-        problems.add(scope.where("multiple_target"), "conflict", (
-            f"{architecture.name} learns one picture of each caption, no layers; remove the key, and the layers from the folder"
-        ))  # fmt: skip
+        problems.add(
+            scope.where("multiple_target"), "conflict",
+            f"{architecture.name} learns one picture of each caption, no layers; remove the key, and the layers from"
+            " the folder",
+        )
     if subset.clips is None:
         return
     clips = subset.clips.in_effect(architecture.latents.temporal_stride)
     if clips.frame_extraction == "chunk" and 1 in clips.target_frames:
         where = "frame_extraction" if scope.written_at("frame_extraction") else "target_frames"
-        problems.add(scope.where(where), "conflict", (
-            f"chunk cuts a video into clips of target_frames, which are {list(clips.target_frames)}: every frame would be a"
-            " sample; take 1 out of target_frames, or use slide with frame_stride"
-        ))  # fmt: skip
+        problems.add(
+            scope.where(where), "conflict",
+            f"chunk cuts a video into clips of target_frames, which are {list(clips.target_frames)}: every frame would"
+            " be a sample; take 1 out of target_frames, or use slide with frame_stride",
+        )
 
 
 def told(scope: Scope, subset: SubsetParams, architecture: DataArchitecture) -> list[str]:
     """Settings that do something else than they say, or nothing: one line each."""
-    lines, facts, stride = [], architecture.clips, architecture.latents.temporal_stride
-    if subset.clips is not None:
-        clips, label = subset.clips.in_effect(stride), subset.label
-        odd = sorted(set(subset.clips.target_frames) - set(clips.target_frames))
-        if odd:
-            lines.append(
-                f"{label}: target_frames {odd} are no multiple of {stride} and 1, as the VAE of {architecture.name} needs;"
-                f" clips of {list(clips.target_frames)} frames are used"
-            )
-        if clips.frame_extraction != subset.clips.frame_extraction:
-            lines.append(f"{label}: frame_extraction uniform with frame_sample 1 takes the beginning, as head does")
-        if clips.frame_extraction == "full" and scope.written_at("target_frames"):
-            lines.append(f"{label}: target_frames has no effect with frame_extraction full, whose limit is max_frames")
-        idle = {"frame_stride": "slide", "frame_sample": "uniform", "max_frames": "full"}
-        lines += [
-            f"{label}: {name} has no effect with frame_extraction {clips.frame_extraction}; it is for {mode}"
-            for name, mode in idle.items() if scope.written_at(name) and mode != subset.clips.frame_extraction
-        ]
+    lines = [] if subset.clips is None else _told_of_clips(scope, subset.clips, architecture)
+    return [f"{subset.label}: {line}" for line in lines + _unread(scope, subset, architecture)]
+
+
+def _told_of_clips(scope: Scope, settings: ClipSettings, architecture: DataArchitecture) -> list[str]:
+    stride, lines = architecture.latents.temporal_stride, []
+    clips = settings.in_effect(stride)
+    odd = sorted(set(settings.target_frames) - set(clips.target_frames))
+    if odd:
+        lines.append(
+            f"target_frames {odd} are no multiple of {stride} and 1, as the VAE of {architecture.name} needs; clips of"
+            f" {list(clips.target_frames)} frames are used"
+        )
+    if clips.frame_extraction != settings.frame_extraction:
+        lines.append("frame_extraction uniform with frame_sample 1 takes the beginning, as head does")
+    if clips.frame_extraction == "full" and scope.written_at("target_frames"):
+        lines.append("target_frames has no effect with frame_extraction full, whose limit is max_frames")
+    idle = {"frame_stride": "slide", "frame_sample": "uniform", "max_frames": "full"}
+    return lines + [
+        f"{name} has no effect with frame_extraction {clips.frame_extraction}; it is for {mode}"
+        for name, mode in idle.items() if scope.written_at(name) and mode != settings.frame_extraction
+    ]
+
+
+def _unread(scope: Scope, subset: SubsetParams, architecture: DataArchitecture) -> list[str]:
+    facts, lines = architecture.clips, []
     unread = {name: subset.control_count == 0 for name in CONTROL_KEYS}
     unread |= {name: facts is None or not facts.one_frame for name in ONE_FRAME_KEYS}
     unread["fp_latent_window_size"] = facts is None or not facts.sections
     names = [name for name, is_unread in unread.items() if is_unread and scope.written_at(name)]
     if subset.cache_info and (subset.clips is not None or subset.is_listed):
-        lines.append(f"{subset.label}: cache_info is for folders of images, and has no effect here")
+        lines.append("cache_info is for folders of images, and has no effect here")
     if names:
-        lines.append(f"{subset.label}: {', '.join(names)} {'is' if len(names) == 1 else 'are'} nothing that"
-                     f" {architecture.name} reads, and ignored")  # fmt: skip
+        are = "is" if len(names) == 1 else "are"
+        lines.append(f"{', '.join(names)} {are} nothing that {architecture.name} reads, and ignored")
     return lines
 
 
-def check_cache_folders_of(
+def check_shared_caches(
     datasets: Sequence[DatasetParams], tables: Sequence[DatasetTables], architecture: DataArchitecture,
     problems: ProblemList,
 ) -> None:

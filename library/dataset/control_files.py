@@ -4,7 +4,7 @@ names; what does not fit is a ConfigError that tells all of it."""
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from library.core.errors import ConfigError, listed
 from library.core.file_limits import stem_of
@@ -45,7 +45,8 @@ def layers(pictures: Sequence[str], captioned: Container[str]) -> dict[str, tupl
         problems.append(f"multiple_target needs equally many layers of each picture: {listed(told)}")
     elif not any(counts.values()) and not problems:
         problems.append(
-            f"multiple_target needs the layers of each picture as a_0.png, a_1.png, ... of a.png: {listed(list(counts))}"
+            "multiple_target needs the layers of each picture, as a_0.png, a_1.png, ... of a.png: "
+            f"{listed(list(counts))}"
         )
     if problems:
         raise ConfigError(problems)
@@ -90,10 +91,12 @@ def control_videos(
 ) -> dict[str, str]:
     """Of each video its control: the file (or folder of frames) of the same name, else the folder of its name without
     extension, else the file with another extension, the first of `extensions` counting first."""
-    found: Mapping[str, str | None] = {
-        video: next((name for name in _candidates(video, folders, extensions) if name in files or name in folders), None)
-        for video in videos
-    }
+
+    def control_of(video: str) -> str | None:
+        candidates = _candidates(video, folders, extensions)
+        return next((name for name in candidates if name in files or name in folders), None)
+
+    found = {video: control_of(video) for video in videos}
     lacking = [video for video, control in found.items() if control is None]
     if lacking:
         raise ConfigError(f"{len(lacking)} videos lack a control video or folder of frames: {listed(lacking)}")

@@ -38,6 +38,7 @@ from library.dataset.samples import Geometry, image_tensor, mask_tensor, picture
 from library.dataset.shared_tensors import SharedTensors
 from library.dataset.strategies import Conditioning, StrategySet
 from library.dataset.text_caching import cached_caption
+from library.families.latents import PLAIN
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +223,7 @@ class Dataset:
         else:
             # plug-ins know pictures by (width, height)
             caching, bucket = self.strategies.latents_caching, item.bucket
-            size = bucket if bucket.kind.section_frames else bucket.key
+            size = bucket.key if bucket.kind == PLAIN else bucket
             latents, _, _, mirrored, mask = caching.load_latents_from_disk(item.latents_npz, size)
             conditions = caching.load_conditions_from_disk(item.latents_npz, bucket, sample.flipped)
         sample.latents = torch.as_tensor(mirrored if sample.flipped else latents).float()  # [C, h, w] or [C, F, h, w]

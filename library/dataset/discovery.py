@@ -305,8 +305,9 @@ def _from_metadata(subset: SubsetParams, scanner: Scanner) -> list[FoundImage]:
 
 
 def _paired(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner) -> list[FoundImage]:
-    """Give every image the file with its stem in conditioning_data_dir, the first by name where there are several.
-    Those that are not taken are only mentioned."""
+    """Give every image or video the file with its stem in conditioning_data_dir, the first by name where there are
+    several; of a video a video or folder of frames before a picture, which then counts for all frames. Those that are
+    not taken are only mentioned."""
     folder = subset.conditioning_data_dir
     if folder is None:
         return list(images)
@@ -315,7 +316,11 @@ def _paired(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner
     listing = _listing(folder, subset, scanner)
     if listing is None:
         return []
-    for path in (listing.of(name) for name in listing.files if _has_extension(name, scanner.extensions)):
+    names = [name for name in listing.files if _has_extension(name, scanner.extensions)]
+    if subset.clips is not None:
+        videos = [name for name in listing.files if _has_extension(name, frozenset(VIDEO_EXTENSIONS))]
+        names = [*videos, *listing.folders, *names]
+    for path in map(listing.of, names):
         first = by_stem.setdefault(os.path.splitext(os.path.basename(path))[0], path)
         if first != path:
             second.append(f"{path} ({os.path.basename(first)} is taken)")
@@ -326,11 +331,14 @@ def _paired(images: Sequence[FoundImage], subset: SubsetParams, scanner: Scanner
         if stem in by_stem:
             paired.append(dataclasses.replace(image, cond_path=by_stem[stem]))
         else:
-            scanner.bad_image(f"{image.path} has no image named {stem} in {folder}", image.path, subset.label)
+            beside = "image" if subset.clips is None else "video, folder of frames or image"
+            scanner.bad_image(f"{image.path} has no {beside} named {stem} in {folder}", image.path, subset.label)
     extra = [path for stem, path in by_stem.items() if stem not in used]
     scanner.summary_warning(
-        second, f"images in {folder} ({subset.label}) have the name of another"
+        second, f"{subset.medium} in {folder} ({subset.label}) have the name of another"
     )
-    scanner.summary_warning(extra, f"images in {folder} ({subset.label}) belong to no training image")
+    scanner.summary_warning(
+        extra, f"{subset.medium} in {folder} ({subset.label}) belong to no training {subset.medium.removesuffix('s')}"
+    )
     return paired
 

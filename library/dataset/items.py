@@ -52,7 +52,8 @@ class SubsetParams:
     caption_extension: str | None = ".caption"
     """None: there are no caption files"""
     whole_captions: bool = False
-    """captions have all lines of their files, and of a folder with caption files the pictures without one are left out"""
+    """captions have all lines of their files, and of a folder with caption files the pictures without one are left
+    out"""
     cache_info: bool = False
     alpha_mask: bool = False
     shuffle_caption: bool = False
@@ -139,7 +140,8 @@ class SampleFacts:
 
 @dataclass
 class ImageItem:
-    """One image, or one clip of a video, of one subset. Sizes are (width, height), after the EXIF orientation is applied.
+    """One image, or one clip of a video, of one subset. Sizes are (width, height), after the EXIF orientation is
+    applied.
 
     The fields below `bucket_reso` are filled while buckets are made and caches are read; the names are those that the
     caching strategies of `library/strategy_base.py` read and write.

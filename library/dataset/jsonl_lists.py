@@ -25,8 +25,8 @@ class ListEntry:
 
 def read_list(path: str, medium: str, control_count: int | None = 1) -> list[ListEntry]:
     """The lines of a list of images or videos (`medium` is image or video), in their order. `control_count`: control
-    files of each picture, where some have any (None: any number); a video has one; further ones are passed over. 0: none
-    are read.
+    files of each picture, where some have any (None: any number); a video has one; further ones are passed over. 0:
+    none are read.
 
     Raises ConfigError with every faulty line.
     """

@@ -45,7 +45,7 @@ class LatentEncoder(ABC):
         """
 
     def manner(self, bucket: Sequence[int]) -> str:
-        """What latents of pictures of this size hang on beside the VAE's file, in words that a cache file keeps ("in
+        """What latents of samples of this Bucket hang on beside the VAE's file, in words that a cache file keeps ("in
         tiles"); "" where they are made in one piece."""
         return ""
 

@@ -78,12 +78,16 @@ class LatentSpec:
     patch: int = 1
     fingerprint: str = ""
     clips: bool = False
+    joins_references: bool = False
+    """whether the latents of a single frame that is learned with others as reference hold these too, a frame each"""
 
     def latent_shape(self, bucket: Sequence[int]) -> tuple[int, ...]:
         """Shape of the latents of a sample of this size (a Bucket, or its key): (C, h, w) of a picture, (C, F, h, w) of
-        a clip or of a section."""
+        a clip, of a section, or of a frame with its references."""
         width, height, frames, kind = Bucket(*bucket)
         picture = (self.channels, height // self.spatial_stride, width // self.spatial_stride)
+        if frames == 1 and self.joins_references and kind.clean_indices:
+            return (self.channels, 1 + len(kind.clean_indices), *picture[1:])
         if frames == 1:
             return picture
         return (self.channels, kind.section_frames or 1 + (frames - 1) // (self.temporal_stride or 1), *picture[1:])

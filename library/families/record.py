@@ -177,6 +177,8 @@ class TinyModel:
     build: str
     network_module: str = "networks.lora"
     options: tuple[str, ...] = ()
+    first_frame: bool = False
+    """whether its samples begin with a picture"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from library.families.record import (
 
 _TINY = "library.tiny_models.wan_tiny"
 _NETWORK = "networks.lora_wan"
+_LIVE = ("--live_encoding",)
 
 FAMILY = FamilyRecord(
     name="wan",
@@ -33,19 +34,21 @@ FAMILY = FamilyRecord(
     pipeline="library.generation.wan_pipeline:WanPipeline",
     tiny=(
         TinyModel(
-            name="wan", title="Wan 2.1, text to video", build=f"{_TINY}:build_tiny_wan", network_module=_NETWORK
+            name="wan", title="Wan 2.1, text to video", build=f"{_TINY}:build_tiny_wan", network_module=_NETWORK,
+            options=_LIVE,
         ),
         TinyModel(
             name="wan_i2v", title="Wan 2.1, first frame to video", build=f"{_TINY}:build_tiny_wan_i2v",
-            network_module=_NETWORK,
+            network_module=_NETWORK, options=_LIVE, first_frame=True,
         ),
         TinyModel(
             name="wan22", title="Wan 2.2, first frame to video, two experts", build=f"{_TINY}:build_tiny_wan22",
-            network_module=_NETWORK,
+            network_module=_NETWORK, options=_LIVE, first_frame=True,
         ),
     ),
     latents=LatentSpec(
-        channels=16, spatial_stride=8, temporal_stride=4, patch=2, fingerprint="wan-f8c16", clips=True
+        channels=16, spatial_stride=8, temporal_stride=4, patch=2, fingerprint="wan-f8c16", clips=True,
+        joins_references=True,
     ),
     bucket_step=16,
     clips=ClipFacts(short="wan", long="wan", fps=16.0, one_frame=True),

@@ -29,7 +29,7 @@ class TinySet(Protocol):
 @dataclass(frozen=True)
 class TinyEntry:
     """`build`: a function (folder, *, seed, dtype) -> TinySet; `family`: the name of its record; `script`: what
-    trains it, with `network_module` and `options`."""
+    trains it, with `network_module` and `options`; `first_frame`: its samples begin with a picture."""
 
     title: str
     build: str
@@ -37,6 +37,7 @@ class TinyEntry:
     script: str
     network_module: str
     options: tuple[str, ...] = ()
+    first_frame: bool = False
 
 
 def _sets_of(record: FamilyRecord) -> Iterator[tuple[str, TinyEntry]]:
@@ -44,7 +45,8 @@ def _sets_of(record: FamilyRecord) -> Iterator[tuple[str, TinyEntry]]:
         yield (
             tiny.name,
             TinyEntry(
-                tiny.title, tiny.build, record.name, f"{script_name(record.name)}.py", tiny.network_module, tiny.options
+                tiny.title, tiny.build, record.name, f"{script_name(record.name)}.py", tiny.network_module,
+                tiny.options, tiny.first_frame,
             ),
         )
 

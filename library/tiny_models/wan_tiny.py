@@ -16,7 +16,7 @@ from library.tiny_models.vocabularies import T5_ROWS, write_t5_tokenizer
 from library.tiny_models.weights import random_state, random_weight, save_part, t5_state
 from library.wan_models import WanModel, WanParams
 
-T5_WIDTH, VISION_WIDTH, VISION_HEADS, VISION_LAYERS, VISION_SIDE = 24, 16, 2, 3, 2
+T5_WIDTH, VISION_WIDTH, VISION_HEADS, VISION_LAYERS, VISION_SIDE = 24, 16, 2, 3, 16
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TinyWan:
     def arguments(self) -> list[str]:
         """Command-line options that name the set."""
         named = {
-            "dit": self.denoiser, "dit_high_noise": self.high, "vae": self.vae, "t5": self.t5, "clip": self.clip,
+            "pretrained_model_name_or_path": self.denoiser, "dit_high_noise": self.high, "vae": self.vae, "t5": self.t5, "clip": self.clip,
             "t5_tokenizer": self.tokenizer, "task": self.task,
         }  # fmt: skip
         return [f"--{name}={path}" for name, path in named.items() if path is not None]

@@ -64,7 +64,8 @@ def found_in(subset: SubsetParams) -> tuple[list[FoundImage], Scanner]:
 
 
 def folder_subset(folder: Path, kind: str, **settings) -> SubsetParams:
-    source = {"image_dir": str(folder)} if kind == "image" else {"video_directory": str(folder), "clips": ClipSettings()}
+    videos = {"video_directory": str(folder), "clips": ClipSettings()}
+    source = {"image_dir": str(folder)} if kind == "image" else videos
     return SubsetParams(whole_captions=True, label="datasets[0]", **source, **settings)
 
 
@@ -155,5 +156,9 @@ def test_no_two_files_share_a_cache(case, tmp_path):
     items = [ImageItem(image.path, image.path, "x", subset, (64, 64)) for image in images]
     if any("would share a file" in problem for problem in scanner.problems):
         return
-    names = cache_paths(items, lambda item, path: latents_npz_path(ARCHITECTURES["hv"], latents_base(item, path), (64, 64)))
+
+    def path_of(item: ImageItem, path: str) -> str:
+        return latents_npz_path(ARCHITECTURES["hv"], latents_base(item, path), (64, 64))
+
+    names = cache_paths(items, path_of)
     assert len(set(names)) == len(items)

@@ -21,8 +21,8 @@ def architecture(short: str) -> DataArchitecture:
     )
     return DataArchitecture(
         name=short, latents=LatentSpec(channels=16, spatial_stride=8, temporal_stride=4, clips=short in RATES),
-        bucket_step=STEPS.get(short, 16), latents_suffix=f"_{short}.safetensors", text_suffix=f"_{short}_te.safetensors",
-        clips=clips,
+        bucket_step=STEPS.get(short, 16), latents_suffix=f"_{short}.safetensors",
+        text_suffix=f"_{short}_te.safetensors", clips=clips,
     )  # fmt: skip
 
 

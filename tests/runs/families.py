@@ -48,6 +48,10 @@ SLOTS: dict[str, dict[str, set[str]]] = {
         MODEL: {"hunyuan_video"}, "vae": {"vae_hunyuan_video"}, "text_encoder1": {"llama3_8b"},
         "text_encoder2": {"clip_l", "sd3_medium_checkpoint"},
     },
+    "wan": {
+        MODEL: {"wan_t2v_1_3b", "wan_t2v_14b", "wan_i2v_14b", "wan22_i2v_a14b"}, "t5": {"umt5_xxl_wan", "umt5_xxl_hf"},
+        "vae": {"vae_wan", "vae_qwen_image_diffusers"},
+    },
     "anima": {MODEL: {"anima"}, "qwen3": {"qwen3_0_6b"}, "vae": {"vae_wan", "vae_qwen_image_diffusers"}},
 }
 """family -> option that names a model file -> key tables that fit it"""

@@ -37,6 +37,7 @@ def test_one_folder_in_three_forms(tmp_path: Path, tiny) -> None:
     assert largest_difference(made["subsets"], made["flat"]) == largest_difference(made["subsets"], made["list"]) == 0
     assert len(list(caches.glob("*_flux.npz"))) == len(list(caches.glob("*_flux_te.npz"))) == 3
     assert not list(work.images.glob("*.npz"))
-    [dataset] = json.loads(read_parts(made["list"])[0]["ss_datasets"])
+    metadata = read_parts(made["list"])[0]
+    [dataset] = json.loads(metadata["ss_datasets"])
     assert dataset["subsets"][0]["image_jsonl_file"] == "images.jsonl"
-    assert json.loads(read_parts(made["list"])[0]["ss_dataset_dirs"]) == {"images.jsonl": {"n_repeats": 1, "img_count": 3}}
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"images.jsonl": {"n_repeats": 1, "img_count": 3}}

@@ -3,7 +3,8 @@ one by one. PyAV reads files where it is installed, else OpenCV."""
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -18,6 +19,8 @@ from library.dataset.media_utils import ImageFileError
 
 VIDEO_EXTENSIONS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg")
 """of video files, in lower case, in the order in which control videos of one name are preferred"""
+PYAV = (14, 1)
+"""the lowest version that is used"""
 QUESTION = "what the frames of a video tell"
 FLAGS = ("deep", "transparent", "invisible", "reads_alpha", "mixed_sizes")
 
@@ -49,8 +52,14 @@ def reader_name() -> str:
     return "PyAV" if has_pyav() else "OpenCV"
 
 
+@functools.lru_cache
 def has_pyav() -> bool:
-    return importlib.util.find_spec("av") is not None
+    """Whether PyAV is there, in a version that tells of rotations."""
+    try:
+        found = importlib.metadata.version("av").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(int(part) for part in found[:2] if part.isdecimal()) >= PYAV
 
 
 def look_at_video(path: str) -> VideoCheck:

@@ -62,6 +62,10 @@ class WanOptions(VideoOptions):
     vae_cache_cpu: bool = option(
         False, help="keep what the VAE remembers between the pieces of a clip in main memory: less memory of the device"
     )
+    one_frame: bool = equivalent_option(
+        False, help="single frames with others as reference",
+        reason="--one_frame: the dataset says which samples are such frames (fp_1f_clean_indices, fp_1f_target_index)",
+    )
     force_v2_1_time_embedding: bool = equivalent_option(
         False, help="one time embedding for each sample",
         reason="--force_v2_1_time_embedding: one embedding is made for each distinct time, which needs as little memory",
@@ -123,16 +127,24 @@ class WanFamily(VideoFamily):
         from library.checkpoints.kinds import check_slot
 
         kinds = {"vae": "vae_wan", "clip": "clip_vision", "t5": "umt5"}
-        files = self.part_files(part)
-        if self.lacks(part):
-            return []
-        found = [check_slot(file, name, {kinds[name]}, with_pickles=True) for name, file in files.items()]
+        files = self.part_files(part).items()
+        found = [check_slot(file, name, {kinds[name]}, with_pickles=True) for name, file in files]
         return [problem for problem in found if problem]
+
+    def _file_problems(self) -> list[str]:
+        """With the task against the denoiser, whatever else is wrong."""
+        found, problems = super()._file_problems(), Problems()
+        try:
+            readable = self._denoiser_path is not None and self._denoiser_info is not None
+        except CheckpointError:  # among those found
+            readable = False
+        if readable:
+            problems.attempt(self._check_task)
+            problems.attempt(self._check_second_expert)
+        return [*problems.messages, *found]
 
     def _tokenizer_problems(self) -> list[str]:
         """A tokenizer that cannot be found or read, or whose ids the model does not have."""
-        if self.lacks("text_encoders"):
-            return []
         from library.wan_text_encoder_utils import inspect_umt5
 
         return tokenizer_problems(
@@ -155,12 +167,10 @@ class WanFamily(VideoFamily):
         return inspect_wan(self._denoiser_path)
 
     def _size_problems(self) -> list[str]:
-        """The task against the denoiser, sizes of the files against each other; headers only."""
+        """Sizes of the files against each other; headers only."""
         from library.custom_offloading_utils import row_swap_problem
 
         params, problems = self._denoiser_info.params, Problems()
-        problems.attempt(self._check_task)
-        problems.attempt(self._check_second_expert)
         widths = []
         if not self.lacks("text_encoders"):
             widths.append(("t5", self.opts.t5, "its width", self._text_width, params.text_dim))
@@ -301,10 +311,15 @@ class WanFamily(VideoFamily):
         return StrategySet(tokenize, encoding, self.latents_caching(), text, TEXT_LAYOUTS["wan"])
 
     def latents_caching(self) -> LatentCache:
+        from library.checkpoints.identity import combined_identity, model_identity
         from library.strategy_wan import WanLatentEncoder
 
-        shape = self._vision_shape if self.task.needs_vision else None
-        return self.latent_cache(WanLatentEncoder(self.task, shape), self._vae_path)
+        if not self.task.needs_vision:
+            return self.latent_cache(WanLatentEncoder(self.task), self._vae_path)
+        cache = self.latent_cache(WanLatentEncoder(self.task, self._vision_shape), self._vae_path)
+        if cache.model_identity:  # of both files, where they are given
+            cache.model_identity = combined_identity([cache.model_identity, model_identity(self.opts.clip)])
+        return cache
 
     # -- models --------------------------------------------------------------------------------------------------------
 

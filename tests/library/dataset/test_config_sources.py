@@ -61,11 +61,11 @@ def test_both_forms_in_one_file(tmp_path):
 
 
 def test_a_dataset_without_subsets_has_caption_settings_and_masks(tmp_path):
-    text = '[[datasets]]\nimage_directory = "i"\nresolution = 512\nflip_aug = true\nis_reg = true\nvalidation_split = 0.5'
-    [dataset] = load(tmp_path, text, FLUX).datasets
+    text = '[[datasets]]\nimage_directory = "i"\nresolution = 512\n'
+    [dataset] = load(tmp_path, text + "flip_aug = true\nis_reg = true\nvalidation_split = 0.5", FLUX).datasets
     [subset] = dataset.subsets
     assert subset.flip_aug and subset.is_reg and subset.validation_split == 0.5 and dataset.validation_split == 0.5
-    masks = '[[datasets]]\nimage_directory = "i"\nresolution = 512\nconditioning_data_dir = "m"'
+    masks = text + 'conditioning_data_dir = "m"'
     assert load(tmp_path, masks, FLUX, masked_loss=True).datasets[0].kind == "CN"
     assert load(tmp_path, masks, FLUX, script="train_control_net").datasets[0].holds_control
 
@@ -88,7 +88,7 @@ def test_what_was_written_on_the_command_line_stands_in(tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "keys", "told"),
     [
-        (WAN, "target_frames = [1, 4, 26]", [r"target_frames \[4, 26\] are no multiple of 4 and 1, .* \[1, 25\] frames"]),
+        (WAN, "target_frames = [1, 4, 26]", [r"frames \[4, 26\] are no multiple of 4 and 1, .* \[1, 25\] frames"]),
         (WAN, 'frame_extraction = "uniform"', ["takes the beginning, as head does"]),
         (WAN, "frame_stride = 2\nframe_sample = 2", ["frame_stride has no effect with .* head", "frame_sample has no"]),
         (WAN, 'frame_extraction = "full"\ntarget_frames = [5]', ["target_frames has no effect with .* full"]),
@@ -107,9 +107,8 @@ def test_settings_without_effect_are_told(tmp_path, architecture, keys, told):
 
 
 def test_settings_of_pictures_that_a_family_does_not_read_are_told(tmp_path):
-    text = (
-        '[[datasets]]\nimage_directory = "i"\ncontrol_directory = "c"\ncontrol_resolution = 512\nfp_1f_target_index = 1\n'
-    )
+    text = '[[datasets]]\nimage_directory = "i"\ncontrol_directory = "c"\n'
+    text += "control_resolution = 512\nfp_1f_target_index = 1\n"
     [line] = load(tmp_path, text, FLUX).warnings
     assert "control_directory, control_resolution, fp_1f_target_index are nothing that flux reads, and ignored" in line
     assert load(tmp_path, text, FLUX).datasets[0].subsets[0].control_count == 0
@@ -141,6 +140,7 @@ def test_renamed_keys_are_told(tmp_path):
     assert blueprint.warnings == ("datasets.one.flux_kontext_no_resize_control is called no_resize_control now",)
 
 
+FLAT = '[[datasets]]\nvideo_directory = "v"\n'
 NESTED = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\n"
 
 
@@ -169,7 +169,7 @@ NESTED = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\n"
         (WAN, '[[datasets]]\nvideo_directry = "v"\ntarget_frames = [5]\nmultiple_target = false', [
             ("datasets[0]", "missing"), ("datasets[0].video_directry", "unknown_key"),
         ]),
-        (WAN, '[[datasets]]\nvideo_directory = "v"\nimage_directory = "i"\ntarget_frames = [5]\nno_resize_control = false', [
+        (WAN, FLAT + 'image_directory = "i"\ntarget_frames = [5]\nno_resize_control = true', [
             ("datasets[0]", "conflict"),
         ]),
         (WAN, "[[datasets]]\nresolution = 512", [("datasets[0]", "missing")]),
@@ -191,7 +191,8 @@ def test_refusals(tmp_path, architecture, text, wanted):
 def test_image_families_share_folders_between_datasets_and_need_no_folder_for_lists(tmp_path):
     """Their caches hold several sizes of an image, beside the images."""
     text = "".join(f'[[datasets]]\nresolution = {size}\nimage_directory = "i"\n' for size in (512, 768))
-    assert len(load(tmp_path, text + '[[datasets]]\nimage_jsonl_file = "x.jsonl"\nresolution = 512\n', FLUX).datasets) == 3
+    text += '[[datasets]]\nimage_jsonl_file = "x.jsonl"\nresolution = 512\n'
+    assert len(load(tmp_path, text, FLUX).datasets) == 3
 
 
 def test_a_video_for_a_family_of_pictures_is_one_message(tmp_path):

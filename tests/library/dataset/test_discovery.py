@@ -50,7 +50,8 @@ def test_files_with_an_extension_of_both_cases_are_named_without_subsets(tmp_pat
     touch(tmp_path, "a.mp4", "b.MP4", "c.Mp4")
     found, scanner = videos(tmp_path, whole_captions=True)
     assert names(found) == ["a.mp4", "b.MP4"]
-    assert scanner.warnings == ["1 files in datasets[0] have an extension of small and capital letters and are left out: c.Mp4"]
+    told = "1 files in datasets[0] have an extension of small and capital letters and are left out: c.Mp4"
+    assert scanner.warnings == [told]
     found, scanner = videos(tmp_path)
     assert names(found) == ["a.mp4", "b.MP4", "c.Mp4"] and not scanner.warnings
 
@@ -125,8 +126,9 @@ def test_a_list_keeps_its_order_and_its_captions(tmp_path):
 
 def test_every_fault_of_a_list_is_told(tmp_path):
     path = write_list(
-        tmp_path / "x.jsonl", {"image_path": "a.png"}, "{", "", "[]", {"video_path": 5}, {"video_path": "", "caption": ""},
-        {"video_path": "v", "caption": 1}, {"caption": "x"}, {"video_path": "v", "control_path_0": None},
+        tmp_path / "x.jsonl", {"image_path": "a.png"}, "{", "", "[]", {"video_path": 5},
+        {"video_path": "", "caption": ""}, {"video_path": "v", "caption": 1}, {"caption": "x"},
+        {"video_path": "v", "control_path_0": None},
     )
     with pytest.raises(ConfigError) as caught:
         read_list(path, "video")

@@ -14,17 +14,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from library.core.errors import ConfigError
 from library.dataset import DatasetOptions
 from library.dataset import samples as reading
+from library.dataset.batch import CONDITIONING_ALPHA, CONDITIONING_IMAGES, numbered
 from library.dataset.build import build_dataset_groups
 from library.dataset.clips import opencv_video, video_files
 from library.dataset.dataset import DatasetGroup
 from library.dataset.datasources import ScanResult, load_datasets
 from library.dataset.debug import debug_dataset, picture
+from library.dataset.strategies import StrategySet
 from library.families.record import ClipFacts
+from library.strategy_base import LatentsCachingStrategy
 from tests.library.dataset.clips.videos import SIZE, number_of, numbered_frame, write_frames, write_video
 from tests.library.dataset.images import epoch_requests
 from tests.toy_video.record import FAMILY
@@ -241,6 +245,78 @@ def test_transparency_of_frames_is_the_mask(tmp_path):
     assert numbers(batch.images[0]) == [0, 1, 2]
 
 
+def test_masks_of_clips_go_with_their_frames(tmp_path):
+    """A video, a folder of frames, or one picture for all frames; of another size it is refused."""
+    folder, masks = tmp_path / "videos", tmp_path / "masks"
+    for name in "abc":
+        video(folder, f"{name}.avi", 6, fps=12)
+    write_video(masks / "a.mp4", 6, fps=12, first=100)
+    write_frames(masks / "b", 6, first=100)
+    Image.fromarray(numbered_frame(255)).save(masks / "c.png")
+    (masks / "a").mkdir()
+    keys = f'target_frames = [3]\nframe_extraction = "chunk"\nconditioning_data_dir = "{masks.as_posix()}"'
+    group, _, scan = load(folder, keys, NESTED, masked_loss=True)
+    assert samples(group, "conditioning_images") == {
+        "a.avi": [run(100, 102), run(103, 105)], "b.avi": [run(100, 102), run(103, 105)], "c.avi": 2 * [[255] * 3],
+    }
+    assert any("have the name of another" in line for line in scan.warnings)
+    Image.fromarray(numbered_frame(255, (32, 16))).save(masks / "c.png")
+    with pytest.raises(ConfigError, match=r"c\.png is 32x16, its image is 64x32"):
+        load(folder, keys, NESTED, masked_loss=True)
+    (masks / "c.png").unlink()
+    with pytest.raises(ConfigError, match=r"c\.avi has no video, folder of frames or image named c in"):
+        load(folder, keys, NESTED, masked_loss=True)
+
+
+def test_several_control_pictures_with_alpha(tmp_path):
+    """Each in its own size, with its alpha where a family reads it; pictures with other controls share no batch."""
+    folder, controls = tmp_path / "pictures", tmp_path / "controls"
+    for path in (folder, controls):
+        path.mkdir()
+    for number in range(3):
+        Image.fromarray(numbered_frame(number)).save(captioned(folder / f"{number}.png"))
+        Image.fromarray(numbered_frame(100 + number, (128, 64))).save(controls / f"{number}.png")
+        second = Image.fromarray(numbered_frame(200 + number, (96, 48) if number else (64, 128))).convert("RGBA")
+        second.putalpha(51)
+        second.save(controls / f"{number}_1.png")
+    keys = f'control_directory = "{controls.as_posix()}"\nno_resize_control = true\nflip_aug = true'
+    text = NESTED.replace("video_directory", "image_directory")
+    architecture = dataclasses.replace(TOY, clips=dataclasses.replace(FACTS, controls=None))
+    group, _, _ = load(folder, keys, text, architecture=architecture)
+    assert {item.kind.controls for item in group.items} == {((128, 64), (96, 48)), ((128, 64), (64, 128))}
+    group.set_strategies(StrategySet(None, None, ReadsAlpha(architecture), None))
+    seen = {}
+    for request in epoch_requests(group):
+        batch = group.load(request)
+        names = ["conditioning_images", "conditioning_alpha", "conditioning_images_1", "conditioning_alpha_1"]
+        assert list(batch.conditions) == names
+        alpha = batch.conditions["conditioning_alpha_1"]
+        assert batch.conditions["conditioning_alpha"].min() == 1 and torch.allclose(alpha, torch.full_like(alpha, 0.2))
+        for row, key in enumerate(batch.image_keys):
+            seen[Path(key).name] = [tuple(batch.conditions[name][row].shape) for name in names]
+            for name, first in zip(names[::2], (100, 200)):
+                shown = batch.conditions[name][row]
+                shown = shown.flip(-1) if batch.flippeds[row] else shown
+                assert numbers(shown) == [first + int(Path(key).stem)], "mirrored with its picture"
+    wide = [(3, 64, 128), (1, 64, 128), (3, 48, 96), (1, 48, 96)]
+    assert seen == {"0.png": [*wide[:2], (3, 128, 64), (1, 128, 64)], "1.png": wide, "2.png": wide}
+
+
+class ReadsAlpha(LatentsCachingStrategy):
+    """Of a family that reads all control pictures with their alpha channels."""
+
+    def __init__(self, architecture) -> None:
+        super().__init__(False, 1, False)
+        self.architecture = architecture
+
+    def encode(self, vae, images, seeds):
+        raise AssertionError("nothing is encoded here")
+
+    def pictures_for(self, bucket):
+        numbers = range(len(bucket.kind.controls))
+        return tuple(numbered(name, n) for n in numbers for name in (CONDITIONING_IMAGES, CONDITIONING_ALPHA))
+
+
 # ---- held-out videos and regularisation ------------------------------------------------------------------------------
 
 def test_clips_of_a_video_are_on_one_side_of_the_split(tmp_path):
@@ -271,6 +347,8 @@ def test_all_bad_files_are_told_at_once(tmp_path):
     bad = {"empty.mp4": b"", "text.avi": b"no video at all", "sound.mkv": wave_bytes()}
     whole = video(folder, "half.mp4", 9).read_bytes()
     bad["half.mp4"] = whole[: len(whole) // 2]
+    frames = video(folder, "head.avi", 9).read_bytes()
+    bad["head.avi"] = frames[: frames.index(b"movi") + 8]  # all of the header, and no frame
     for name, content in bad.items():
         captioned(folder / name).write_bytes(content)
     with pytest.raises(ConfigError) as error:
@@ -278,7 +356,8 @@ def test_all_bad_files_are_told_at_once(tmp_path):
     assert len(error.value.problems) == len(bad)
     for name in bad:
         assert any(name in problem for problem in error.value.problems), name
-    assert any("empty file" in problem for problem in error.value.problems)
+    told = "\n".join(error.value.problems)
+    assert "empty.mp4 is an empty file" in told and "head.avi has a video stream of which no frame can be decoded" in told
     group, _, scan = load(folder, "target_frames = [5]", skip_bad_images=True)
     assert samples(group) == {"good.avi": [run(0, 4)]} and scan.num_skipped == len(bad)
 
