@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,10 @@ from library.checkpoints.loading import (
     strip_prefix,
 )
 from library.components.hunyuan_stream_utils import DENOISER_PREFIXES
+from library.components.llama_clip_utils import WIDTH, add_size_problems, encoder_sizes
+from library.components.siglip_utils import inspect_siglip
+from library.core.errors import Problems
+from library.custom_offloading_utils import stream_swap_problem
 from library.fp8_optimization_utils import FP8_BLOCK, FP8_STORAGE, scaled_fp8, store_linears_in_fp8, use_scales
 from library.framepack_models import FramePackParams, HunyuanVideoTransformer3DModelPacked
 from library.safetensors_utils import cast_all, save_file_atomic
@@ -155,6 +159,31 @@ def takes_scale(path: str) -> bool:
     """Whether the layer of this path is stored in scaled 8 bits: the matrices of the double and single blocks but those
     of the norms."""
     return path.startswith(("transformer_blocks.", "single_transformer_blocks.")) and "norm" not in path
+
+
+def fitting_problems(
+    denoiser: Callable[[], FramePackParams],
+    *,
+    text_encoder1: str | None = None,
+    text_encoder2: str | None = None,
+    vae: str | None = None,
+    image_encoder: str | None = None,
+    model: str,
+    blocks_to_swap: int,
+) -> list[str]:
+    """What is wrong with each file, sizes of encoders and autoencoder against the denoiser's, and a block swap that its
+    depth does not allow, from headers. Files that are None are not looked at; `denoiser` reads the header of `model`."""
+    problems = Problems()
+    params = problems.attempt(denoiser)
+    text, pooled, channels, width = (
+        None if params is None else getattr(params, name)
+        for name in ("text_embed_dim", "pooled_projection_dim", "in_channels", "image_proj_dim")
+    )
+    sizes = encoder_sizes(text_encoder1, text_encoder2, vae, text=text, pooled=pooled, channels=channels)
+    pictures = ("image_encoder", image_encoder, WIDTH, lambda: inspect_siglip(image_encoder).hidden_size, width)
+    add_size_problems(problems, [*sizes, pictures], model)
+    swap = params and stream_swap_problem(blocks_to_swap, params.num_layers, params.num_single_layers)
+    return [*problems.messages, swap] if swap else problems.messages
 
 
 def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -77,6 +77,7 @@ CASES = {
         ),
         FamilyCase("lumina", "lumina2", ("lora_te_",)),
         FamilyCase("hunyuan_video", "hunyuan_video", ()),
+        FamilyCase("framepack", "framepack", ()),
         FamilyCase("wan", "wan", ()),
         FamilyCase("wan_i2v", "wan", (), like="wan"),
         FamilyCase("wan22", "wan", (), like="wan"),

@@ -229,7 +229,7 @@ def encode_latents(
                 if strategy.cache_to_disk:
                     writer.submit(_store_on_disk, strategy, decoded, encoded)
                 else:
-                    _store_in_memory(decoded, encoded)
+                    _store_in_memory(strategy, decoded, encoded)
             bar.update(len(batch))
     if bad and not skip_bad_images:
         raise ConfigError(
@@ -345,7 +345,7 @@ def _store_on_disk(strategy: LatentCache, decoded: Decoded, encoded: Encoded) ->
     item = decoded.job.item
     arrays = LatentArrays(
         latents=encoded.latents, original_size=item.image_size, crop_ltrb=Geometry.centred(item).crop_ltrb,
-        latents_flipped=encoded.flipped, alpha_mask=decoded.pixels.alpha_mask,
+        latents_flipped=encoded.flipped, alpha_mask=strategy.learned_mask(item, decoded.pixels.alpha_mask),
         conditions=encoded.conditions, conditions_flipped=encoded.conditions_flipped,
     )
     paths = condition_paths(item, decoded.pictures)
@@ -354,8 +354,8 @@ def _store_on_disk(strategy: LatentCache, decoded: Decoded, encoded: Encoded) ->
     strategy.store.save(item.latents_npz, strategy.architecture, item.bucket, arrays, record)
 
 
-def _store_in_memory(decoded: Decoded, encoded: Encoded) -> None:
-    mask = decoded.pixels.alpha_mask
+def _store_in_memory(strategy: LatentCache, decoded: Decoded, encoded: Encoded) -> None:
+    mask = strategy.learned_mask(decoded.job.item, decoded.pixels.alpha_mask)
     for item in decoded.job.items:
         item.latents = encoded.latents.float()
         item.latents_flipped = None if encoded.flipped is None else encoded.flipped.float()
@@ -395,4 +395,4 @@ def cache_one_batch(
         if strategy.cache_to_disk:
             _store_on_disk(strategy, decoded, encoded)
         else:
-            _store_in_memory(decoded, encoded)
+            _store_in_memory(strategy, decoded, encoded)

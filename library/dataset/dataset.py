@@ -240,7 +240,9 @@ class Dataset:
         sample.image = image_tensor(pixels.image, sample.flipped)  # [3, H, W] or [3, F, H, W]
         sample.latent_seed = seed_of(item, file_content_id(item.absolute_path), sample.flipped)
         if pixels.alpha_mask is not None:
-            sample.alpha_mask = mask_tensor(pixels.alpha_mask, sample.flipped)
+            caching = self.strategies.latents_caching if self.strategies is not None else None
+            mask = pixels.alpha_mask if caching is None else caching.learned_mask(item, pixels.alpha_mask)
+            sample.alpha_mask = mask_tensor(mask, sample.flipped)
 
     def _text(self, item: ImageItem, request: BatchRequest, position: int) -> tuple[str, Conditioning | None]:
         """The caption that is used, and its cached outputs when there are some."""

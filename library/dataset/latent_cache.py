@@ -22,6 +22,8 @@ from library.dataset.items import SampleFacts
 from library.families.latents import PLAIN, Bucket, SampleKind
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from library.dataset.cache_index import CacheIndex
     from library.dataset.items import ImageItem
     from library.families.record import DataArchitecture
@@ -123,6 +125,17 @@ class LatentCache:
     def stores_batches(self) -> bool:
         """Whether batches are encoded and stored by `cache_batch_latents` of a plug-in."""
         return False
+
+    def learned_mask(self, item: ImageItem, mask: np.ndarray | None) -> np.ndarray | None:
+        """Of the weights of a picture or clip those of what is learned: of a section [F, H, W] becomes [F', H, W] in frames
+        of its latents, each the mean of the frames that it stands for."""
+        facts = item.facts
+        if mask is None or facts.section is None:
+            return mask
+        frames, stride = facts.kind.section_frames, self.architecture.latents.temporal_stride or 1
+        first = 1 + facts.section * frames * stride  # behind the clip's first frame, which is a latent frame of its own
+        part = mask[first : first + frames * stride]
+        return part.reshape(frames, stride, *part.shape[1:]).mean(axis=1)
 
     @torch.no_grad()
     def encode_images(self, vae: torch.nn.Module, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:

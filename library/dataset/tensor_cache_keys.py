@@ -15,16 +15,8 @@ from typing import NamedTuple
 import torch
 
 VARLEN = "varlen_"
-_DTYPES = sorted(
-    {
-        str(value).removeprefix("torch.")
-        for value in vars(torch).values()
-        if isinstance(value, torch.dtype) and not value.is_complex
-    },
-    key=len,
-    reverse=True,
-)
-"""names of number formats, the longest first: `float8_e4m3fn` is one"""
+_DTYPES = {str(value).replace("torch.", "_") for value in vars(torch).values() if isinstance(value, torch.dtype)}
+"""endings that are names of number formats"""
 _SIZE = re.compile(r"_\d+(x\d+){1,2}$")
 
 
@@ -40,8 +32,7 @@ def parse_key(key: str) -> KeyName:
     name = key.removeprefix(VARLEN)
     is_list = name != key
     if not name.endswith("_mask"):
-        ending = next((f"_{dtype}" for dtype in _DTYPES if name.endswith(f"_{dtype}")), "")
-        name = name.removesuffix(ending)
+        name = name.removesuffix(next((ending for ending in _DTYPES if name.endswith(ending)), ""))
     if name.startswith("latents_"):
         name = _SIZE.sub("", name)
     return KeyName(name, is_list)

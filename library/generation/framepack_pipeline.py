@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,9 +77,10 @@ class FramePackPipeline(VideoPipeline):
     # -- clips ---------------------------------------------------------------------------------------------------------
 
     def latents(self, request: FramePackRequest, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
-        """Of a clip of S sections [1, C, 1 + S * w, h, w], the first frame among them; of one frame [1, C, 1, h, w].
-        `conditioning` has a row for each text of the prompt's sections. ConfigError when the frames hold no section."""
-        if request.one_frame is not None:
+        """Of a clip of S sections [1, C, 1 + S * w, h, w], the first frame among them; of one frame [1, C, 1, h, w],
+        which a request of one without sections asks for, too. `conditioning` has a row for each text of the prompt's
+        sections. ConfigError when the frames hold no section."""
+        if request.one_frame is not None or (request.frames == 1 and not request.sections):
             return self._single_frame(request, conditioning, negative)
         count = self.section_count(request)
         texts, starts = sections.section_texts(request.prompt), self._starts(request)
@@ -97,6 +98,14 @@ class FramePackPipeline(VideoPipeline):
             made = [*made, latents] if self.is_f1 else [latents, *made]
             history = torch.cat((history, latents) if self.is_f1 else (latents, history), dim=2)
         return torch.cat((starts[0].latents, *made), dim=2)
+
+    def latents_together(
+        self, requests: Sequence[FramePackRequest], conditioning: Conditioning, negative: Conditioning | None
+    ) -> Tensor:
+        """One by one: each may have texts for its sections."""
+        if len(requests) > 1:
+            raise ConfigError("clips of sections are made one by one")
+        return self.latents(requests[0], conditioning, negative)
 
     def section_count(self, request: FramePackRequest) -> int:
         """ConfigError, naming the frames needed, when they hold none."""
@@ -197,7 +206,8 @@ class FramePackPipeline(VideoPipeline):
         self, request: FramePackRequest, conditioning: Conditioning, negative: Conditioning | None
     ) -> Tensor:
         """Latents [1, C, 1, h, w] of a frame in view of control pictures."""
-        places = sections.parse_one_frame(request.one_frame, len(request.control_image_paths), self.window)
+        settings = request.one_frame or ""
+        places = sections.parse_one_frame(settings, len(request.control_image_paths), self.window)
         paths, masks = request.control_image_paths, request.control_mask_paths
         zero = torch.zeros(1, *self._section_shape(request, 1), device=self.denoiser.device)
         seen = [

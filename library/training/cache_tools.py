@@ -283,15 +283,17 @@ def _data(config: Config, family: ModelFamily, what: str) -> tuple[DataGroups, R
 
     problems, found = Problems(), None
     clips = config[ClipCacheOptions] if ClipCacheOptions in config.classes() else ClipCacheOptions()
+    try:
+        found = find_data(config, family.architecture)
+    except ConfigError as error:
+        problems.absorb(error)
+    if found is not None and found.scan is not None:
+        family.see_items([item for items in (*found.scan.train, *found.scan.validation) for item in items])
     if not _only_shows(config):
         for message in family.part_problems(PARTS[what]):
             problems.add(message)
     if problem := device_problem("device", clips.device):
         problems.add(problem)
-    try:
-        found = find_data(config, family.architecture)
-    except ConfigError as error:
-        problems.absorb(error)
     problems.raise_if_any()
     runtime = _on_device(prepare_runtime(config), clips.device)
     return group_data(config, found, family.architecture, runtime.seed), runtime

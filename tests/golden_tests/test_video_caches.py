@@ -140,6 +140,7 @@ def test_batch_of_cached_samples(case):
     found = {"latents": batch.latents, **batch.conditions, **batch.conditioning}
     assert found.keys() == case["expected"].keys()
     for name, wanted in case["expected"].items():
+        assert isinstance(found[name], list) == ("list" in wanted)
         if "list" in wanted:
             assert [list(tensor.shape) for tensor in found[name]] == [wanted["shape"]] * wanted["list"]
             assert [list(t.shape) for t in batch.rows([1]).conditioning[name]] == [wanted["shape"]]

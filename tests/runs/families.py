@@ -48,6 +48,10 @@ SLOTS: dict[str, dict[str, set[str]]] = {
         MODEL: {"hunyuan_video"}, "vae": {"vae_hunyuan_video"}, "text_encoder1": {"llama3_8b"},
         "text_encoder2": {"clip_l", "sd3_medium_checkpoint"},
     },
+    "framepack": {
+        MODEL: {"framepack"}, "vae": {"vae_hunyuan_video"}, "text_encoder1": {"llama3_8b"},
+        "text_encoder2": {"clip_l", "sd3_medium_checkpoint"}, "image_encoder": {"siglip_so400m"},
+    },
     "wan": {
         MODEL: {"wan_t2v_1_3b", "wan_t2v_14b", "wan_i2v_14b", "wan22_i2v_a14b"}, "t5": {"umt5_xxl_wan", "umt5_xxl_hf"},
         "vae": {"vae_wan", "vae_qwen_image_diffusers"},

@@ -21,6 +21,7 @@ from library.device_utils import clean_memory_on_device
 from library.generation.control_pictures import open_picture
 from library.generation.image_grid import GridCell, image_grid
 from library.generation.picture_files import frames_of, read_frames, settings_texts, write_picture
+from library.generation.sampling_utils import one_batch
 from library.generation.video_files import encoder_of, write_clip
 from library.generation.video_pipeline import frame_rate
 from library.training.hooks.base import Hook
@@ -73,7 +74,7 @@ def encode_sample_prompts(
     family: ModelFamily, strategies: StrategySet, text_encoders: list[torch.nn.Module | None],
     prompts: Sequence[SamplePrompt],
 ) -> Texts:
-    """Conditioning of one sample (tensors [1, ...] on the CPU) for every text that sampling needs; negative prompts
+    """Conditioning of one sample (tensors [1, ...] on the CPU, with a row for each of `prompt_rows`) for every text that sampling needs; negative prompts
     stand under `StrategySet.negative_key`.
 
     Made once while the text encoders are in memory. What an encoder that is None would make is not there.
@@ -84,22 +85,13 @@ def encode_sample_prompts(
         if key in encoded:
             continue
         if isinstance(key, NegativeText):
-            tokens, weights = strategies.tokenize.tokenize_negative(strategies.prompt_text(text)), None
+            prompts = [(strategies.tokenize.tokenize_negative(strategies.prompt_text(text)), None)]
         else:
-            tokens, weights = strategies.tokenize.tokenize_prompt(strategies.prompt_text(text))
-        outputs = strategies.encode(text_encoders, tokens, weights)
+            prompts = [strategies.tokenize.tokenize_prompt(strategies.prompt_text(t)) for t in family.prompt_rows(text)]
+        rows = [strategies.encode(text_encoders, tokens, weights) for tokens, weights in prompts]
+        outputs = rows[0] if len(rows) == 1 else joined(rows)
         encoded[key] = on_tensors(lambda tensor: tensor.detach().cpu(), outputs)
     return encoded
-
-
-def joined(conditioning: Sequence[Conditioning]) -> Conditioning:
-    """That of several samples [1, ...] as one batch."""
-
-    def of_all(name: str) -> Any:
-        rows = [one[name] for one in conditioning]
-        return sum(rows, []) if isinstance(rows[0], list) else torch.cat(rows)
-
-    return {name: of_all(name) for name in conditioning[0]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,8 +259,8 @@ class SampleHook(Hook):
     def _make(self, run: Run, at: str, numbers: Sequence[int], texts: Texts) -> list[SampleFile]:
         prompts = [self._complete(run, number) for number in numbers]
         keys = [run.strategies.negative_key(prompt.negative_prompt or "") for prompt in prompts]
-        positive = joined([texts[prompt.prompt] for prompt in prompts])
-        negative = joined([texts[key] for key in keys]) if run.family.needs_negative(prompts[0]) else None
+        positive = one_batch([texts[prompt.prompt] for prompt in prompts])
+        negative = one_batch([texts[key] for key in keys]) if run.family.needs_negative(prompts[0]) else None
         with run.trainable.at_sample(prompts[0]) as fields:
             pipeline = run.family.pipeline(run.models)
             pipeline = dataclasses.replace(pipeline, **fields) if fields else pipeline

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from library.checkpoints.loading import Transform
     from library.core.keyed_random import StepDraws
     from library.dataset.batch import Batch
+    from library.dataset.items import ImageItem
     from library.dataset.latent_cache import LatentCache, LatentEncoder
     from library.dataset.strategies import Conditioning, StrategySet
     from library.dataset.text_cache import TextCache
@@ -220,6 +221,10 @@ class ModelFamily(ABC):
             settings={name: str(value) for name, value in settings.items()}, **facts,
         )
 
+    def see_items(self, items: Sequence[ImageItem]) -> None:
+        """The samples that a cache tool found, before it looks at the files of a part: for families without the file of
+        the denoiser, which says what is cached beside latents."""
+
     def lacks(self, part: str) -> bool:
         """Whether no file of a part, "vae" or "text_encoders", is given, so that a run depends on complete caches."""
         return False
@@ -323,6 +328,10 @@ class ModelFamily(ABC):
     def unused_text_layers(self, number: int, encoder: torch.nn.Module) -> Sequence[str]:
         """Beginnings of the names of those parameters of a text encoder whose results nothing reads."""
         return ()
+
+    def prompt_rows(self, text: str) -> Sequence[str]:
+        """The texts of which a sample prompt consists: one, but where parts of a clip have texts of their own."""
+        return [text]
 
     def needs_negative(self, prompt: SamplePrompt) -> bool:
         """Whether a complete prompt is made with CFG, which takes a second conditioning."""

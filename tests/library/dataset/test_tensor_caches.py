@@ -62,6 +62,7 @@ def test_samples_are_those_without_a_cache(tmp_path, needs):
         for found in (batch, other):
             assert torch.equal(found.latents, latents) and found.latents.dtype == torch.float32
             assert torch.equal(found.conditions["first_frame"], conditions["first_frame"])
+            assert found.conditions["first_frame"].dtype == torch.float32
             assert (found.alpha_masks is None) == (expected.alpha_masks is None)
             assert found.alpha_masks is None or torch.equal(found.alpha_masks, expected.alpha_masks)
     file = TensorFile.of(str(tmp_path / "0_0032x0032_toy.safetensors"))
@@ -247,6 +248,11 @@ def test_stale_outputs_are_noticed_with_or_without_a_record(tmp_path):
     assert reason("a red cat") == "made with another caption"
     save_file_atomic(changed, path, {"architecture": "toy_video_of_the_tests", "caption1": "c"})
     assert reason("c") == "" and reason("b") == "made with another caption"
+    keys = set(TensorFile.of(path).keys)
+    header = {"architecture": "toy_video_of_the_tests", "caption1": "c"}
+    save_file_atomic(changed | {"extra_float32": torch.ones(2)}, path, header)
+    text.fill([dataclasses.replace(item, text_encoder_outputs_npz=None, caption="d")], strategy)
+    assert set(TensorFile.of(path).keys) == keys, "nothing of another caption stays beside the new one"
     save_file_atomic(changed, path, {"architecture": "another", "caption1": "c"})
     assert reason("c") == "made for another, and not for toy_video_of_the_tests"
     Path(path).write_bytes(b"x" * 100)

@@ -1,0 +1,268 @@
+"""What is special to HunyuanVideo, through the command line: clips and pictures in one run, caches alone, first frames,
+guidance, options, samples, wrong files. What holds for every family is in test_families.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library.checkpoints.hunyuan_video_convert import NAMES
+from library.core.errors import ConfigError
+from library.hunyuan_video_utils import LAYOUTS, inspect_hunyuan_video
+from library.safetensors_utils import load_safetensors, save_file_atomic
+from library.tiny_models.hunyuan_video_tiny import TinyHunyuanVideo, build_tiny_hunyuan_video
+from library.training import cli
+from tests.families import CASES
+from tests.forked import run_ranks
+from tests.runs.conftest import Work, draw_pictures, fingerprint, largest_difference, losses_of, read_parts
+from tests.tiny_clips import write_moving_shapes
+
+CASE = CASES["hunyuan_video"]
+CLIPS = """
+[general]
+caption_extension = ".txt"
+resolution = [64, 64]
+batch_size = {batch_size}
+enable_bucket = true
+bucket_no_upscale = true
+[[datasets]]
+video_directory = '{videos}'
+target_frames = [1, 5, 9]
+frame_extraction = "head"
+{keys}
+[[datasets]]
+image_directory = '{images}'
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyHunyuanVideo:
+    return build_tiny_hunyuan_video(tmp_path_factory.mktemp("tiny_hunyuan_video"))
+
+
+class ClipWork(Work):
+    """Videos beside pictures."""
+
+    def clips(self, batch_size: int = 2, keys: str = "", count: int = 3, name: str = "clips.toml") -> Path:
+        videos, path = self.folder / "videos", self.folder / name
+        if not videos.exists():
+            write_moving_shapes(videos, count)
+        text = CLIPS.format(batch_size=batch_size, videos=videos, images=self.images, keys=keys)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+
+@pytest.fixture
+def work(tmp_path: Path, tiny: TinyHunyuanVideo) -> ClipWork:
+    return ClipWork(tmp_path, tiny, draw_pictures(tmp_path / "images", 2), case=CASE)
+
+
+# -- clips and pictures ------------------------------------------------------------------------------------------------
+
+
+def test_clips_and_pictures_of_one_run_live_and_cached_give_the_same_bytes(work: ClipWork) -> None:
+    """Three lengths of clips and pictures; then from the caches alone, without autoencoder and text encoders."""
+    data = work.clips()
+    options = ["--max_train_epochs=1", "--max_train_steps=99"]
+    live = read_parts(work.train("live", *options, dataset=data))[1]
+    for name, on_disk in (("memory", False), ("disk", True)):
+        cached = work.train(name, *options, *CASE.caches(on_disk=on_disk), dataset=data)
+        assert read_parts(cached)[1] == live, name
+    names = sorted(path.name for path in (work.folder / "videos").glob("*.safetensors"))
+    assert names[:4] == ["00_00000-001_0064x0064_hv.safetensors", "00_00000-005_0064x0064_hv.safetensors",
+                         "00_00000-009_0064x0064_hv.safetensors", "00_hv_te.safetensors"]  # fmt: skip
+    stored = load_file(work.folder / "videos" / names[2])
+    assert {key: tuple(tensor.shape) for key, tensor in stored.items()} == {"latents_3x8x8_float32": (16, 3, 8, 8)}
+    alone = [
+        word for word in work.argv("alone", *options, dataset=data)
+        if not word.startswith(("--vae", "--text_encoder", "--live"))
+    ]  # fmt: skip
+    cli.run(CASE.family, "network", alone)
+    assert read_parts(work.folder / "alone" / "lora.safetensors")[1] == live
+
+
+def test_a_run_of_clips_goes_on_where_it_was_stopped(work: ClipWork) -> None:
+    data, options = work.clips(), ["--max_train_steps=5", *CASE.caches(on_disk=False)]
+    whole = work.train("whole", *options, "--save_every_n_steps=2", "--save_state", dataset=data)
+    state = whole.with_name("lora-step00000002-state")
+    assert fingerprint(work.train("resumed", *options, f"--resume={state}", dataset=data)) == fingerprint(whole)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(work: ClipWork) -> None:
+    data = {size: work.clips(batch_size=size, name=f"clips{size}.toml") for size in (1, 2)}
+    options = ["--max_train_epochs=1", "--max_train_steps=99", "--optimizer_type=SGDNesterov"]
+    argv = work.argv("two", *options, dataset=data[1])
+    run_ranks(2, lambda: cli.run(CASE.family, "network", argv), work.folder / "told")
+    one = work.train("one", *options, dataset=data[2])
+    assert largest_difference(one, work.folder / "two" / "lora.safetensors") < 1e-5
+
+
+def test_the_loss_on_held_out_clips_of_a_moving_shape_falls(work: ClipWork) -> None:
+    path = work.folder / "moving.toml"
+    write_moving_shapes(work.folder / "moving", 8, frames=5)
+    path.write_text(
+        "[general]\ncaption_extension = '.txt'\nresolution = [64, 64]\nbatch_size = 3\n[[datasets]]\n"
+        f"video_directory = '{work.folder / 'moving'}'\ntarget_frames = [5]\nvalidation_split = 0.25\n", encoding="utf-8"
+    )  # fmt: skip
+    options = ["--max_train_steps=24", "--validate_every_n_epochs=12", *CASE.caches(on_disk=False)]
+    losses = losses_of(work.train("out", *options, dataset=path), "validation")
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
+def test_samples_are_videos_of_the_asked_size_and_length(work: ClipWork) -> None:
+    prompts = work.folder / "prompts.txt"
+    prompts.write_text("a red square --w 64 --h 48 --f 6 --s 2 --d 1\na square --w 64 --h 48 --s 2 --d 1\n")
+    sampling = [f"--sample_prompts={prompts}", "--sample_at_first", "--max_train_steps=1"]
+    made = []
+    for name in ("first", "again"):
+        work.train(name, *sampling)
+        files = sorted((work.folder / name / "sample").glob("*.*"))
+        made.append({path.suffix: path.read_bytes() for path in files if path.suffix in (".mp4", ".avi", ".mkv")})
+        (video,) = [path for path in files if path.suffix in (".mp4", ".avi", ".mkv")][:1]
+    assert made[0] == made[1], "the same seed makes the same file"
+    reader = cv2.VideoCapture(str(video))
+    sizes = [int(reader.get(what)) for what in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)]
+    frames = 0
+    while reader.read()[0]:
+        frames += 1
+    assert sizes == [64, 48] and frames == 5 and reader.get(cv2.CAP_PROP_FPS) == pytest.approx(24)
+
+
+# -- guidance and first frames -----------------------------------------------------------------------------------------
+
+
+def seen_by_the_denoiser(run, batch) -> tuple[torch.Tensor, dict]:
+    """(latents that it is given, its named inputs) in a step."""
+    seen = []
+    run.models.denoiser.register_forward_pre_hook(lambda _, args, named: seen.append((args[0], named)), with_kwargs=True)
+    run.step(batch, times=torch.full((len(batch),), 0.4))
+    return seen[0]
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ([], 1000.0), (["--guidance_scale=6"], 6000.0), (["--guidance_scale=6", "--guidance_unscaled"], 6.0),
+])  # fmt: skip
+def test_the_guidance_reaches_the_model_as_when_sampling(work: ClipWork, options: list[str], expected: float, caplog) -> None:
+    with caplog.at_level("INFO"):
+        work.trainer("noted", *options).family.check()
+    run = work.prepare("out", *options)
+    _, named = seen_by_the_denoiser(run, next(run.data.batches(1)))
+    assert named["guidance"].tolist() == [expected] * 2
+    assert ("--guidance_unscaled" in caplog.text) == (expected >= 1000)
+    metadata = run.family.metadata()
+    assert metadata["ss_guidance_scale"] == (1.0 if not options else 6.0)
+
+
+def test_a_model_from_image_to_video_is_shown_the_first_frame(tmp_path: Path, caplog) -> None:
+    """In training the clean latents of the first frame and zeros behind them; in samples those of the picture."""
+    tiny = build_tiny_hunyuan_video(tmp_path / "tiny", shown=True)
+    work = ClipWork(tmp_path, tiny, draw_pictures(tmp_path / "images", 2), case=CASE)
+    run = work.prepare("out", *CASE.caches(on_disk=False), dataset=work.clips())
+    batch = next(batch for batch in run.data.batches(1) if batch.latents.ndim == 5 and batch.latents.shape[2] == 3)
+    given, _ = seen_by_the_denoiser(run, batch)
+    clean = batch.latents * 0.476986
+    assert given.shape[1] == 32 and torch.equal(given[:, 16:, :1], clean[:, :, :1].to(given))
+    assert not given[:, 16:, 1:].any() and not torch.equal(given[:, :16, :1], given[:, 16:, :1])
+    prompts = tmp_path / "prompts.txt"
+    sampling = [f"--sample_prompts={prompts}", "--sample_at_first", "--max_train_steps=1", "--dit_in_channels=32"]
+    pictures = []
+    for number in (0, 1):
+        prompts.write_text(f"a cat --w 64 --h 64 --s 1 --d 1 --i {work.images}/0{number}.png\n", encoding="utf-8")
+        work.train(f"sampled{number}", *sampling)
+        pictures.append(sorted((tmp_path / f"sampled{number}" / "sample").glob("*_00_*.png"))[0].read_bytes())
+    assert pictures[0] != pictures[1]
+    prompts.write_text("a cat --w 64 --h 64 --s 1 --d 1\n", encoding="utf-8")
+    work.train("without", *sampling)
+    assert "the sample prompt 'a cat' has no picture (--i)" in caplog.text and "is left out" in caplog.text
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+CHANGING = [
+    "--timestep_sampling=shift --discrete_flow_shift=7", "--weighting_scheme=sigma_sqrt", "--fp8_scaled", "--fp8_llm",
+    "--mixed_precision=bf16 --fp8_base", "--guidance_scale=3", "--guidance_unscaled",
+    "--network_args include_patterns=['.*_mod.*']",
+]  # fmt: skip
+EQUAL = [
+    "--flash_attn", "--split_attn", "--gradient_checkpointing", "--img_in_txt_in_offloading", "--vae_tiling",
+    "--gradient_checkpointing --gradient_checkpointing_cpu_offload", "--vae_chunk_size=2", "--network_train_unet_only",
+    "--vae_dtype=fp32 --text_encoder_dtype=fp32 --dit_dtype=fp32", "--vae_spatial_tile_sample_min_size=64",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, tiny: TinyHunyuanVideo) -> tuple[ClipWork, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("plain")
+    base = ClipWork(folder, tiny, draw_pictures(folder / "images", 2), case=CASE)
+    return base, load_file(base.train("plain", "--max_train_steps=2"))
+
+
+def test_what_options_do_to_the_result(plain) -> None:
+    base, expected = plain
+    for options in (*CHANGING, *EQUAL):
+        result = load_file(base.train(options.replace("/", "_"), "--max_train_steps=2", *options.split(" ")))
+        if options in CHANGING:
+            is_same = set(result) == set(expected) and all(torch.equal(result[key], expected[key]) for key in expected)
+            assert not is_same, options
+            continue
+        for key, tensor in expected.items():
+            torch.testing.assert_close(result[key], tensor, rtol=1e-3, atol=1e-5, msg=f"{options} {key}")
+
+
+def test_layers_and_metadata(plain) -> None:
+    base, tensors = plain
+    modules = {key.partition(".")[0] for key in tensors}
+    assert len(modules) == 8 + 2 * 2 and "lora_unet_double_blocks_0_txt_attn_qkv" in modules
+    metadata = read_parts(base.folder / "plain" / "lora.safetensors")[0]
+    assert metadata["ss_base_model_version"] == "hunyuan_video" and metadata["ss_discrete_flow_shift"] == "1.0"
+    assert metadata["modelspec.architecture"] == "hunyuan-video/lora"
+
+
+def test_files_of_pytorch_and_folders_of_diffusers_train_the_same(tmp_path: Path) -> None:
+    """Files without metadata: what shapes do not tell is that of the released model, or in config.json."""
+    tiny = build_tiny_hunyuan_video(tmp_path / "tiny", hidden=64)
+    work = ClipWork(tmp_path, tiny, draw_pictures(tmp_path / "images", 2), case=CASE)
+    state, vae = (load_safetensors(path, "cpu") for path in (tiny.denoiser, tiny.vae))
+    plain, states, autoencoder, folder = (
+        tmp_path / name for name in ("plain.safetensors", "states.pt", "vae.pt", "transformer")
+    )
+    save_file_atomic(state, plain)
+    torch.save({"module": state}, states)
+    torch.save({"state_dict": {f"vae.{key}": tensor for key, tensor in vae.items()}}, autoencoder)
+    folder.mkdir()
+    save_file_atomic(NAMES.to_diffusers(state), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(LAYOUTS.config(inspect_hunyuan_video(plain).params)))
+    expected = read_parts(work.train("plain", "--max_train_steps=2", f"--dit={plain}"))[1]
+    for file in (states, folder, tmp_path):
+        assert read_parts(work.train("other", "--max_train_steps=2", f"--dit={file}"))[1] == expected, file
+    assert work.trainer("pt", f"--vae={autoencoder}").family._slot_problems("vae") == []
+
+
+# -- what does not fit -------------------------------------------------------------------------------------------------
+
+
+def test_everything_that_does_not_fit_is_told_at_once(work: ClipWork, monkeypatch) -> None:
+    from library.training.wiring.hunyuan_video import HunyuanVideoFamily
+
+    for name in ("load_vae", "load_text_encoders", "load_denoiser"):
+        monkeypatch.setattr(HunyuanVideoFamily, name, lambda *_: pytest.fail("a model is loaded"))
+    with pytest.raises(ConfigError) as caught:
+        work.train("out", "--dit_in_channels=32", "--blocks_to_swap=9", "--timestep_sampling=nonsense")
+    told = "\n".join(caught.value.problems)
+    assert "--dit_in_channels is 32, and the file" in told and "has 16 input channels" in told
+    assert "--blocks_to_swap is 9; a model with 1 double and 2 single blocks allows at most 0" in told
+    for options, message in (
+        (["--vae_chunk_size=0"], "--vae_chunk_size is 0; needed: 1 or more"),
+        (["--vae_spatial_tile_sample_min_size=100"], "needed: a multiple of 8 and at least 32"),
+        (["--text_encoder_dtype=fp8"], "--fp8_llm keeps LLaMA in 8 bits"),
+        ([f"--vae={work.tiny.denoiser}"], "needed: a HunyuanVideo autoencoder"),
+        ([f"--text_encoder1={work.tiny.text_encoder2}"], "needed: a LLaMA 3 language model"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            work.train("out", *options)
+        assert message in "\n".join(caught.value.problems), options
