@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import Ignored, equivalent_option, option, without_effect
 from library.families.wan import FAMILY
-from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, boundary_of
+from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, boundary_of, task_of_caches
 from library.training.option_groups import MemoryOptions, ModelOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import tokenizer_problems
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from library.dataset.batch import Batch
+    from library.dataset.items import ImageItem
     from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import Conditioning, StrategySet
     from library.generation.pipeline import PicturePipeline
@@ -90,6 +91,16 @@ class WanOptions(VideoOptions):
         problems.raise_if_any()
 
 
+@dataclass(frozen=True, kw_only=True)
+class WanCacheOptions:
+    """What is encoded beside the latents of Wan"""
+
+    i2v: bool = option(
+        False, help="encode the first frame of each clip for models that are shown it; --clip and --one_frame ask for it"
+        " too, and --task says all of it",
+    )  # fmt: skip
+
+
 class WanFamily(VideoFamily):
     """The wiring of Wan 2.1 and 2.2."""
 
@@ -98,24 +109,38 @@ class WanFamily(VideoFamily):
     denoiser_writer = "library.wan_utils:save_wan"
     options = WanOptions
     part_options = {
-        "vae": frozenset({"task", "clip", "vae_cache_cpu", "vae_dtype"}),
+        "vae": frozenset({"task", "clip", "one_frame", "vae_cache_cpu", "vae_dtype"}),
         "text_encoders": frozenset({"t5", "t5_tokenizer", "fp8_t5"}),
     }
+    tool_options = {"latents": (WanCacheOptions,)}
+    tool_defaults = {"latents": {"vae_dtype": "bf16"}, "text": {"mixed_precision": "bf16"}}
+    has_controls = False
+    """whether the data of a cache tool have control clips or pictures, single frames with references apart"""
 
     # -- task and files ------------------------------------------------------------------------------------------------
 
     @cached_property
     def task(self) -> WanTask:
-        """By the option, or else by the denoiser's file."""
+        """By the option, or else by the denoiser's file. A cache tool has none: there it is a task of models that are
+        shown what the options and the data of the tool say."""
         if self.opts.task is not None:
             return TASKS[self.opts.task]
         if self._denoiser_path is None:
-            return TASKS[DEFAULT_TASK]
+            is_asked = WanCacheOptions in self.config.classes() and self.config[WanCacheOptions].i2v
+            return TASKS[
+                task_of_caches(
+                    first_frame=is_asked or self.opts.one_frame, vision=self.opts.clip is not None,
+                    control=self.has_controls,
+                )
+            ]  # fmt: skip
         try:
             found = fitting_tasks(self._denoiser_info.params)
         except CheckpointError:  # told by the check
             found = ()
         return found[0] if found else TASKS[DEFAULT_TASK]
+
+    def see_items(self, items: Sequence[ImageItem]) -> None:
+        self.has_controls = any(item.control_paths and not item.kind.clean_indices for item in items)
 
     def part_files(self, part: str) -> Mapping[str, str | None]:
         if part == "text_encoders":
@@ -201,6 +226,8 @@ class WanFamily(VideoFamily):
     @cached_property
     def _vision_shape(self) -> tuple[int, int]:
         """(tokens, width) of the vision encoder, by its file, or without one by the denoiser's."""
+        if self.opts.clip is None and self._denoiser_path is None:
+            return 0, 0  # of a cache tool for a task that looks at no pictures
         if self.opts.clip is None:
             return self._denoiser_info.params.vision_tokens, self._denoiser_info.params.img_dim
         from library.wan_clip_utils import inspect_vision
