@@ -1,4 +1,4 @@
-"""Fill the text encoder cache of a data set for Wan: the text encoders' outputs of every caption, in files of the known format.
+"""Fill the text encoder output cache of a data set for Wan: the states of every caption, in files of the known format.
 
 Another name of `tools/cache_text_encoder_outputs.py --family wan`.
 """

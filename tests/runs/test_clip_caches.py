@@ -12,6 +12,7 @@ import torch
 
 from library.dataset.tensor_cache_io import TensorFile
 from library.safetensors_utils import load_safetensors, save_file_atomic
+from library.tiny_models.framepack_tiny import build_tiny_framepack
 from library.tiny_models.hunyuan_video_tiny import TinyHunyuanVideo, build_tiny_hunyuan_video
 from library.tiny_models.wan_tiny import build_tiny_wan
 from library.training import cache_tools, cli
@@ -45,9 +46,9 @@ class ClipWork:
             write_video(folder / "videos" / f"{name}.avi", 10, size=(128, 64), first=10 * first)
             (folder / "videos" / f"{name}.txt").write_text(caption, encoding="utf-8")
 
-    def data(self, frames: int = 5) -> str:
+    def data(self, frames: int = 5, more: str = "") -> str:
         path = self.folder / f"data{frames}.toml"
-        text = DATA.format(videos=self.folder / "videos", caches=self.caches, frames=frames)
+        text = DATA.format(videos=self.folder / "videos", caches=self.caches, frames=frames) + more
         path.write_text(text, encoding="utf-8")
         return f"--dataset_config={path}"
 
@@ -158,10 +159,10 @@ def test_caches_that_do_not_fit_are_told_with_the_reason(work, monkeypatch, caps
 
 KNOWN_TOOLS = {
     "hv_cache_latents": "cache_latents.py", "hv_cache_text_encoder_outputs": "cache_text_encoder_outputs.py",
-    **{f"{name}_{tool}": f"{name}_{tool}.py" for name in ("wan",) for tool in ("cache_latents", "cache_text_encoder_outputs")},
+    **{f"{name}_{tool}": f"{name}_{tool}.py" for name in ("wan", "fpack") for tool in ("cache_latents", "cache_text_encoder_outputs")},
 }
 """our names -> those of the video tool"""
-REQUIRED = {"latents": {"vae"}, "text": {"text_encoder1", "text_encoder2", "t5"}}
+REQUIRED = {"latents": {"vae", "image_encoder"}, "text": {"text_encoder1", "text_encoder2", "t5"}}
 """options that name files of models"""
 
 
@@ -220,3 +221,21 @@ def test_caches_of_wan_by_the_options_of_its_tool(task, work, tmp_path):
     denoisers = [f"--dit={tiny.denoiser}"] + ([f"--dit_high_noise={tiny.high}"] if tiny.high else [])
     cli.run("wan", "network", [*argv, *denoisers, "--network_module=networks.lora_wan", f"--task={task}"])
     assert (work.folder / "out" / "lora.safetensors").exists()
+
+
+def test_sections_of_framepack_by_the_options_of_its_tool(work, tmp_path, monkeypatch, capsys):
+    """Each section of a clip has a file; sections that see those before them are others."""
+    tiny = build_tiny_framepack(tmp_path / "tiny")
+    data = work.data(9, "fp_latent_window_size = 1\n")
+    files = [word for word in tiny.arguments() if word.startswith(("--vae", "--image_encoder"))]
+    cache_tools.run("latents", ["--family=framepack", data, *files, "--vae_dtype=fp32"])
+    assert work.names() == [f"{name}_00000-009-000{n}_0128x0064_fp.safetensors" for name in CAPTIONS for n in (0, 1)]
+    file = TensorFile.of(str(work.caches / work.names()[0]))
+    assert file.keys["latents_clean_2x"] == "latents_clean_2x_1x4x8_float32" and file.metadata["frame_count"] == "9"
+    texts = [word for word in tiny.arguments() if word.startswith("--text_encoder")]
+    cache_tools.run("text", ["--family=framepack", data, *texts])
+    argv = [word for word in work.argv("out") if not word.startswith(("--dit=", "--network_module=", "--dataset_config="))]
+    argv += [f"--dit={tiny.denoiser}", data, "--network_module=networks.lora_framepack"]
+    cli.run("framepack", "network", argv)
+    message = refused_run("framepack", [*argv, "--output_dir=" + str(tmp_path / "f1"), "--f1"], monkeypatch, capsys)
+    assert "encoded sections of 1, and now sections of 1 seen forwards" in message

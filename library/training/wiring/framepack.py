@@ -111,7 +111,7 @@ class FramePackFamily(LlamaClipFamily):
             image_width=self._image_width, tile_size=opts.tile_size,
         )  # fmt: skip
         cache = self.latent_cache(encoder, self._vae_path)
-        if opts.image_encoder:
+        if opts.image_encoder and cache.model_identity:  # of both files, where they are given
             cache.model_identity = combined_identity([cache.model_identity, model_identity(opts.image_encoder)])
         return cache
 

@@ -50,7 +50,7 @@ OWN_OPTIONS = {
     "hunyuan_video_network": {
         "live_encoding", "text_encoder1_tokenizer", "text_encoder2_tokenizer", "guidance_unscaled",
     },
-    "wan_network": {"live_encoding"},
+    "wan_network": {"live_encoding", "t5_tokenizer", "i2v"},
     "hunyuan_video_full": {
         "live_encoding", "text_encoder1_tokenizer", "text_encoder2_tokenizer", "guidance_unscaled", "layer_lrs",
         "bf16_update",
