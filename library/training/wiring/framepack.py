@@ -122,6 +122,8 @@ class FramePackFamily(LlamaClipFamily):
 
         if self.opts.image_encoder:
             return inspect_siglip(self.opts.image_encoder).hidden_size
+        if self._denoiser_path is None:
+            return 0  # of a tool that makes no latents
         return self._denoiser_info.params.image_proj_dim
 
     def load_parts(self, runtime: Runtime, beside: str) -> dict[str, torch.nn.Module]:
