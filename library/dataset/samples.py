@@ -112,8 +112,8 @@ def mask_tensor(mask: np.ndarray | torch.Tensor, flipped: bool = False) -> torch
 
 def read_pictures(item: ImageItem, geometry: Geometry, names: Collection[str]) -> dict[str, np.ndarray]:
     """What lies beside a sample, of those names (CONDITIONING_IMAGES, CONDITIONING_ALPHA and the same with numbers):
-    its mask or control pictures [h, w, 3] uint8, of a clip [F, h, w, 3], and their alpha channels [h, w] or [F, h, w] in
-    0..1. Not mirrored."""
+    its mask or control pictures [h, w, 3] uint8, of a clip [F, h, w, 3], and their alpha channels [h, w] or [F, h, w]
+    in 0..1. Not mirrored."""
     found: dict[str, np.ndarray] = {}
     for number in range(1 if item.cond_path is not None else len(item.control_paths)):
         colors, alpha = numbered(CONDITIONING_IMAGES, number), numbered(CONDITIONING_ALPHA, number)

@@ -161,7 +161,7 @@ def test_both_readers_agree(tmp_path):
 # ---- cutting ---------------------------------------------------------------------------------------------------------
 
 def test_sections_of_a_clip_are_samples():
-    """A stride of 2 and sections of 3 latent frames: of 13 frames 7 latent ones are made, the first and two sections."""
+    """A stride of 2 and sections of 3 latent frames: 13 frames give 7 latent ones, the first and two sections."""
     cutter = Cutter(ClipSettings(target_frames=(7, 13)), sectioned(), section_frames=3)
     windows = cutter.clips_of(VideoCheck((64, 32), frames=14))
     assert [window.key for window in windows] == [(0, 7, 0), (0, 13, 0), (0, 13, 1)]
