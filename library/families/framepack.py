@@ -27,6 +27,8 @@ FAMILY = FamilyRecord(
     denoisers=("HunyuanVideoTransformer3DModelPacked",),
     targets="networks.lora_framepack:TARGETS",
     pipeline="library.generation.framepack_pipeline:FramePackPipeline",
+    pictures="fpack_generate_video.py",
+    image_script="library.generation.framepack_inference:SCRIPT",
     tiny=(
         TinyModel(
             name="framepack",
