@@ -33,6 +33,7 @@ FAMILY = FamilyRecord(
             title="FramePack",
             build="library.tiny_models.framepack_tiny:build_tiny_framepack",
             network_module="networks.lora_framepack",
+            options=("--live_encoding",),
         ),
     ),
     latents=LatentSpec(
