@@ -37,6 +37,7 @@ def file_layers() -> tuple[LayerNames, ...]:
 
 TARGETS = NetworkTargets(
     family="wan",
+    file_state="library.wan_utils:denoiser_state",
     classes=("WanAttentionBlock",),
     attention_paths=r"blocks\.\d+\.(self|cross)_attn\..*",
     default_excludes=(r".*(patch_embedding|text_embedding|time_embedding|time_projection|norm|head).*",),

@@ -32,6 +32,8 @@ FAMILY = FamilyRecord(
     denoisers=("WanModel",),
     targets=f"{_NETWORK}:TARGETS",
     pipeline="library.generation.wan_pipeline:WanPipeline",
+    pictures="wan_generate_video.py",
+    image_script="library.generation.wan_inference:SCRIPT",
     tiny=(
         TinyModel(
             name="wan", title="Wan 2.1, text to video", build=f"{_TINY}:build_tiny_wan", network_module=_NETWORK,

@@ -11,9 +11,9 @@ from library.generation.hunyuan_video_options import (
     HunyuanVideoAdapterOptions,
     HunyuanVideoClipOptions,
     HunyuanVideoModelOptions,
-    OldCompileOptions,
 )
 from library.generation.llama_clip_script import LlamaClipScript
+from library.generation.video_options import OldCompileOptions
 from library.generation.video_requests import VideoRequest
 
 if TYPE_CHECKING:

@@ -13,10 +13,8 @@ from library.generation.adapter_files import MergedModelOptions
 from library.generation.llama_clip_options import LlamaClipModelOptions
 from library.generation.requests import SessionOptions
 from library.generation.video_options import (
-    COMPILE_DYNAMIC,
-    COMPILE_MODES,
-    CompileOptions,
     LengthOptions,
+    OldCompileOptions,
     StartOptions,
     VideoAdapterOptions,
 )
@@ -48,34 +46,6 @@ class HunyuanVideoModelOptions(LlamaClipModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OldCompileOptions(CompileOptions):
-    """Compilation"""
-
-    compile_args: list[str] | None = option(
-        None, nargs=4, metavar="TEXT", help="--compile with backend, mode, dynamic and fullgraph, as older ones have it"
-    )
-
-    def __post_init__(self) -> None:
-        if self.compile_args is None:
-            return
-        backend, mode, dynamic, fullgraph = self.compile_args
-        problems = []
-        if mode.lower() not in COMPILE_MODES:
-            problems.append(f"--compile_args has the mode '{mode}'; needed: {', '.join(COMPILE_MODES)}")
-        for name, value, known in (("dynamic", dynamic, COMPILE_DYNAMIC), ("fullgraph", fullgraph, ("true", "false"))):
-            if value.lower() not in known:
-                problems.append(f"--compile_args has {name} '{value}'; needed: {', '.join(known)}")
-        if problems:
-            raise ConfigError(problems)
-        read = {
-            "compile": True, "compile_backend": backend, "compile_mode": mode.lower(),
-            "compile_dynamic": dynamic.lower(), "compile_fullgraph": fullgraph.lower() == "true",
-        }  # fmt: skip
-        for name, value in read.items():
-            object.__setattr__(self, name, value)
-
-
-@dataclass(frozen=True, kw_only=True)
 class HunyuanVideoAdapterOptions(VideoAdapterOptions):
     """LoRAs"""
 
@@ -90,8 +60,8 @@ class HunyuanVideoAdapterOptions(VideoAdapterOptions):
 class HunyuanVideoClipOptions(LengthOptions):
     """Videos"""
 
-    video_length: int = option(129, help="frames, rounded down to 4 n + 1", least=1, most=MOST_FRAMES)
-    infer_steps: int = option(50, help="steps", most=LARGEST_STEPS)
+    video_length: int | None = option(129, help="frames, rounded down to 4 n + 1", least=1, most=MOST_FRAMES)
+    infer_steps: int | None = option(50, help="steps", most=LARGEST_STEPS)
     flow_shift: float = option(
         7.0, help="how far the steps lie towards noise; 1 = evenly spaced. 17 suits fewer than 20 steps"
     )

@@ -17,7 +17,7 @@ from library.device_utils import clean_memory_on_device
 from library.families.latents import Bucket, LatentSpec
 from library.families.registry import record_of
 from library.generation.requests import SAMPLE_NAMES, VIDEO_SAMPLE_NAMES, PictureRequest, Request, request_of
-from library.generation.sampling_utils import Conditioning, decode_to_frames
+from library.generation.sampling_utils import Conditioning, decode_to_frames, one_batch
 from library.generation.words import PromptWords
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class PictureMaker(Generic[Request]):
         """That of the prompt, and of the text that guidance leads away from where there is one."""
         with self._at_work(self.text_encoders, self.text_device, self.text_waits):
             rows = [self._encoded(texts, self.strategies.tokenize.tokenize) for texts in request.rows]
-            conditioning = rows[0] if len(rows) == 1 else {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+            conditioning = rows[0] if len(rows) == 1 else one_batch(rows)
             text = request.negative_text
             return conditioning, (
                 None if text is None else self._encoded((text,), self.strategies.tokenize.tokenize_negative)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,15 @@ def with_spread(guided: Tensor, positive: Tensor, share: float) -> Tensor:
     return share * rescaled + (1 - share) * guided
 
 
+def one_batch(texts: Sequence[Conditioning]) -> Conditioning:
+    """The conditioning of several texts as one batch; what differs in length is a list, with one tensor for each."""
+
+    def joined(parts: Sequence[Any]) -> Any:
+        return [row for part in parts for row in part] if isinstance(parts[0], list) else torch.cat(tuple(parts))
+
+    return {name: joined([text[name] for text in texts]) for name in texts[0]}
+
+
 def guided_velocity(
     predict: Callable[[Tensor, Tensor, Conditioning], Tensor],
     conditioning: Conditioning,
@@ -56,7 +65,7 @@ def guided_velocity(
     velocity of (v_neg, v_pos): `guided` by the scale when None. `apart`: one after the other, in less memory."""
     texts = [conditioning] if negative is None else [negative, conditioning]
     if negative is not None and not apart:
-        texts = [{name: torch.cat((negative[name], conditioning[name])) for name in conditioning}]
+        texts = [one_batch([negative, conditioning])]
     copies = 2 if negative is not None and not apart else 1
     combine = combine or (lambda negative_part, positive_part: guided(negative_part, positive_part, cfg_scale))
 

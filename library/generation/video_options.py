@@ -106,6 +106,34 @@ class CompileOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OldCompileOptions(CompileOptions):
+    """Compilation"""
+
+    compile_args: list[str] | None = option(
+        None, nargs=4, metavar="TEXT", help="--compile with backend, mode, dynamic and fullgraph, as older ones have it"
+    )
+
+    def __post_init__(self) -> None:
+        if self.compile_args is None:
+            return
+        backend, mode, dynamic, fullgraph = self.compile_args
+        problems = []
+        if mode.lower() not in COMPILE_MODES:
+            problems.append(f"--compile_args has the mode '{mode}'; needed: {', '.join(COMPILE_MODES)}")
+        for name, value, known in (("dynamic", dynamic, COMPILE_DYNAMIC), ("fullgraph", fullgraph, ("true", "false"))):
+            if value.lower() not in known:
+                problems.append(f"--compile_args has {name} '{value}'; needed: {', '.join(known)}")
+        if problems:
+            raise ConfigError(problems)
+        read = {
+            "compile": True, "compile_backend": backend, "compile_mode": mode.lower(),
+            "compile_dynamic": dynamic.lower(), "compile_fullgraph": fullgraph.lower() == "true",
+        }  # fmt: skip
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
 class VideoAdapterOptions(ListedAdapterOptions):
     """LoRAs"""
 
@@ -167,8 +195,8 @@ class ClipOptions:
         (256, 256), nargs=2, metavar="PIXELS", help="height and width", most=LARGEST_PICTURE_SIDE
     )
     fps: float = option(24, help="frames per second of the video file", most=1000)
-    infer_steps: int = option(50, help="steps", most=LARGEST_STEPS)
-    guidance_scale: float = option(
+    infer_steps: int | None = option(50, help="steps", most=LARGEST_STEPS)
+    guidance_scale: float | None = option(
         1.0, help="classifier-free guidance: away from --negative_prompt; 1 = off, else two forwards per step"
     )
     split_uncond: bool = option(False, help="both forwards of guidance one after the other: less memory")
@@ -222,7 +250,7 @@ class ClipOptions:
 class LengthOptions(ClipOptions):
     """Videos of so many frames"""
 
-    video_length: int = option(81, help="frames, rounded down to 4 n + 1", least=1, most=MOST_FRAMES)
+    video_length: int | None = option(81, help="frames, rounded down to 4 n + 1", least=1, most=MOST_FRAMES)
 
     def request_fields(self) -> dict[str, Any]:
         return dict(super().request_fields(), frames=self.video_length)

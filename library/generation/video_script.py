@@ -139,23 +139,37 @@ class VideoScript(LatentScript[VideoRequest]):
                 maker.conditioning(request)
             maker.text_encoders = []
             clean_memory_on_device(device)
-        waits = device.type == "cuda" and not options.blocks_to_swap
+        waits = self.denoiser_waits(config, device)
         home = torch.device("cpu") if waits or options.blocks_to_swap else device
         wide = getattr(torch, options.dit_dtype_name)
 
         def load(transform: Transform | None) -> tuple[nn.Module, list[nn.Module]]:
-            return self.load_denoiser(config, wide, home, transform), []
+            return self.load_placed(config, wide, home, transform), []
 
         denoiser, _, maker.adapters = load_with_adapters(self.family, config[self.adapters].adapters, load)
-        if options.blocks_to_swap:
-            denoiser.enable_block_swap(options.blocks_to_swap, device)
-            denoiser.move_to_device_except_swap_blocks(device)
         self._compile(config, denoiser)
         maker.denoiser_waits = waits
         if options.fp8 and not options.fp8_scaled:  # 8 bits compute in it
             maker.computing = functools.partial(torch.autocast, device.type, torch.bfloat16)
         maker.pipeline = self.pipeline(config, denoiser, self.load_vae(config) if self._needs_vae(config) else None)
         return maker
+
+    def denoiser_waits(self, config: Config, device: torch.device) -> bool:
+        """Whether the denoiser is on the CPU while the autoencoder works."""
+        return device.type == "cuda" and not config[self.models].blocks_to_swap
+
+    def load_placed(
+        self, config: Config, dtype: torch.dtype, home: torch.device, transform: Transform | None
+    ) -> nn.Module:
+        """`load_denoiser`, with block swap spread over device and main memory."""
+        return self.placed(config, self.load_denoiser(config, dtype, home, transform))
+
+    def placed(self, config: Config, denoiser: Any) -> Any:
+        swap, device = config[self.models].blocks_to_swap, device_of(config[self.models])
+        if swap:
+            denoiser.enable_block_swap(swap, device)
+            denoiser.move_to_device_except_swap_blocks(device)
+        return denoiser
 
     def text_device(self, config: Config) -> torch.device:
         """Where the text encoders compute."""
@@ -249,10 +263,14 @@ class VideoScript(LatentScript[VideoRequest]):
         from library.generation.picture_files import frames_of
         from library.generation.video_files import write_frames, write_video
 
-        options = config[self.pictures]
+        options, frames = config[self.pictures], self.kept_frames(config, frames_of(made))
         if options.output_type in FRAME_OUTPUTS:
-            return write_frames(frames_of(made), path, texts)
-        return write_video(frames_of(made), path.with_name(f"{path.name}.{options.container}"), options.fps)
+            return write_frames(frames, path, texts)
+        return write_video(frames, path.with_name(f"{path.name}.{options.container}"), options.fps)
+
+    def kept_frames(self, config: Config, frames: list[Image.Image]) -> list[Image.Image]:
+        """Those of the decoded frames that are written."""
+        return frames
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
@@ -289,7 +307,7 @@ class VideoScript(LatentScript[VideoRequest]):
             slots = self.slots(config)[:1]
         else:
             slots = vae if options.latent_path else [*self.slots(config), *vae]
-        found = [check_slot(getattr(model, slot), slot, kinds, for_pictures=True) for slot, kinds in slots]
+        found = [check_slot(getattr(model, slot), slot, kinds, with_pickles=True, for_pictures=True) for slot, kinds in slots]
         found += self.extra_file_problems(config)
         asked = {f"--{name}": "float8_e4m3fn" for name in ("fp8", "fp8_scaled") if getattr(model, name)}
         found += format_problems({f"--dit_dtype {model.dit_dtype}": model.dit_dtype_name, **asked}, model.device)
@@ -334,7 +352,8 @@ class VideoScript(LatentScript[VideoRequest]):
         if options.output_type in ("video", "both"):
             notice = encoder_of(f".{options.container}").notice
             found += [notice] if notice else []
-        if options.negative_prompt and options.guidance_scale == 1.0 and not config[SessionOptions].from_file:
+        scale = self.base_request(config).cfg_scale
+        if options.negative_prompt and scale == 1.0 and not config[SessionOptions].from_file:
             found.append("--negative_prompt has no effect: --guidance_scale is 1, which takes no second forward")
         return found
 

@@ -351,3 +351,35 @@ def test_caches_alone_train_and_the_adapter_has_known_names(tinies: Tinies, tmp_
     assert "lora_unet_blocks_0_cross_attn_k_img.lora_down.weight" in keys and len(keys) == 3 * 12 * 2
     assert metadata["ss_base_model_version"] == "wan" and metadata["modelspec.architecture"] == "wan2.1/lora"
     assert fingerprint(work.train("again")) == fingerprint(first)
+
+
+def test_the_known_cache_tools_make_what_a_run_needs(tinies: Tinies, tmp_path: Path) -> None:
+    """--i2v --clip of the known tool stand for a task; a run without the files of encoders trains on what they made."""
+    from library.training import cache_tools
+
+    work = WanWork(tmp_path, tinies["i2v-14B"])
+    data, tiny = f"--dataset_config={work.data}", work.tiny
+    cache_tools.run("latents", ["--family=wan", data, f"--vae={tiny.vae}", "--i2v", f"--clip={tiny.clip}"])
+    cache_tools.run("text", ["--family=wan", data, f"--t5={tiny.t5}", f"--t5_tokenizer={tiny.tokenizer}"])
+    cli.run("wan", "network", without(work.argv("bare"), "vae", "t5", "clip", "t5_tokenizer", "task"))
+    assert read_parts(tmp_path / "bare" / "lora.safetensors")[1] == read_parts(work.train("whole"))[1]
+
+
+def test_caches_of_the_known_tool_train(tinies: Tinies, tmp_path: Path) -> None:
+    """Written by hand by its rules, without what our own files say beside."""
+    work = WanWork(tmp_path, tinies["i2v-14B"])
+    first = work.train("first")
+    for path in [*work.images.glob("*_wan.safetensors"), *work.images.glob("*_wan_te.safetensors")]:
+        state = load_file(path)
+        is_text = path.stem.endswith("_te")
+        caption = path.with_name(f"{path.stem[:2]}.txt").read_text(encoding="utf-8")
+        known = {"caption1": caption} if is_text else {"width": "32", "height": "32"}
+        if is_text:
+            assert set(state) == {"varlen_t5_float32"}
+        else:
+            latents, y, states = (state[f"{name}_float32"] for name in ("latents_1x4x4", "latents_image_1x4x4", "clip"))
+            assert (latents.shape, y.shape, states.shape) == ((16, 1, 4, 4), (20, 1, 4, 4), (257, 16))
+            assert set(state) == {"latents_1x4x4_float32", "latents_image_1x4x4_float32", "clip_float32"}
+        save_file(state, path, {"architecture": "wan", "format_version": "1.0.1", **known})
+    cli.run("wan", "network", without(work.argv("bare"), "vae", "t5", "clip", "t5_tokenizer"))
+    assert read_parts(tmp_path / "bare" / "lora.safetensors")[1] == read_parts(first)[1]

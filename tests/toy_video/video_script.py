@@ -41,8 +41,8 @@ class ToyModelOptions(VideoModelOptions):
 class ToyClipOptions(LengthOptions):
     """Videos"""
 
-    video_length: int = option(5, help="frames")
-    infer_steps: int = option(2, help="steps")
+    video_length: int | None = option(5, help="frames")
+    infer_steps: int | None = option(2, help="steps")
 
     def __post_init__(self) -> None:
         if problems := self.clip_problems():

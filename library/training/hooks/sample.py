@@ -21,6 +21,7 @@ from library.device_utils import clean_memory_on_device
 from library.generation.control_pictures import open_picture
 from library.generation.image_grid import GridCell, image_grid
 from library.generation.picture_files import frames_of, read_frames, settings_texts, write_picture
+from library.generation.sampling_utils import one_batch
 from library.generation.video_files import encoder_of, write_clip
 from library.generation.video_pipeline import frame_rate
 from library.training.hooks.base import Hook
@@ -91,16 +92,6 @@ def encode_sample_prompts(
         outputs = rows[0] if len(rows) == 1 else joined(rows)
         encoded[key] = on_tensors(lambda tensor: tensor.detach().cpu(), outputs)
     return encoded
-
-
-def joined(conditioning: Sequence[Conditioning]) -> Conditioning:
-    """That of several samples [1, ...] as one batch."""
-
-    def of_all(name: str) -> Any:
-        rows = [one[name] for one in conditioning]
-        return sum(rows, []) if isinstance(rows[0], list) else torch.cat(rows)
-
-    return {name: of_all(name) for name in conditioning[0]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,8 +259,8 @@ class SampleHook(Hook):
     def _make(self, run: Run, at: str, numbers: Sequence[int], texts: Texts) -> list[SampleFile]:
         prompts = [self._complete(run, number) for number in numbers]
         keys = [run.strategies.negative_key(prompt.negative_prompt or "") for prompt in prompts]
-        positive = joined([texts[prompt.prompt] for prompt in prompts])
-        negative = joined([texts[key] for key in keys]) if run.family.needs_negative(prompts[0]) else None
+        positive = one_batch([texts[prompt.prompt] for prompt in prompts])
+        negative = one_batch([texts[key] for key in keys]) if run.family.needs_negative(prompts[0]) else None
         with run.trainable.at_sample(prompts[0]) as fields:
             pipeline = run.family.pipeline(run.models)
             pipeline = dataclasses.replace(pipeline, **fields) if fields else pipeline

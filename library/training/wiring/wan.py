@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.core.errors import CheckpointError, ConfigError, Problems
-from library.core.options import Ignored, equivalent_option, option, without_effect
+from library.core.options import Ignored, equivalent_option, number_or_none, option, without_effect
 from library.families.wan import FAMILY
-from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, boundary_of
+from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, boundary_of, task_of_caches
 from library.training.option_groups import MemoryOptions, ModelOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import tokenizer_problems
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from library.dataset.batch import Batch
+    from library.dataset.items import ImageItem
     from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import Conditioning, StrategySet
     from library.generation.pipeline import PicturePipeline
@@ -59,6 +60,10 @@ class WanOptions(VideoOptions):
         None, help="file of the CLIP vision encoder, for Wan 2.1 with pictures"
         " (models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth)",
     )
+    i2v: bool = option(
+        False, help="for tools that fill caches without a denoiser: what begins with a first frame, of Wan 2.2 or, with"
+        " --clip, of 2.1; --task says the same",
+    )
     vae_cache_cpu: bool = option(
         False, help="keep what the VAE remembers between the pieces of a clip in main memory: less memory of the device"
     )
@@ -75,7 +80,7 @@ class WanOptions(VideoOptions):
         " learns with both",
     )
     timestep_boundary: float | None = option(
-        None, help="noise level, 0 to 1 or in thousandths, from which the second expert takes over; that of the task when"
+        None, convert=number_or_none, help="noise level, 0 to 1 or in thousandths, from which the second expert takes over; that of the task when"
         " not given",
     )
     offload_inactive_dit: bool = option(
@@ -98,24 +103,31 @@ class WanFamily(VideoFamily):
     denoiser_writer = "library.wan_utils:save_wan"
     options = WanOptions
     part_options = {
-        "vae": frozenset({"task", "clip", "vae_cache_cpu", "vae_dtype"}),
+        "vae": frozenset({"task", "clip", "i2v", "one_frame", "vae_cache_cpu", "vae_dtype"}),
         "text_encoders": frozenset({"t5", "t5_tokenizer", "fp8_t5"}),
     }
+
+    _follows_clips = False
 
     # -- task and files ------------------------------------------------------------------------------------------------
 
     @cached_property
     def task(self) -> WanTask:
-        """By the option, or else by the denoiser's file."""
+        """By the option, or else by the denoiser's file; without it, by what is to be cached."""
         if self.opts.task is not None:
             return TASKS[self.opts.task]
         if self._denoiser_path is None:
-            return TASKS[DEFAULT_TASK]
+            vision = self.opts.clip is not None
+            return TASKS[task_of_caches(first_frame=self.opts.i2v, vision=vision, control=self._follows_clips)]
         try:
             found = fitting_tasks(self._denoiser_info.params)
         except CheckpointError:  # told by the check
             found = ()
         return found[0] if found else TASKS[DEFAULT_TASK]
+
+    def see_items(self, items: Sequence[ImageItem]) -> None:
+        """Control clips are cached where there are some."""
+        self._follows_clips = any(item.control_paths and not item.kind.clean_indices for item in items)
 
     def part_files(self, part: str) -> Mapping[str, str | None]:
         if part == "text_encoders":
@@ -293,6 +305,8 @@ class WanFamily(VideoFamily):
             found += without_effect(given, "it is about two experts, and --dit_high_noise is not given")
         if not self.task.needs_vision and "clip" in self.config.explicit:
             found += without_effect(["clip"], f"the task {self.task.name} does not look at a vision encoder")
+        if self.opts.i2v and self._denoiser_path is not None:
+            found += without_effect(["i2v"], "the task is told by --task or the denoiser's file")
         if "guidance_scale" in self.config.explicit:
             found += without_effect(["guidance_scale"], "no model of Wan has embedded guidance")
         return found

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = video_scripts()
 OTHER_DEFAULTS = {
     "lora_multiplier": None, "blocks_to_swap": 0, "vae_dtype": "float16", "negative_prompt": None, "fps": None,
+    "task": None,
 }  # fmt: skip
 """written otherwise, and the same: 1 for each file, none, half precision"""
 

@@ -24,11 +24,12 @@ SLOTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "anima": ((), ("dit", "vae", "text_encoder")),
     "hunyuan_image": ((), ("dit", "vae", "text_encoder", "byt5")),
     "hunyuan_video": ((), ("dit", "vae", "text_encoder1", "text_encoder2")),
+    "wan": (("--task=i2v-14B",), ("dit", "vae", "t5", "clip")),
 }
 """family -> (words that choose it in its script, options that name model files)"""
 SCRIPTS = {"chroma": "flux"}
 """a variant -> whose script it is in"""
-OUT = dict.fromkeys(("anima", "hunyuan_image", "hunyuan_video"), "save_path")
+OUT = dict.fromkeys(("anima", "hunyuan_image", "hunyuan_video", "wan"), "save_path")
 """family -> the option of the folder of pictures, where it has another name than output_dir"""
 _T5, _CLIP_L = {"text_encoders.t5xxl.transformer.": "t5xxl"}, {"text_encoders.clip_l.transformer.": "clip_l"}
 _AE = {"vae.": "vae_ldm16"}
@@ -113,7 +114,7 @@ def test_a_wrong_file_is_told_beside_a_wrong_number(family: str, tmp_path: Path)
         assert [text for text in caught.value.problems if text.startswith(word)], (word, caught.value.problems)
 
 
-@pytest.mark.parametrize("family", SLOTS)
+@pytest.mark.parametrize("family", BUNDLES)
 def test_a_file_of_all_models_is_taken_in_every_slot(family: str, tmp_path: Path) -> None:
     script, (chosen, slots), path = script_of(family), SLOTS[family], tmp_path / "all.safetensors"
     tables = BUNDLES[family].items()

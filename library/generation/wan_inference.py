@@ -1,0 +1,330 @@
+"""The video script of Wan 2.1 and 2.2: what its files must be, and how they are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.core.errors import AtelierError, ConfigError, Problems, problems_of
+from library.core.options import Config
+from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, boundary_of
+from library.generation.adapter_files import file_problem
+from library.generation.requests import DTYPE_NAMES
+from library.generation.video_options import OldCompileOptions
+from library.generation.video_requests import VideoRequest
+from library.generation.video_script import VideoScript, device_of
+from library.generation.wan_options import (
+    GROUPS,
+    LINE_OPTIONS,
+    WanAdapterOptions,
+    WanClipOptions,
+    WanModelOptions,
+    WanRequest,
+)
+from library.training.wiring.base import tokenizer_problems
+from library.training.wiring.wan import fitting_tasks
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from torch import nn
+
+    from library.checkpoints.loading import Transform
+    from library.dataset.strategies import StrategySet
+    from library.generation.pipeline import PictureMaker
+    from library.generation.video_pipeline import VideoPipeline
+    from library.wan_models import WanParams
+
+logger = logging.getLogger(__name__)
+
+
+class WanScript(VideoScript):
+    family = "wan"
+    title = "Wan 2.1 and 2.2"
+    adapters = WanAdapterOptions
+    pictures = WanClipOptions
+    models = WanModelOptions
+    compilation = OldCompileOptions
+    groups = GROUPS
+    line_options = LINE_OPTIONS
+    vae_kinds = frozenset({"vae_wan"})
+    request_class = WanRequest
+    texts = {"flow-shift": "flow_shift", "sampler": "sampler", "scale-high-noise": "cfg_scale_high_noise"}
+
+    # -- the task ------------------------------------------------------------------------------------------------------
+
+    def task(self, config: Config) -> WanTask:
+        """By the option, or else by the denoiser's file."""
+        options = config[self.models]
+        if options.task is not None:
+            return TASKS[options.task]
+        try:
+            found = fitting_tasks(self._params(config)) if options.dit else ()
+        except (AtelierError, OSError):  # told by the check
+            found = ()
+        return found[0] if found else TASKS[DEFAULT_TASK]
+
+    def boundary(self, config: Config) -> float | None:
+        """The noise level down to which the expert for much noise predicts; None of one model."""
+        options = config[self.models]
+        if options.dit_high_noise is None:
+            return None
+        given = options.timestep_boundary
+        return self.task(config).boundary if given is None else boundary_of(given)
+
+    def _params(self, config: Config, path: str | None = None) -> WanParams:
+        from library.wan_utils import inspect_wan
+
+        return inspect_wan(path or config[self.models].dit).params
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def base_request(self, config: Config) -> WanRequest:
+        """What the options leave open is that of the task."""
+        request, task, options = super().base_request(config), self.task(config), config[self.pictures]
+        low, high = options.guidance_scale, options.guidance_scale_high_noise
+        return dataclasses.replace(
+            request, frames=options.video_length or task.frames, steps=options.infer_steps or task.steps,
+            cfg_scale=task.guidance[0] if low is None else low,
+            cfg_scale_high_noise=task.guidance[-1] if high is None and low is None else high,
+            negative_prompt=task.negative_prompt if options.negative_prompt is None else options.negative_prompt,
+        )  # fmt: skip
+
+    def completed(self, request: WanRequest, maker: PictureMaker[VideoRequest]) -> WanRequest:
+        """With a first frame the clip has its shape, at the area that is asked for."""
+        if request.image_path and not request.one_frame:
+            from library.generation.control_pictures import open_picture
+            from library.wan_conditioning_utils import size_beside
+
+            width, height = size_beside(open_picture(request.image_path).size, (request.width, request.height))
+            if (width, height) != (request.width, request.height):
+                logger.info("the shape of the first frame at this area: %dx%d", width, height)
+                request = dataclasses.replace(request, width=width, height=height)
+        return super().completed(request, maker)
+
+    def request_problems(self, config: Config, request: WanRequest) -> list[str]:
+        from library.generation.wan_pipeline import condition_problem
+
+        found = super().request_problems(config, request)
+        if not self.is_without_prompts(config):
+            found += problems_of(lambda: _raise(condition_problem(self.task(config), request)))
+        return found
+
+    def kept_frames(self, config: Config, frames: list[Image.Image]) -> list[Image.Image]:
+        trimmed = config[self.pictures].trim_tail_frames
+        return frames[: max(len(frames) - trimmed, 1)] if trimmed else frames
+
+    # -- loading -------------------------------------------------------------------------------------------------------
+
+    def slots(self, config: Config) -> list[tuple[str, set[str]]]:
+        found = [("dit", {"wan"}), ("t5", {"umt5"})]
+        if config[self.models].dit_high_noise is not None:
+            found.append(("dit_high_noise", {"wan"}))
+        return [*found, ("clip", {"clip_vision"})] if self.task(config).needs_vision else found
+
+    def strategies(self, config: Config) -> StrategySet:
+        from library.dataset.strategies import StrategySet
+        from library.dataset.text_cache_io import TEXT_LAYOUTS
+        from library.strategy_wan import WanTextEncodingStrategy, WanTokenizeStrategy
+
+        tokenize = WanTokenizeStrategy(tokenizer=self._tokenizer(config))
+        return StrategySet(tokenize, WanTextEncodingStrategy(), text_layout=TEXT_LAYOUTS[self.family])
+
+    def _tokenizer(self, config: Config) -> Any:
+        from library.strategy_wan import load_umt5_tokenizer
+
+        options = config[self.models]
+        return load_umt5_tokenizer(options.t5_tokenizer, options.tokenizer_cache_dir, options.t5)
+
+    def load_encoders(self, config: Config) -> list[nn.Module]:
+        import torch
+
+        from library.wan_text_encoder_utils import load_umt5
+
+        options = config[self.models]
+        return [
+            load_umt5(options.t5, torch.bfloat16, "cpu", options.disable_numpy_memmap, fp8=options.fp8_t5)
+        ]
+
+    def load_vae(self, config: Config) -> nn.Module:
+        import torch
+
+        from library.components.wan_vae_utils import load_wan_vae
+
+        options = config[self.models]
+        dtype = getattr(torch, DTYPE_NAMES[options.vae_dtype.lower()])
+        vae = load_wan_vae(options.vae, dtype, "cpu", options.disable_numpy_memmap)
+        vae.cache_on_cpu = options.vae_cache_cpu
+        return vae
+
+    def load_denoiser(
+        self, config: Config, dtype: torch.dtype, device: torch.device, transform: Transform | None
+    ) -> nn.Module:
+        return self._load_expert(config, config[self.models].dit, dtype, device, transform)
+
+    def _load_expert(
+        self, config: Config, path: str, dtype: torch.dtype, device: torch.device, transform: Transform | None
+    ) -> nn.Module:
+        from library.fp8_optimization_utils import FP8_STORAGE
+        from library.wan_utils import load_wan
+
+        options = config[self.models]
+        plain_fp8 = options.fp8 and not options.fp8_scaled
+        return load_wan(
+            path, FP8_STORAGE if plain_fp8 else dtype, device, options.disable_numpy_memmap,
+            fp8_scaled=options.fp8_scaled, transform=transform,
+        )  # fmt: skip
+
+    def load_placed(
+        self, config: Config, dtype: torch.dtype, home: torch.device, transform: Transform | None
+    ) -> nn.Module:
+        """Both experts, with the adapters of each in it."""
+        denoiser, options = super().load_placed(config, dtype, home, transform), config[self.models]
+        if options.dit_high_noise is None:
+            return denoiser
+        from library.generation.adapters import merging
+        from library.wan_expert_utils import TwoExperts
+
+        adapters = config[self.adapters].high_noise
+        merge = merging(self.family, adapters.files) if adapters else None
+        other = self.placed(config, self._load_expert(config, options.dit_high_noise, dtype, home, merge))
+        if merge:
+            merge.finish()
+        denoiser.experts = TwoExperts(denoiser, other, offload=options.offloads)
+        return denoiser
+
+    def denoiser_waits(self, config: Config, device: torch.device) -> bool:
+        """Two experts that stay on the device change places there."""
+        options = config[self.models]
+        stay = options.dit_high_noise is not None and not options.offloads
+        return super().denoiser_waits(config, device) and not stay
+
+    def pipeline(self, config: Config, denoiser: Any, vae: Any) -> VideoPipeline:
+        from library.generation.wan_pipeline import WanPipeline
+
+        task = self.task(config)
+        vision = self._load_vision(config) if denoiser is not None and task.needs_vision else None
+        return WanPipeline(
+            denoiser, vae, task=task, boundary=self.boundary(config), vision=vision,
+            split_uncond=config[self.pictures].split_uncond,
+        )  # fmt: skip
+
+    def _load_vision(self, config: Config) -> nn.Module:
+        """On the CPU, where it waits."""
+        import torch
+
+        from library.wan_clip_utils import load_vision
+
+        options = config[self.models]
+        dtype = torch.float32 if device_of(options).type == "cpu" else torch.float16
+        return load_vision(options.clip, dtype, "cpu", options.disable_numpy_memmap)
+
+    def save_denoiser(self, denoiser: Any, target: str, dtype: torch.dtype) -> None:
+        from library.wan_utils import save_wan
+
+        save_wan(denoiser, target, dtype)
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def extra_file_problems(self, config: Config) -> list[str | None]:
+        adapters = config[self.adapters]
+        found = super().extra_file_problems(config)
+        found += [
+            file_problem(path, "lora_weight_high_noise", self.family) for path in adapters.lora_weight_high_noise or ()
+        ]
+        if adapters.lora_weight_high_noise and config[self.models].dit_high_noise is None:
+            found.append(
+                "--lora_weight_high_noise is given without --dit_high_noise, the expert that these adapters are for"
+            )
+        return found
+
+    def fitting_problems(self, config: Config) -> list[str]:
+        """The task against the denoiser, both experts and sizes of the files against each other; from headers."""
+        from library.custom_offloading_utils import row_swap_problem
+        from library.wan_text_encoder_utils import inspect_umt5
+
+        options, problems = config[self.models], Problems()
+        params = self._params(config)
+        self._check_task(config, params, problems)
+        self._check_pair(config, params, problems)
+        for name, what, read, needed in self._sizes(config, params):
+            size = problems.attempt(read)
+            if size not in (None, needed):
+                problems.add(
+                    f"--{name} is {getattr(options, name)}: {what} is {size}, the denoiser {options.dit} takes {needed};"
+                    " use the files that belong together"
+                )
+        swap = row_swap_problem(options.blocks_to_swap, params.num_layers)
+        return [
+            *problems.messages, *([swap] if swap else []),
+            *tokenizer_problems(
+                lambda: self._tokenizer(config), lambda: inspect_umt5(options.t5)["vocab_size"], "umT5",
+                "--t5_tokenizer", f"--t5 {options.t5}",
+            ),
+        ]  # fmt: skip
+
+    def _sizes(self, config: Config, params: WanParams) -> list[tuple[str, str, Any, int | None]]:
+        from library.components.wan_vae_utils import inspect_wan_vae
+        from library.wan_clip_utils import inspect_vision
+        from library.wan_text_encoder_utils import inspect_umt5
+
+        options = config[self.models]
+        found = [("t5", "its width", lambda: inspect_umt5(options.t5)["d_model"], params.text_dim)]
+        if options.vae:
+            channels = "its number of latent channels"
+            found.append(("vae", channels, lambda: inspect_wan_vae(options.vae).params.z_dim, params.out_dim))
+        if self.task(config).needs_vision and params.has_vision:
+            found.append(("clip", "its width", lambda: inspect_vision(options.clip).values["width"], params.img_dim))
+        return found
+
+    def _check_task(self, config: Config, params: WanParams, problems: Problems) -> None:
+        given, fitting = config[self.models].task, [task.name for task in fitting_tasks(params)]
+        if given in fitting or (given is None and fitting):
+            return
+        needed = f"--task {' or '.join(fitting)}" if fitting else "another file: no task has such a model"
+        problems.add(
+            f"{f'--task is {given}; ' if given else ''}the denoiser {config[self.models].dit} has {params.in_dim} input"
+            f" channels, {'an' if params.has_vision else 'no'} image branch and a width of {params.dim}: needed: {needed}"
+        )
+
+    def _check_pair(self, config: Config, params: WanParams, problems: Problems) -> None:
+        options = config[self.models]
+        if options.dit_high_noise is None:
+            return
+        if self.boundary(config) is None:
+            problems.add(
+                f"--dit_high_noise is given with the task {self.task(config).name}, which has one model: needed: a task of"
+                " Wan 2.2 (--task t2v-A14B or i2v-A14B), or the noise level at which it takes over"
+                " (--timestep_boundary 0.9)"
+            )
+        other = problems.attempt(lambda: self._params(config, options.dit_high_noise))
+        if other is not None and other != params:
+            problems.add(
+                f"--dit {options.dit} and --dit_high_noise {options.dit_high_noise} are no pair: their sizes differ"
+            )
+
+    def notices(self, config: Config) -> list[str]:
+        from library.strategy_wan import has_ftfy
+
+        options, found = config[self.models], [f"the task is {self.task(config).name}", *super().notices(config)]
+        if not has_ftfy():
+            found.append(
+                "ftfy is not installed: prompts are cleaned of HTML entities and white space alone (pip install ftfy)"
+            )
+        given = [name for name in ("timestep_boundary", "offload_inactive_dit") if name in config.explicit]
+        if given and options.dit_high_noise is None:
+            found.append(f"--{' and --'.join(given)}: no effect; --dit_high_noise is not given")
+        if options.dit_high_noise is not None and "high" in Path(options.dit).name.lower():
+            found.append("--dit has a name that says much noise; it is the expert for little, --dit_high_noise the other")
+        return found
+
+
+def _raise(problem: str | None) -> None:
+    if problem:
+        raise ConfigError(problem)
+
+
+SCRIPT = WanScript()
+build_parser, main, run = SCRIPT.build_parser, SCRIPT.main, SCRIPT.run
