@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from library.core.errors import ConfigError
+from library.dataset.cache_checks import cache_paths
+from library.dataset.cache_io import latents_npz_path, text_npz_path
+from library.dataset.cache_names import cache_base, latents_base, parse_latents_name
 from library.dataset.captions import read_caption
 from library.dataset.clips.frame_folders import frame_files
 from library.dataset.clips.settings import ClipSettings
 from library.dataset.clips.video_files import VIDEO_EXTENSIONS
 from library.dataset.control_files import control_pictures, control_videos, layers
-from library.dataset.discovery import FoundImage, Scanner, discover
+from library.dataset.discovery import discover
 from library.dataset.items import ImageItem, SubsetParams
-
-from library.dataset.cache_io import latents_npz_path, text_npz_path
-from library.dataset.cache_checks import cache_paths
-from library.dataset.cache_names import cache_base, latents_base, parse_latents_name
 from library.dataset.jsonl_lists import read_list
+from library.dataset.scanner import FoundImage, Scanner
 from tests.golden_dir import behaviour, behaviour_cases
 from tests.golden_tests.video_architectures import ARCHITECTURES
 
