@@ -72,7 +72,8 @@ def _own_frames(item: ImageItem, with_alpha: bool) -> Iterator[np.ndarray]:
     if item.clip is None:
         yield from decode_frames(item.absolute_path, item.frames, with_alpha=with_alpha)
     else:
-        yield from frames_of(item.absolute_path, item.clip.frame_numbers(), with_alpha=with_alpha)
+        clip = item.clip
+        yield from frames_of(item.absolute_path, clip.frame_numbers(), rate=clip.file_rate, with_alpha=with_alpha)
 
 
 def _cut(frame: np.ndarray, geometry: Geometry, item: ImageItem) -> np.ndarray:
@@ -134,8 +135,9 @@ def _frames_beside(item: ImageItem, number: int, with_alpha: bool) -> Iterator[n
     if item.clip is None:
         yield decode_image(path, with_alpha=with_alpha)
     else:
-        assert item.control_clip is not None
-        yield from frames_of(path, item.control_clip.frame_numbers(item.clip), with_alpha=with_alpha)
+        control = item.control_clip
+        assert control is not None
+        yield from frames_of(path, control.frame_numbers(item.clip), rate=control.file_rate, with_alpha=with_alpha)
 
 
 def _cut_beside(frame: np.ndarray, geometry: Geometry, item: ImageItem, number: int) -> np.ndarray:

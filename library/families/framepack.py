@@ -35,6 +35,7 @@ FAMILY = FamilyRecord(
             title="FramePack",
             build="library.tiny_models.framepack_tiny:build_tiny_framepack",
             network_module="networks.lora_framepack",
+            options=("--live_encoding",),
         ),
     ),
     latents=LatentSpec(
@@ -42,7 +43,7 @@ FAMILY = FamilyRecord(
     ),
     bucket_step=16,
     caches=CacheNames(latents="_fp.safetensors", text="_fp_te.safetensors"),
-    clips=ClipFacts(short="fp", long="framepack", fps=30.0, controls=None, one_frame=True, sections=True),
+    clips=ClipFacts(short="fp", long="framepack", fps=30.0, one_frame=True, sections=True),
     conditioning=(
         TextKey("llama_vec", encoders=(0,)),
         TextKey("llama_attention_mask", rank=1, dtype="bool"),

@@ -58,13 +58,13 @@ class Cutter:
         conversion = self.conversion(video)
         windows = windows_of(self.frames_of(video), self.settings, self.stride)
         return [
-            ClipWindow(start, length, section, conversion)
+            ClipWindow(start, length, section, conversion, video.even_rate)
             for start, length in windows for section in self._sections(length)
         ]
 
     def control_clip(self, control: VideoCheck) -> ControlClip:
         """Of a control video, or of a picture that stands beside all frames."""
-        return ControlClip(self.frames_of(control), self.conversion(control))
+        return ControlClip(self.frames_of(control), self.conversion(control), control.even_rate)
 
     def _sections(self, length: int) -> Sequence[int | None]:
         if self.section_frames is None:

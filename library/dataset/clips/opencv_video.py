@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from library.dataset.clips.rates import stored_rate
-from library.dataset.clips.video_check import VideoCheck, check_is_file, no_frames, timed_check
+from library.dataset.clips.video_check import VideoCheck, check_is_file, no_frames, number_at, timed_check
 from library.dataset.media_utils import ImageFileError
 
 if TYPE_CHECKING:
@@ -55,6 +55,24 @@ def each_frame(path: str, with_alpha: bool) -> Iterator[Callable[[], np.ndarray]
     with _opened(path) as capture:
         while capture.grab():
             yield lambda: _retrieved(capture, path, with_alpha)
+
+
+def frames_near(
+    path: str, first: int, rate: Fraction, with_alpha: bool
+) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+    """Frames with their numbers, from `first` or some before it on, of a file with even times; nothing where OpenCV does
+    not find the place."""
+    import cv2
+
+    with _opened(path) as capture:
+        capture.grab()
+        begin = capture.get(cv2.CAP_PROP_POS_MSEC)
+        capture.set(cv2.CAP_PROP_POS_FRAMES, first)
+        while capture.grab():
+            number = number_at((capture.get(cv2.CAP_PROP_POS_MSEC) - begin) / 1000 * float(rate))
+            if number is None:
+                return
+            yield number, lambda: _retrieved(capture, path, with_alpha)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from library.dataset.clips.video_check import VideoCheck, check_is_file, no_frames, timed_check
+from library.dataset.clips.video_check import VideoCheck, check_is_file, no_frames, number_at, timed_check
 from library.dataset.media_utils import ImageFileError
 
 if TYPE_CHECKING:
@@ -35,6 +35,23 @@ def each_frame(path: str, with_alpha: bool) -> Iterator[Callable[[], np.ndarray]
     with _opened(path) as (container, stream):
         for frame in _decoded(container, stream):
             yield lambda: _pixels(frame, with_alpha)
+
+
+def frames_near(
+    path: str, first: int, rate: Fraction, with_alpha: bool
+) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+    """Frames with their numbers, from the key frame before `first` on, of a file with even times; nothing where the file
+    does not say when it begins."""
+    with _opened(path) as (container, stream):
+        begin, tick = stream.start_time, stream.time_base
+        if begin is None or tick is None:
+            return
+        container.seek(begin + int(first / rate / tick), stream=stream)
+        for frame in _decoded(container, stream):
+            number = None if frame.pts is None else number_at(float((frame.pts - begin) * tick * rate))
+            if number is None:
+                return
+            yield number, lambda: _pixels(frame, with_alpha)
 
 
 @contextmanager

@@ -14,6 +14,9 @@ from library.dataset.media_utils import ImageCheck, ImageFileError, Size
 PROMISE = Fraction(98, 100)
 """of the frames that a header names must be there; many containers only estimate"""
 
+OFF_PLACE = 0.2
+"""of a frame's duration: so far may the time of a frame be from its place"""
+
 
 @dataclass(frozen=True)
 class VideoCheck(ImageCheck):
@@ -30,6 +33,11 @@ class VideoCheck(ImageCheck):
     """whether the reader gives the alpha channel that a transparent video has"""
     mixed_sizes: bool = False
     """whether frames of a folder differ in size"""
+
+    @property
+    def even_rate(self) -> Fraction | None:
+        """The rate, where frames begin at even distances."""
+        return None if self.times else self.rate
 
     @property
     def is_cut(self) -> bool:
@@ -63,6 +71,13 @@ def check_is_file(path: str) -> None:
         raise ImageFileError(f"{path} is a pipe or a device; the file of a video, or a folder of frames, is needed")
     if status.st_size == 0:
         raise ImageFileError(f"{path} is an empty file (0 bytes)")
+
+
+def number_at(place: float) -> int | None:
+    """The number of the frame that begins at this multiple of a frame's duration, which containers round a little; None
+    where no frame begins."""
+    number = round(place)
+    return number if abs(place - number) < OFF_PLACE else None
 
 
 def no_frames(path: str) -> ImageFileError:

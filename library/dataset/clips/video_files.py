@@ -19,6 +19,8 @@ from library.dataset.media_utils import ImageFileError
 
 VIDEO_EXTENSIONS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg")
 """of video files, in lower case, in the order in which control videos of one name are preferred"""
+FAR = 100
+"""frames before a clip that are decoded rather than that a reader looks for a place to begin"""
 PYAV = (14, 1)
 """the lowest version that is used"""
 QUESTION = "what the frames of a video tell"
@@ -33,9 +35,19 @@ class VideoReader(Protocol):
     def each_frame(self, path: str, with_alpha: bool) -> Iterator[Callable[[], np.ndarray]]: ...
 
 
+class FileReader(VideoReader, Protocol):
+    """One that reads files, and can begin in the middle of those with even times."""
+
+    def frames_near(
+        self, path: str, first: int, rate: Fraction, with_alpha: bool
+    ) -> Iterator[tuple[int, Callable[[], np.ndarray]]]: ...
+
+
 def reader_of(path: str) -> VideoReader:
-    if os.path.isdir(path) or frame_folders.is_picture(path):
-        return frame_folders
+    return frame_folders if os.path.isdir(path) or frame_folders.is_picture(path) else file_reader()
+
+
+def file_reader() -> FileReader:
     return pyav_video if has_pyav() else opencv_video
 
 
@@ -96,12 +108,15 @@ def check_of_note(text: str) -> VideoCheck:
     )
 
 
-def frames_of(path: str, numbers: Sequence[int], *, with_alpha: bool = False) -> Iterator[np.ndarray]:
+def frames_of(
+    path: str, numbers: Sequence[int], *, rate: Fraction | None = None, with_alpha: bool = False
+) -> Iterator[np.ndarray]:
     """The frames of these numbers, which may repeat and never fall, [H, W, 3 or 4] uint8 as shown; one at a time is in
-    memory. Raises ImageFileError where one is not there."""
+    memory. `rate`: frames per second of the file, where they are even: then those far behind are found without decoding
+    all before them. Raises ImageFileError where one is not there."""
     wanted = iter(numbers)
     next_number = next(wanted, None)
-    for number, read in enumerate(reader_of(path).each_frame(path, with_alpha)):
+    for number, read in _numbered(path, next_number or 0, rate, with_alpha):
         frame = None
         while number == next_number:
             frame = read() if frame is None else frame
@@ -111,3 +126,17 @@ def frames_of(path: str, numbers: Sequence[int], *, with_alpha: bool = False) ->
             return
     if next_number is not None:
         raise ImageFileError(f"{path} has no frame {next_number}, or it cannot be decoded; the file is damaged")
+
+
+def _numbered(
+    path: str, first: int, rate: Fraction | None, with_alpha: bool
+) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+    """Frames with their numbers, from one that is not behind `first` on."""
+    if rate is not None and first >= FAR:
+        near = file_reader().frames_near(path, first, rate, with_alpha)
+        begin = next(near, None)
+        if begin is not None and begin[0] <= first:
+            yield begin
+            yield from near
+            return
+    yield from enumerate(reader_of(path).each_frame(path, with_alpha))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 
 from library.dataset.clips.rates import Conversion
 from library.dataset.clips.settings import ClipSettings, whole_frames
@@ -18,6 +19,8 @@ class ClipWindow:
     length: int
     section: int | None = None
     conversion: Conversion | None = None
+    file_rate: Fraction | None = field(default=None, compare=False, repr=False)
+    """frames per second of the file, where they are even; makes reading quicker and changes nothing"""
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -43,6 +46,7 @@ class ControlClip:
 
     frames: int
     conversion: Conversion | None = None
+    file_rate: Fraction | None = field(default=None, compare=False, repr=False)
 
     def frame_numbers(self, window: ClipWindow) -> list[int]:
         """Numbers of the control file's frames that belong to the frames of a clip."""

@@ -92,6 +92,30 @@ def test_frames_that_are_not_wanted_are_not_converted(tmp_path, monkeypatch):
     assert numbers_of(np.stack(list(frames_of(str(path), [20, 20, 22])))) == [20, 20, 22] and len(read) == 2
 
 
+@pytest.mark.parametrize("video", [v["file"] for v in behaviour("video_frames.json")["videos"] if v["frame_rate"]])
+def test_a_clip_far_behind_is_found_without_decoding_all_before_it(video, monkeypatch):
+    """Of every codec and container of the reference files, from every frame on."""
+    path = str(BEHAVIOUR_DIR / video)
+    check = look_at_video(path)
+    whole = list(frames_of(path, range(check.frames)))
+    monkeypatch.setattr(video_files, "FAR", 1)
+    monkeypatch.setattr(video_files, "reader_of", lambda _: pytest.fail("it is decoded from the beginning"))
+    for first in range(1, check.frames):
+        numbers = [number for number in (first, first, first + 2) if number < check.frames]
+        found = list(frames_of(path, numbers, rate=check.even_rate))
+        assert len(found) == len(numbers)
+        for frame, number in zip(found, numbers):
+            assert np.array_equal(frame, whole[number]), number
+
+
+def test_where_a_place_is_not_found_all_frames_are_decoded(tmp_path, monkeypatch):
+    """A rate that the file no longer has leads to no frame's time."""
+    path = str(write_video(tmp_path / "a.avi", 30, fps=24))
+    monkeypatch.setattr(video_files, "FAR", 1)
+    for rate in (Fraction(23), Fraction(24), None):
+        assert numbers_of(np.stack(list(frames_of(path, [7, 9], rate=rate)))) == [7, 9], rate
+
+
 def test_what_is_no_video_is_named(tmp_path):
     cases = {"no.mp4": (None, "does not exist"), "0.mp4": (b"", "empty file"), "x.webm": (b"x" * 5000, "no.*video")}
     for name, (content, message) in cases.items():
