@@ -27,12 +27,15 @@ FAMILY = FamilyRecord(
     denoisers=("HunyuanVideoTransformer3DModelPacked",),
     targets="networks.lora_framepack:TARGETS",
     pipeline="library.generation.framepack_pipeline:FramePackPipeline",
+    pictures="fpack_generate_video.py",
+    image_script="library.generation.framepack_inference:SCRIPT",
     tiny=(
         TinyModel(
             name="framepack",
             title="FramePack",
             build="library.tiny_models.framepack_tiny:build_tiny_framepack",
             network_module="networks.lora_framepack",
+            options=("--live_encoding",),
         ),
     ),
     latents=LatentSpec(
