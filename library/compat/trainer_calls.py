@@ -62,7 +62,7 @@ class Calls:
 
     def overrides(self, *names: str) -> bool:
         """Whether the owner has one of these methods."""
-        return any(self.owner._overrides(name) for name in names)
+        return any(self.owner._overrides(name) for name in names if name)
 
     def wrong(self, method: str, result: Any, needed: str) -> ConfigError:
         """What to raise when a method gave something else than it has to."""

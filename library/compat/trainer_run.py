@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 PARTS = {"load_vae": 2, "load_text_encoders": 1, "load_denoiser": 3}
 """method of a family -> place of what it loads in load_target_model"""
+VIDEO_PARTS = {"load_vae": "load_vae", "load_denoiser": "load_transformer"}
+"""method of a family -> that of a trainer of video models"""
 STRATEGIES = {
     "get_tokenize_strategy": "tokenize", "get_text_encoding_strategy": "text_encoding",
     "get_text_encoder_outputs_caching_strategy": "text_encoder_outputs_caching",
@@ -42,6 +44,8 @@ STRATEGIES = {
 
 def train(owner: NetworkTrainer, args: Any) -> None:
     check_parameters(owner)
+    if owner.is_video:
+        owner.handle_model_specific_args(args)
     config = config_of(args, owner.family, owner.trainable)
     cli.set_up_logging(config[ConsoleOptions])
     for line in checks.warnings(config):
@@ -56,6 +60,9 @@ def check_parameters(owner: NetworkTrainer) -> None:
     """ConfigError with every method that cannot be called as it will be: with the parameters of ours, those that have
     defaults by name."""
     problems = Problems()
+    for name, instead in owner.never_called.items():
+        if hasattr(owner, name):
+            problems.add(f"{type(owner).__name__}.{name} is never called here: {instead}")
     for name, method in owner._overridden().items():
         parameters = [p for p in inspect.signature(method).parameters.values() if p.name != "self"]
         given = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
@@ -184,6 +191,8 @@ class CalledLoading:
         """A model: of load_target_model, which hands each out once, so that it can be released; of
         load_unet_lazily; or our own."""
         calls, is_lazy = self.calls, False
+        if calls.owner.is_video and calls.overrides(VIDEO_PARTS.get(method, "")):
+            return self._loaded_of_video(method, runtime)
         if calls.overrides("load_target_model"):
             parts = self.__dict__.setdefault("_parts", {})
             if method not in parts:
@@ -197,6 +206,16 @@ class CalledLoading:
             encoders, dtype = list(calls.text_encoders or []), calls.runtime.weight_dtype
             return calls.owner.load_unet_lazily(calls.args, dtype, runtime.accelerator, encoders)[0]
         return calls.own_load(method, runtime)
+
+
+    def _loaded_of_video(self, method: str, runtime: Any) -> Any:
+        calls, options = self.calls, self.calls.family.config
+        if method == "load_vae":
+            return calls.owner.load_vae(calls.args, runtime.vae_dtype, options.value("vae"))
+        return calls.owner.load_transformer(
+            calls.accelerator, calls.args, options.value("pretrained_model_name_or_path"), "torch", False,
+            runtime.device, runtime.denoiser_dtype,
+        )
 
 
 class CalledTrainable:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.families.record import ClipFacts
     from library.training.run import DiTOutput
 
 
@@ -24,6 +25,8 @@ class NetworkTrainer:
     is_sdxl = False
     is_video = False
     """whether the step has the methods of VideoDialect"""
+    never_called: Mapping[str, str] = {}
+    """methods of known trainers that have no place here -> what there is instead"""
     vae_scale_factor = 0.18215
 
     def __init__(self) -> None:
@@ -299,8 +302,49 @@ class VideoDialect:
     that trainers of video models know."""
 
     is_video = True
+    never_called = {
+        "process_sample_prompts": "sample prompts are encoded by the family; see get_text_encoding_strategy",
+        "do_inference": "samples are made by the pipeline of the family; override sample_images",
+        "compile_transformer": "blocks are compiled where they are (--compile); override on_transformer_loaded",
+        "convert_weight_keys": "files of adapters are read in every known layout",
+    }
+    family: str
     run: Any
     compute_loss: Any
+    default_guidance_scale = 1.0
+    _i2v_training = False
+    _control_training = False
+
+    @property
+    def architecture(self) -> str:
+        """The family in names of cache files."""
+        return _clips_of(self.family).short
+
+    @property
+    def architecture_full_name(self) -> str:
+        """The family in metadata."""
+        return _clips_of(self.family).long
+
+    @property
+    def i2v_training(self) -> bool:
+        return self._i2v_training
+
+    @property
+    def control_training(self) -> bool:
+        return self._control_training
+
+    def handle_model_specific_args(self, args: Any) -> None:
+        """Before anything is read; what is changed in `args` counts."""
+
+    def load_vae(self, args: Any, vae_dtype: torch.dtype, vae_path: str | None) -> nn.Module:
+        return self.run.own_load("load_vae", self.run.runtime)
+
+    def load_transformer(
+        self, accelerator: Any, args: Any, dit_path: str, attn_mode: str, split_attn: bool, loading_device: Any,
+        dit_weight_dtype: torch.dtype | None,
+    ) -> nn.Module:
+        """The denoiser, where it computes; `attn_mode` is "torch" and nothing is split."""
+        return self.run.own_load("load_denoiser", self.run.runtime)
 
     def scale_shift_latents(self, latents: Tensor) -> Tensor:
         """From what the VAE gives to what the denoiser sees."""
@@ -340,6 +384,15 @@ KNOWN, KNOWN_VIDEO = (
 OWN = {*KNOWN.values(), *KNOWN_VIDEO.values()}
 
 
+def _clips_of(family: str) -> ClipFacts:
+    from library.families.registry import record_of
+
+    clips = record_of(family).clips
+    if clips is None:
+        raise AttributeError(f"{family} has no clips, and no name among trainers of video models")
+    return clips
+
+
 class SdxlNetworkTrainer(NetworkTrainer):
     family = "sdxl"
     is_sdxl = True
@@ -347,12 +400,14 @@ class SdxlNetworkTrainer(NetworkTrainer):
 
 
 def __getattr__(name: str) -> type[NetworkTrainer]:
-    """`FooNetworkTrainer` of every family `foo`, made when it is first asked for."""
+    """`FooNetworkTrainer` of every family `foo`, made when it is first asked for; those of videos have their step."""
     from library.families.registry import FAMILIES
 
     families = {f"{''.join(map(str.capitalize, family.split('_')))}NetworkTrainer": family for family in FAMILIES}
     if name not in families:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made = type(name, (NetworkTrainer,), {"family": families[name], "__module__": __name__})
+    latents = FAMILIES[families[name]].latents
+    bases = (VideoDialect, NetworkTrainer) if latents is not None and latents.clips else (NetworkTrainer,)
+    made = type(name, bases, {"family": families[name], "__module__": __name__})
     globals()[name] = made
     return made

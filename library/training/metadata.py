@@ -86,6 +86,8 @@ class MetadataInputs:
     modelspec: Mapping[str, str | None]
     trainable: Mapping[str, Any]
     kind: str = "lora"
+    has_clips: bool = False
+    """of a family of videos, whose readers call samples items"""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -153,7 +155,9 @@ def time_text(timestamp: float) -> str:
 
 
 def _counts(inputs: MetadataInputs) -> dict[str, Any]:
+    of_clips = {"ss_num_train_items": inputs.num_train_images} if inputs.has_clips else {}
     return {
+        **of_clips,
         "ss_session_id": f"{inputs.session_id:010d}",
         "ss_training_started_at": time_text(inputs.started_at),
         "ss_seed": inputs.seed,

@@ -76,5 +76,6 @@ class RunRecord:
             modelspec=run.family.modelspec(),
             trainable=run.trainable.metadata(),
             kind=run.trainable.spec_kind,
+            has_clips=run.family.architecture.latents.clips,
             extra=extra,
         )

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, ClassVar
 from library.core.errors import Problems
 from library.core.options import Ignored, without_effect
 from library.dataset import CachingOptions
-from library.training.option_groups import ModelOptions, NoiseOptions, PrecisionOptions, SamplingOptions
+from library.training.option_groups import (
+    MemoryOptions,
+    ModelOptions,
+    NoiseOptions,
+    PrecisionOptions,
+    SamplingOptions,
+)
 from library.training.timestep_samplers import MODES, TimestepOptions
 from library.training.wiring import video_options
 from library.training.wiring.base import FlowFamily, ignored_by_flow
@@ -137,10 +143,16 @@ class VideoFamily(FlowFamily):
         )
 
     def timestep_metadata(self) -> dict[str, Plain]:
-        """The ss_* keys of noise levels and guidance, for `metadata`."""
-        times = self.config[TimestepOptions]
+        """The ss_* keys of noise levels, guidance and memory as the known trainer of videos writes them, for
+        `metadata`."""
+        times, memory = self.config[TimestepOptions], self.config[MemoryOptions]
         names = (
             "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
             "discrete_flow_shift",
         )  # fmt: skip
-        return {**{f"ss_{name}": getattr(times, name) for name in names}, "ss_guidance_scale": self.opts.guidance_scale}
+        return {
+            **{f"ss_{name}": getattr(times, name) for name in names},
+            "ss_guidance_scale": self.opts.guidance_scale,
+            "ss_gradient_checkpointing_cpu_offload": memory.gradient_checkpointing and memory.cpu_offload_checkpointing,
+            "ss_fp8_base": self.config[PrecisionOptions].fp8_base_unet,  # for which --fp8_base stands
+        }

@@ -81,6 +81,10 @@ def test_what_was_written_on_the_command_line_stands_in(tmp_path):
     assert (dataset.resolution, dataset.batch_size) == ((512, 512), 3)
     assert dataset.subsets[0].caption_extension == ".cap"
     assert "min_bucket_reso" in blueprint.shadowed and not {"resolution", "train_batch_size"} & blueprint.shadowed
+    assert blueprint.warnings == (
+        "min_bucket_reso has no effect: datasets without subsets have buckets of all shapes of one area",
+    )
+    assert load(tmp_path, text + NESTED + 'image_dir = "j"', min_bucket_reso=128).warnings == ()
     old = load(tmp_path, text, caption_extention=".old").datasets[0]
     assert old.subsets[0].caption_extension == ".old"
 
@@ -141,6 +145,17 @@ def test_renamed_keys_are_told(tmp_path):
 
 
 FLAT = '[[datasets]]\nvideo_directory = "v"\n'
+
+
+def test_buckets_of_videos_that_other_tools_make_otherwise_are_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    buckets = "enable_bucket = true"
+    for keys, is_told in (("", True), (buckets, False), (f"{buckets}\nbucket_no_upscale = true", True)):
+        caplog.clear()
+        load(tmp_path, FLAT + keys)
+        assert ("count for videos as for pictures" in caplog.text) == is_told
+
+
 NESTED = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.core.errors import ConfigError
@@ -170,3 +171,30 @@ def test_an_epoch_draws_evenly_and_goes_on_so(work, monkeypatch):
     state = whole.with_name("lora-step00000002-state")
     resumed = work.train("resumed", "--dit=toy.safetensors", *options, "--max_train_steps=6", f"--resume={state}")
     assert seen == drawn[2:] and largest_difference(whole, resumed) == 0
+
+
+def test_metadata_are_those_of_the_known_trainer(work, monkeypatch):
+    """Every key that it writes, with its values: samples are items, --fp8_base is that of the denoiser."""
+    monkeypatch.setattr(
+        CachedToyFamily, "metadata", lambda self: {"ss_base_model_version": "toy_video", **self.timestep_metadata()}
+    )
+    options = ["--guidance_scale=2.5", "--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"]
+    options += ["--metadata_reso=320,192", "--metadata_arch=toy-12b", "--min_timestep=100", "--network_dropout=0.1"]
+    made = train(work, "made", *MODELS, *options)
+    with safe_open(made, framework="pt") as file:
+        found = file.metadata()
+    names = (
+        "session_id training_started_at output_name learning_rate num_train_items num_batches_per_epoch num_epochs"
+        " gradient_checkpointing gradient_checkpointing_cpu_offload gradient_accumulation_steps max_train_steps"
+        " lr_warmup_steps lr_scheduler base_model_version network_module network_dim network_alpha network_dropout"
+        " mixed_precision seed training_comment optimizer max_grad_norm fp8_base full_fp16 full_bf16 weighting_scheme"
+        " logit_mean logit_std mode_scale guidance_scale timestep_sampling sigmoid_scale discrete_flow_shift datasets"
+        " sd_model_name vae_name training_finished_at steps epoch"
+    ).split()
+    assert {f"ss_{name}" for name in names} - found.keys() == set()
+    wanted = {
+        "ss_num_train_items": "3", "ss_fp8_base": "False", "ss_guidance_scale": "2.5", "ss_timestep_sampling": "sigma",
+        "ss_gradient_checkpointing_cpu_offload": "True", "ss_discrete_flow_shift": "1.0", "ss_weighting_scheme": "none",
+        "modelspec.architecture": "toy-12b/lora", "modelspec.resolution": "320x192", "modelspec.timestep_range": "100,1000",
+    }
+    assert {name: found.get(name) for name in wanted} == wanted
