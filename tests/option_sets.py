@@ -12,6 +12,7 @@ from typing import Any
 
 from library.core.options import is_bool_option, value_type
 from library.families.registry import FAMILIES
+from library.training import cache_tools
 from library.training.option_reader import Script
 from library.training.parser_common import script
 from tools.document_options import video_scripts
@@ -55,6 +56,11 @@ def frozen_path(family: str, trainable: str) -> Path:
     return FOLDER / f"{family}_{trainable}.json"
 
 
+def frozen_tool_path(family: str, what: str) -> Path:
+    """Of a tool that fills caches of clips."""
+    return FOLDER / f"{family}_cache_{what}.json"
+
+
 def as_text(options: dict[str, dict[str, Any]]) -> str:
     """One option per line, so that a change of one is a change of one line."""
     lines = [f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(options.items())]
@@ -74,6 +80,11 @@ def main() -> None:
     for family, trainable in SCRIPTS:
         frozen_path(family, trainable).write_text(as_text(option_set(script(family, trainable))), encoding="utf-8")
         print(f"wrote {frozen_path(family, trainable)}")
+    for family in (name for name, record in FAMILIES.items() if record.clips is not None):
+        for what in cache_tools.PARTS:
+            path = frozen_tool_path(family, what)
+            path.write_text(as_text(option_set(cache_tools.tool_script(family, what))), encoding="utf-8")
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def cache_tool_tables() -> str:
         family_class = import_target(record.family)
         for what, part in cache_tools.PARTS.items():
             tool = cache_tools.tool_script(family, what)
-            groups = (cache_tools.CacheToolOptions, *clip_cache_options.OPTIONS[what], *family_class.tool_options.get(what, ()))
+            groups = (cache_tools.CacheToolOptions, *clip_cache_options.OPTIONS[what])
             own = {*family_class.part_options[part], "dataset_config", *(["vae"] if what == "latents" else [])}
             names = [name for name, owner in tool.owners.items() if owner in groups or name in own]
             rows = [_row(tool, tool.owners[name], name) for name in names if tool.status(name) != "foreign"]

@@ -156,12 +156,10 @@ def notices(datasets: Sequence[DatasetParams]) -> list[str]:
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     lines = {
         "color_aug: gamma is applied to values 0..1, so brightness changes little": any(s.color_aug for s in subsets),
-        "caption_separator: tags are joined with it again, not with a comma, and with the space that captions write behind it": any(
-            s.caption_separator != "," for s in subsets
-        ),
-        "enable_wildcard: the line of a caption is chosen first, then caption_prefix and caption_suffix are attached": any(
-            s.enable_wildcard and (s.caption_prefix or s.caption_suffix) for s in subsets
-        ),
+        "caption_separator: tags are joined with it again, not with a comma, and with the space that captions write "
+        "behind it": any(s.caption_separator != "," for s in subsets),
+        "enable_wildcard: the line of a caption is chosen first, then caption_prefix and caption_suffix are "
+        "attached": any(s.enable_wildcard and (s.caption_prefix or s.caption_suffix) for s in subsets),
         "keep_tokens_separator: it is taken out of every caption, also when tags are neither shuffled nor dropped": any(
             s.keep_tokens_separator for s in subsets
         ),
@@ -170,6 +168,11 @@ def notices(datasets: Sequence[DatasetParams]) -> list[str]:
         ),
         "conditioning_data_dir: its pictures are scaled and cropped like their images, not squeezed to the bucket": any(
             d.kind == "CN" for d in datasets
+        ),
+        "enable_bucket and bucket_no_upscale count for videos as for pictures: without the first all are cropped to "
+        "resolution, with the second none is enlarged": any(
+            (not d.enable_bucket or d.bucket_no_upscale) and any(s.clips is not None for s in d.subsets)
+            for d in datasets if d.bucket_rule == "area"
         ),
     }
     return [line for line, is_used in lines.items() if is_used]

@@ -25,11 +25,12 @@ from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import caption_ending, read_caption, tags_of_folders
 from library.dataset.clips.cutting import Cutter
 from library.dataset.clips.video_files import VIDEO_EXTENSIONS
-from library.dataset.discovery import FoundImage, Scanner, discover
+from library.dataset.discovery import discover
 from library.dataset.file_checks import check_files, files_of, take_check
 from library.dataset.info_cache import info_entry, known_image, read_info, write_info
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
 from library.dataset.media_utils import ImageCheck
+from library.dataset.scanner import FoundImage, Scanner
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +93,8 @@ def scan_datasets(
     """Find all images of a blueprint. Sizes come from headers; with `check_images` every image is read in full, so that
     damage inside a file is known now and not when it is first used.
 
-    `seed` is the run's seed, on which the validation split falls back; `architecture` says how videos are cut into clips,
-    and is needed only for those. Raises ConfigError with all problems: folders
+    `seed` is the run's seed, on which the validation split falls back; `architecture` says how videos are cut into
+    clips, and is needed only for those. Raises ConfigError with all problems: folders
     that are missing or empty, images that cannot be read (left out with `skip_bad_images`), captions, masks, metadata
     files.
     """
@@ -140,7 +141,8 @@ def load_datasets(
     if check_images is None:
         check_images = reads_all_images(options, caching)
     settings = dict(
-        architecture=architecture, seed=seed, skip_bad_images=options.skip_bad_images, fail_on_missing_captions=options.fail_on_missing_captions,
+        architecture=architecture, seed=seed, skip_bad_images=options.skip_bad_images,
+        fail_on_missing_captions=options.fail_on_missing_captions,
         check_images=check_images,
     )
     try:
@@ -441,10 +443,10 @@ def _check_counts(
         if items and not blueprint.is_partial:
             selector = BucketSelector.of(dataset)
             if all(selector.select(item.image_size) is None for item in items):
+                finer = " or lower bucket_reso_steps" if dataset.bucket_rule == "steps" else ""
                 scanner.problems.append(
                     f"{dataset.label}: of every image one side would be shorter than one bucket step "
-                    f"({dataset.bucket_reso_steps} px),"
-                    f" and bucket_no_upscale is on; switch it off{' or lower bucket_reso_steps' * (dataset.bucket_rule == 'steps')}"
+                    f"({dataset.bucket_reso_steps} px), and bucket_no_upscale is on; switch it off{finer}"
                 )
     if scanner.problems:
         return
@@ -468,7 +470,10 @@ def _why_empty(subset: SubsetParams, dataset: DatasetParams, scanner: Scanner) -
         return scanner.too_short[subset.label]
     if subset.label in scanner.too_small and dataset.skip_image_resolution is not None:
         width, height = dataset.skip_image_resolution
-        return f"every image has no more pixels than skip_image_resolution {width}x{height}; lower it, or leave the dataset out"
+        return (
+            f"every image has no more pixels than skip_image_resolution {width}x{height}; lower it, or leave the dataset"
+            " out"
+        )
     _, folder = subset.source or ("", "")
     medium = subset.medium.removesuffix("s")
     if subset.is_listed:
@@ -476,7 +481,9 @@ def _why_empty(subset: SubsetParams, dataset: DatasetParams, scanner: Scanner) -
     extensions = scanner.extensions if subset.clips is None else VIDEO_EXTENSIONS
     if subset.label in scanner.without_captions:
         ending = caption_ending(subset)
-        return f"no image in {folder} that can be used has a caption file ({ending}); write them, or class_tokens for all"
+        return (
+            f"no image in {folder} that can be used has a caption file ({ending}); write them, or class_tokens for all"
+        )
     if any(os.path.splitext(name)[1].lower() in extensions for name in os.listdir(folder)):
         return f"no {medium} in {folder} can be used"
     inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())

@@ -11,10 +11,14 @@ from library.core.errors import ConfigError
 from library.dataset.background import map_in_threads
 from library.dataset.clips.video_check import VideoCheck
 from library.dataset.clips.video_files import look_at_noted_video, verify_video
-from library.dataset.discovery import FoundImage, Scanner
 from library.dataset.image_headers import look_at_noted_image
 from library.dataset.items import SubsetParams
-from library.dataset.media_utils import ImageCheck, check_conditioning_size, verify_image
+from library.dataset.media_utils import (
+    ImageCheck,
+    check_conditioning_size,
+    verify_image,
+)
+from library.dataset.scanner import FoundImage, Scanner
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,14 @@ import numpy as np
 from PIL import Image
 
 from library.core.errors import ConfigError
+from library.dataset import cache_io
+from library.dataset.cache_names import latents_base
 from library.dataset.samples import Geometry, read_pixels
 from library.training.clip_cache_options import BACKGROUNDS, ClipLatentsOptions
 
 if TYPE_CHECKING:
     from library.dataset.items import ImageItem
-    from library.dataset.latent_cache import LatentCache
+    from library.families.record import DataArchitecture
     from library.training.data_phase import DataGroups
 
 NEXT_DATASET, QUIT = "d", "q"
@@ -33,9 +35,9 @@ Show = Callable[["ImageItem", list[Image.Image]], str]
 """one sample -> the key that was pressed, "" for none"""
 
 
-def preview(options: ClipLatentsOptions, data: DataGroups, strategy: LatentCache) -> int:
+def preview(options: ClipLatentsOptions, data: DataGroups, architecture: DataArchitecture) -> int:
     """Show every sample of all datasets, at its training size; returns how many. Nothing is encoded."""
-    show = _show_of(options, strategy)
+    show = _show_of(options, architecture)
     if options.debug_mode != "video":
         print(_KEYS)
     count = 0
@@ -74,13 +76,13 @@ def _line(place: int, item: ImageItem) -> str:
     return f"  {place}: {item.absolute_path}: {size}{window}{controls}; caption: {item.caption!r}"
 
 
-def _show_of(options: ClipLatentsOptions, strategy: LatentCache) -> Show:
+def _show_of(options: ClipLatentsOptions, architecture: DataArchitecture) -> Show:
     if options.debug_mode == "image":
         return _in_window
     if options.debug_mode == "console":
         asks = options.console_num_images is None
         return lambda _, frames: _in_console(frames, options.console_width, options.console_back, asks)
-    return lambda item, frames: _in_file(item, frames, strategy)
+    return lambda item, frames: _in_file(item, frames, architecture)
 
 
 def stills(frames: Sequence[Image.Image]) -> Image.Image:
@@ -132,17 +134,17 @@ def as_characters(picture: Image.Image, width: int, back: str | None = None, *, 
     return "\n".join(lines)
 
 
-def _in_file(item: ImageItem, frames: list[Image.Image], strategy: LatentCache) -> str:
+def _in_file(item: ImageItem, frames: list[Image.Image], architecture: DataArchitecture) -> str:
     """A video of a clip, a JPEG of a picture, under the name of its cache. Beside files that are learned from they
     would be learned too, so they lie in a folder of their own there."""
     from library.core.atomic_file import atomic_path
     from library.generation.video_files import write_video
 
-    path = Path(strategy.path_of(item))
+    path = Path(cache_io.latents_npz_path(architecture, latents_base(item), item.image_size))
     folder = path.parent / _FOLDER if item.subset.cache_directory is None else path.parent
     stem = folder / path.name.removesuffix(path.suffix)
     if len(frames) > 1:
-        clips = strategy.architecture.clips
+        clips = architecture.clips
         written = write_video(frames, stem.with_name(f"{stem.name}.mp4"), clips.fps if clips and clips.fps else _FPS)
     else:
         written = stem.with_name(f"{stem.name}.jpg")

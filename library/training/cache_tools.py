@@ -122,7 +122,6 @@ def tool_script(family: str, what: str) -> option_reader.Script:
         classes=(
             CacheToolOptions,
             *more,
-            *family_class.tool_options.get(what, ()),
             # of families without an option of this name in their own scripts
             *(() if "t5xxl_dtype" in option_fields(family_class.options) else (T5FormatOptions,)),
             family_switches(),
@@ -247,7 +246,7 @@ def run(what: str, argv: Sequence[str]) -> None:
     if looks is not None and looks.debug_mode is not None:
         from library.training.cache_preview import preview
 
-        logger.info("%d samples shown; nothing was encoded", preview(looks, data, family.latents_caching()))
+        logger.info("%d samples shown; nothing was encoded", preview(looks, data, family.architecture))
     else:
         with _cudnn_of(looks):
             fill(what, config, family, data, runtime)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -9,18 +10,19 @@ from pathlib import Path
 import pytest
 
 from library.core.errors import ConfigError
+from library.dataset.architectures import ARCHITECTURES as FAMILIES
+from library.dataset.cache_checks import cache_paths
+from library.dataset.cache_io import latents_npz_path, text_npz_path
+from library.dataset.cache_names import cache_base, latents_base, parse_latents_name
 from library.dataset.captions import read_caption
 from library.dataset.clips.frame_folders import frame_files
 from library.dataset.clips.settings import ClipSettings
 from library.dataset.clips.video_files import VIDEO_EXTENSIONS
 from library.dataset.control_files import control_pictures, control_videos, layers
-from library.dataset.discovery import FoundImage, Scanner, discover
+from library.dataset.discovery import discover
 from library.dataset.items import ImageItem, SubsetParams
-
-from library.dataset.cache_io import latents_npz_path, text_npz_path
-from library.dataset.cache_checks import cache_paths
-from library.dataset.cache_names import cache_base, latents_base, parse_latents_name
 from library.dataset.jsonl_lists import read_list
+from library.dataset.scanner import FoundImage, Scanner
 from tests.golden_dir import behaviour, behaviour_cases
 from tests.golden_tests.video_architectures import ARCHITECTURES
 
@@ -99,6 +101,16 @@ def test_the_number_of_control_pictures():
         facts = ARCHITECTURES[name].clips
         by_indices = isinstance(wanted, str)
         assert facts.one_frame == by_indices and facts.controls == (1 if by_indices else wanted), name
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video", "wan", "framepack"])
+def test_the_records_of_families_say_the_same(name):
+    own = FAMILIES[name]
+    known = ARCHITECTURES[own.clips.short]
+    assert own.clips == dataclasses.replace(known.clips, long=own.clips.long)
+    assert (own.bucket_step, own.latents_suffix, own.text_suffix) == (
+        known.bucket_step, known.latents_suffix, known.text_suffix
+    )
 
 
 def assert_found(find, wanted) -> None:

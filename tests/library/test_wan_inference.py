@@ -77,8 +77,8 @@ def test_a_video_has_the_asked_size_rate_and_frames_and_its_seed_the_same_bytes(
 
 def test_settings_change_the_video(tiny, tmp_path):
     ways = {
-        "plain": [], "unguided": ["--guidance_scale=1"], "text": ["--negative_prompt=a dog"], "shift": ["--flow_shift=1"],
-        "dpm": ["--sample_solver=dpm++"], "vanilla": ["--sample_solver=vanilla"],
+        "plain": [], "unguided": ["--guidance_scale=1"], "text": ["--negative_prompt=a dog"],
+        "shift": ["--flow_shift=1"], "dpm": ["--sample_solver=dpm++"], "vanilla": ["--sample_solver=vanilla"],
         "some": ["--cfg_skip_mode=late", "--cfg_apply_ratio=0.5"],
         "layers": ["--slg_layers=1", "--slg_mode=original", "--slg_end=1"],
     }  # fmt: skip

@@ -44,10 +44,11 @@ SETTINGS: dict[str, dict[str, str]] = {
     "hunyuan_image": {},
     "hunyuan_video": {},
     "wan": {},
+    "framepack": {},
 }
 """family -> option -> why files that were made without it cannot be used"""
 ENCODER = {"sdxl": "pretrained_model_name_or_path", "lumina": "gemma2", "anima": "qwen3", "hunyuan_image": "byt5"} | {
-    "hunyuan_video": "text_encoder2", "wan": "t5"
+    "hunyuan_video": "text_encoder2", "wan": "t5", "framepack": "text_encoder2"
 }  # fmt: skip
 """family -> the option of a text encoder's file, where it has none of T5"""
 

@@ -4,14 +4,20 @@ run needs; what is wrong with them is told with its reason before a model is loa
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from library.dataset.tensor_cache_io import TensorFile
 from library.safetensors_utils import load_safetensors, save_file_atomic
+from library.tiny_models.framepack_tiny import build_tiny_framepack
 from library.tiny_models.hunyuan_video_tiny import TinyHunyuanVideo, build_tiny_hunyuan_video
+from library.tiny_models.wan_tiny import build_tiny_wan
 from library.training import cache_tools, cli
+from tests.musubi import known_options
+from tests.option_sets import frozen_tool_path, option_set
 from tests.library.dataset.clips.videos import write_video
 from tests.runs.conftest import fingerprint, largest_difference
 from tests.runs.families import refused_run
@@ -40,9 +46,9 @@ class ClipWork:
             write_video(folder / "videos" / f"{name}.avi", 10, size=(128, 64), first=10 * first)
             (folder / "videos" / f"{name}.txt").write_text(caption, encoding="utf-8")
 
-    def data(self, frames: int = 5) -> str:
+    def data(self, frames: int = 5, more: str = "") -> str:
         path = self.folder / f"data{frames}.toml"
-        text = DATA.format(videos=self.folder / "videos", caches=self.caches, frames=frames)
+        text = DATA.format(videos=self.folder / "videos", caches=self.caches, frames=frames) + more
         path.write_text(text, encoding="utf-8")
         return f"--dataset_config={path}"
 
@@ -151,12 +157,85 @@ def test_caches_that_do_not_fit_are_told_with_the_reason(work, monkeypatch, caps
     assert "tools/cache_text_encoder_outputs.py" in message
 
 
-@pytest.mark.parametrize("name", ["hv_cache_latents", "hv_cache_text_encoder_outputs"])
-def test_the_known_names_of_the_tools(name, work, monkeypatch, capsys):
-    module = importlib.import_module(f"tools.{name}")
-    what = "latents" if name.endswith("latents") else "text"
-    with pytest.raises(SystemExit):
+KNOWN_TOOLS = {
+    "hv_cache_latents": "cache_latents.py", "hv_cache_text_encoder_outputs": "cache_text_encoder_outputs.py",
+    **{f"{name}_{tool}": f"{name}_{tool}.py" for name in ("wan", "fpack") for tool in ("cache_latents", "cache_text_encoder_outputs")},
+}
+"""our names -> those of the video tool"""
+REQUIRED = {"latents": {"vae", "image_encoder"}, "text": {"text_encoder1", "text_encoder2", "t5"}}
+"""options that name files of models"""
+
+
+def what_of(name: str) -> str:
+    return "latents" if name.endswith("latents") else "text"
+
+
+@pytest.mark.parametrize("name", KNOWN_TOOLS)
+def test_the_known_names_of_the_tools_take_their_options(name, work, capsys):
+    """Each works, or is answered with a reason; files that are needed and not given are told together."""
+    module, what = importlib.import_module(f"tools.{name}"), what_of(name)
+    tool = cache_tools.tool_script(module.FAMILY, what)
+    known = known_options(KNOWN_TOOLS[name])
+    for option in known:
+        assert option["dest"] in tool.owners, option["dest"]
+        status = tool.status(option["dest"])
+        assert status in ("works", "equivalent"), (option["dest"], status)
+        assert status == "works" or tool.reason(option["dest"])
+    with pytest.raises(SystemExit) as ended:
         cache_tools.main(what, [work.data()], family=module.FAMILY)
     error = capsys.readouterr().err
-    assert ("--vae is not given" if what == "latents" else "--text_encoder1 is not given") in error
+    wanted = REQUIRED[what] & {option["dest"] for option in known}
+    assert ended.value.code == 2 and [option for option in wanted if f"--{option} is not given" not in error] == []
     assert module.setup_parser().parse_args(["--keep_cache"]).keep_cache
+
+
+@pytest.mark.parametrize("name", KNOWN_TOOLS)
+def test_their_options_are_the_frozen_ones(name):
+    """A change that is meant: `python -m tests.option_sets`, and look at the difference."""
+    family = importlib.import_module(f"tools.{name}").FAMILY
+    frozen = json.loads(frozen_tool_path(family, what_of(name)).read_text(encoding="utf-8"))
+    assert option_set(cache_tools.tool_script(family, what_of(name))) == frozen
+
+
+CONDITIONS = {
+    "t2v-14B": ([], {"latents"}),
+    "i2v-14B": (["--clip"], {"latents", "latents_image", "clip"}),
+    "i2v-A14B": (["--i2v"], {"latents", "latents_image"}),
+}
+"""task -> options of the known tool that make its caches, names of what these hold"""
+
+
+@pytest.mark.parametrize("task", CONDITIONS)
+def test_caches_of_wan_by_the_options_of_its_tool(task, work, tmp_path):
+    """What a task is conditioned on is in the files, and with the text they are all that a run needs."""
+    tiny = build_tiny_wan(tmp_path / "tiny", task=task)
+    options, names = CONDITIONS[task]
+    asked = [f"--clip={tiny.clip}" if option == "--clip" else option for option in options]
+    cache_tools.run("latents", ["--family=wan", work.data(), f"--vae={tiny.vae}", *asked])
+    file = TensorFile.of(str(work.caches / CLIPS[0].replace("_hv.", "_wan.")))
+    assert set(file.keys) == names and file.keys["latents"] == "latents_2x4x8_bfloat16"
+    cache_tools.run("text", ["--family=wan", work.data(), f"--t5={tiny.t5}", f"--t5_tokenizer={tiny.tokenizer}"])
+    text = TensorFile.of(str(work.caches / "a_wan_te.safetensors"))
+    assert list(text.keys.values()) == ["varlen_t5_bfloat16"]
+    argv = [word for word in work.argv("out") if not word.startswith(("--dit=", "--network_module="))]
+    denoisers = [f"--dit={tiny.denoiser}"] + ([f"--dit_high_noise={tiny.high}"] if tiny.high else [])
+    cli.run("wan", "network", [*argv, *denoisers, "--network_module=networks.lora_wan", f"--task={task}"])
+    assert (work.folder / "out" / "lora.safetensors").exists()
+
+
+def test_sections_of_framepack_by_the_options_of_its_tool(work, tmp_path, monkeypatch, capsys):
+    """Each section of a clip has a file; sections that see those before them are others."""
+    tiny = build_tiny_framepack(tmp_path / "tiny")
+    data = work.data(9, "fp_latent_window_size = 1\n")
+    files = [word for word in tiny.arguments() if word.startswith(("--vae", "--image_encoder"))]
+    cache_tools.run("latents", ["--family=framepack", data, *files, "--vae_dtype=fp32"])
+    assert work.names() == [f"{name}_00000-009-000{n}_0128x0064_fp.safetensors" for name in CAPTIONS for n in (0, 1)]
+    file = TensorFile.of(str(work.caches / work.names()[0]))
+    assert file.keys["latents_clean_2x"] == "latents_clean_2x_1x4x8_float32" and file.metadata["frame_count"] == "9"
+    texts = [word for word in tiny.arguments() if word.startswith("--text_encoder")]
+    cache_tools.run("text", ["--family=framepack", data, *texts])
+    argv = [word for word in work.argv("out") if not word.startswith(("--dit=", "--network_module=", "--dataset_config="))]
+    argv += [f"--dit={tiny.denoiser}", data, "--network_module=networks.lora_framepack"]
+    cli.run("framepack", "network", argv)
+    message = refused_run("framepack", [*argv, "--output_dir=" + str(tmp_path / "f1"), "--f1"], monkeypatch, capsys)
+    assert "encoded sections of 1, and now sections of 1 seen forwards" in message

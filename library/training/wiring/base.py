@@ -148,10 +148,8 @@ class ModelFamily(ABC):
     part_options: ClassVar[Mapping[str, frozenset[str]]] = {}
     """own options that a part needs, for tools that load one part alone: "vae" and "text_encoders" -> names"""
 
-    tool_options: ClassVar[Mapping[str, tuple[type, ...]]] = {}
-    """what is cached, "latents" or "text" -> groups of options that the tool for it has beside `options`"""
     tool_defaults: ClassVar[Mapping[str, Mapping[str, object]]] = {}
-    """in the same way defaults that differ in the tool: those of the known one"""
+    """what is cached, "latents" or "text" -> defaults that differ in the tool for it: those of the known one"""
 
     def __init_subclass__(cls, **settings: object) -> None:
         super().__init_subclass__(**settings)

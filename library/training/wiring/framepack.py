@@ -111,7 +111,7 @@ class FramePackFamily(LlamaClipFamily):
             image_width=self._image_width, tile_size=opts.tile_size,
         )  # fmt: skip
         cache = self.latent_cache(encoder, self._vae_path)
-        if opts.image_encoder:
+        if opts.image_encoder and cache.model_identity:  # of both files, where they are given
             cache.model_identity = combined_identity([cache.model_identity, model_identity(opts.image_encoder)])
         return cache
 
@@ -122,6 +122,8 @@ class FramePackFamily(LlamaClipFamily):
 
         if self.opts.image_encoder:
             return inspect_siglip(self.opts.image_encoder).hidden_size
+        if self._denoiser_path is None:
+            return 0  # of a tool that makes no latents
         return self._denoiser_info.params.image_proj_dim
 
     def load_parts(self, runtime: Runtime, beside: str) -> dict[str, torch.nn.Module]:

@@ -106,6 +106,7 @@ class WanFamily(VideoFamily):
         "vae": frozenset({"task", "clip", "i2v", "one_frame", "vae_cache_cpu", "vae_dtype"}),
         "text_encoders": frozenset({"t5", "t5_tokenizer", "fp8_t5"}),
     }
+    tool_defaults = {"latents": {"vae_dtype": "bf16"}, "text": {"mixed_precision": "bf16"}}
 
     _follows_clips = False
 
@@ -213,6 +214,8 @@ class WanFamily(VideoFamily):
     @cached_property
     def _vision_shape(self) -> tuple[int, int]:
         """(tokens, width) of the vision encoder, by its file, or without one by the denoiser's."""
+        if self.opts.clip is None and self._denoiser_path is None:
+            return 0, 0  # of a cache tool for a task that looks at no pictures
         if self.opts.clip is None:
             return self._denoiser_info.params.vision_tokens, self._denoiser_info.params.img_dim
         from library.wan_clip_utils import inspect_vision

@@ -141,6 +141,17 @@ def test_renamed_keys_are_told(tmp_path):
 
 
 FLAT = '[[datasets]]\nvideo_directory = "v"\n'
+
+
+def test_buckets_of_videos_that_other_tools_make_otherwise_are_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    buckets = "enable_bucket = true"
+    for keys, is_told in (("", True), (buckets, False), (f"{buckets}\nbucket_no_upscale = true", True)):
+        caplog.clear()
+        load(tmp_path, FLAT + keys)
+        assert ("count for videos as for pictures" in caplog.text) == is_told
+
+
 NESTED = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\n"
 
 

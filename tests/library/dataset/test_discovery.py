@@ -13,9 +13,10 @@ from library.core.errors import ConfigError
 from library.dataset.clips.settings import ClipSettings
 from library.dataset.clips.windows import ClipWindow, ControlClip
 from library.dataset.control_files import control_pictures, control_videos, layers
-from library.dataset.discovery import FoundImage, Scanner, discover
+from library.dataset.discovery import discover
 from library.dataset.items import SubsetParams
 from library.dataset.jsonl_lists import read_list
+from library.dataset.scanner import FoundImage, Scanner
 from tests.golden_dir import behaviour_cases
 
 

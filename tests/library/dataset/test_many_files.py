@@ -16,7 +16,7 @@ from library.dataset.background import map_in_threads, records_stay
 from library.dataset.cache_checks import crowded_names
 from library.dataset.captions import read_caption
 from library.dataset.datasources import AbsolutePaths
-from library.dataset.discovery import _has_extension
+from library.dataset.folders import has_extension
 from library.dataset.items import SubsetParams
 from tests.library.dataset.images import make_folder, make_group
 
@@ -31,7 +31,7 @@ def test_stems_and_extensions_are_those_of_the_standard_library(name):
     stem, extension = os.path.splitext(name)
     assert stem_of(name) == stem
     for wanted in (frozenset({".png"}), frozenset({".b"})):
-        assert _has_extension(os.path.basename(name), wanted) == (
+        assert has_extension(os.path.basename(name), wanted) == (
             os.path.splitext(os.path.basename(name))[1].lower() in wanted
         )
 
