@@ -265,7 +265,8 @@ def _decoded(jobs: Sequence[LatentsJob], threads: int, strategy: LatentCache, ba
 
 def _backlog(jobs: Sequence[LatentsJob], most: int) -> int:
     """How many samples are decoded ahead: clips are large."""
-    largest = max((3 * width * height * frames for width, height, frames, _ in (job.item.bucket for job in jobs)), default=1)
+    buckets = [job.item.bucket for job in jobs]
+    largest = max((3 * bucket.width * bucket.height * bucket.frames for bucket in buckets), default=1)
     return max(1, min(most, MOST_BYTES_AHEAD // largest))
 
 

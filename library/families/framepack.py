@@ -27,12 +27,15 @@ FAMILY = FamilyRecord(
     denoisers=("HunyuanVideoTransformer3DModelPacked",),
     targets="networks.lora_framepack:TARGETS",
     pipeline="library.generation.framepack_pipeline:FramePackPipeline",
+    pictures="fpack_generate_video.py",
+    image_script="library.generation.framepack_inference:SCRIPT",
     tiny=(
         TinyModel(
             name="framepack",
             title="FramePack",
             build="library.tiny_models.framepack_tiny:build_tiny_framepack",
             network_module="networks.lora_framepack",
+            options=("--live_encoding",),
         ),
     ),
     latents=LatentSpec(
@@ -40,7 +43,7 @@ FAMILY = FamilyRecord(
     ),
     bucket_step=16,
     caches=CacheNames(latents="_fp.safetensors", text="_fp_te.safetensors"),
-    clips=ClipFacts(short="fp", long="framepack", fps=30.0, controls=None, one_frame=True, sections=True),
+    clips=ClipFacts(short="fp", long="framepack", fps=30.0, one_frame=True, sections=True),
     conditioning=(
         TextKey("llama_vec", encoders=(0,)),
         TextKey("llama_attention_mask", rank=1, dtype="bool"),

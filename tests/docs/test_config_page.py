@@ -13,7 +13,6 @@ from library.dataset.architectures import ARCHITECTURES
 from library.dataset.clips.settings import ClipSettings
 from library.dataset.clips.windows import windows_of
 from library.dataset.config_schema import KEYS
-from tests.golden_tests.video_architectures import ARCHITECTURES as VIDEO_ARCHITECTURES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "config_README-en.md").read_text(encoding="utf-8")
 
@@ -27,8 +26,7 @@ def test_examples_are_valid(text, tmp_path):
     path = tmp_path / ("d.json" if text.startswith("{") else "d.toml")
     path.write_text(text, encoding="utf-8")
     options = DatasetOptions(dataset_config=path, masked_loss="conditioning_data_dir" in text)
-    architecture = VIDEO_ARCHITECTURES["wan"] if "video_" in text else ARCHITECTURES["flux"]
-    blueprint = load_blueprint(options, architecture=architecture)
+    blueprint = load_blueprint(options, architecture=ARCHITECTURES["wan" if "video_" in text else "flux"])
     assert blueprint.datasets and not blueprint.warnings
 
 

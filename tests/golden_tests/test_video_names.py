@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from library.core.errors import ConfigError
+from library.dataset.architectures import ARCHITECTURES as FAMILIES
 from library.dataset.cache_checks import cache_paths
 from library.dataset.cache_io import latents_npz_path, text_npz_path
 from library.dataset.cache_names import cache_base, latents_base, parse_latents_name
@@ -99,6 +101,16 @@ def test_the_number_of_control_pictures():
         facts = ARCHITECTURES[name].clips
         by_indices = isinstance(wanted, str)
         assert facts.one_frame == by_indices and facts.controls == (1 if by_indices else wanted), name
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video", "wan", "framepack"])
+def test_the_records_of_families_say_the_same(name):
+    own = FAMILIES[name]
+    known = ARCHITECTURES[own.clips.short]
+    assert own.clips == dataclasses.replace(known.clips, long=own.clips.long)
+    assert (own.bucket_step, own.latents_suffix, own.text_suffix) == (
+        known.bucket_step, known.latents_suffix, known.text_suffix
+    )
 
 
 def assert_found(find, wanted) -> None:

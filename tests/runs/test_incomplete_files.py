@@ -20,7 +20,7 @@ MISSING = (
     "joint_blocks.1.x_block.mlp.fc2.bias", "layers.1.attention_norm1.weight", "blocks.1.mlp.layer2.weight",
     "single_blocks.1.linear2.bias", "layers.1.layer_norm2.bias", "block.1.layer.1.layer_norm.weight",
     "layers.1.mlp.down_proj.weight", "decoder.conv_out.bias", "decoder.conv_out.conv.bias", "decoder.head.2.bias",
-    "blocks.1.norm3.bias", "transformer.1.norm2.bias",
+    "blocks.1.norm3.bias", "transformer.1.norm2.bias", "blocks.1.proj_mlp.bias",
 )  # fmt: skip
 """endings of names, the first that a file has"""
 

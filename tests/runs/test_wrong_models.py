@@ -258,6 +258,7 @@ OWNERS = {
     "sd3": "Stable Diffusion 3", "wan": "Wan",
     "lumina": "Lumina-Image 2.0", "video": "HunyuanImage or HunyuanVideo",
     "hunyuan_image": "HunyuanImage or HunyuanVideo", "hunyuan_video": "HunyuanImage or HunyuanVideo",
+    "framepack": "FramePack",
 }  # fmt: skip
 
 
