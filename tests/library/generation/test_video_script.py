@@ -173,6 +173,9 @@ def test_a_video_starts_from_another(run, tmp_path):
 def test_frames_are_rounded_down_with_a_word(run, caplog):
     (path,) = run("--video_length=6")
     assert looked_at(path)[3] == 5 and "6 frames are asked for; made 5, 2 n + 1" in caplog.text
+    (latents,) = run("--video_length=6", "--output_type=latent")
+    with safe_open(latents, "pt") as file:
+        assert file.metadata()["video_length"] == "5"
 
 
 def test_problems_are_told_together_before_a_model_is_loaded(run, monkeypatch, tmp_path):
