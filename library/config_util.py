@@ -41,6 +41,7 @@ from library.dataset.config_sources import (
     check_shared_caches,
     check_sources,
     check_targets,
+    idle_bucket_settings,
     learns_videos,
     source_settings,
     sources_of,
@@ -180,6 +181,7 @@ def load_blueprint(
     resolver = _Resolver(options, caching or CachingOptions(), explicit, architecture, rules, problems, warnings)
     datasets = tuple(resolver.dataset(tables, dataset) for dataset in tables.datasets)
     check_shared_caches(datasets, tables.datasets, architecture, problems)
+    warnings += idle_bucket_settings(tables, explicit)
     if options.masked_loss and not any(d.kind == "CN" or any(s.alpha_mask for s in d.subsets) for d in datasets):
         warnings.append(
             "--masked_loss is on, and no dataset has conditioning_data_dir or alpha_mask: the loss is not masked"

@@ -31,6 +31,7 @@ def file_layers() -> tuple[LayerNames, ...]:
 
 TARGETS = NetworkTargets(
     family="framepack",
+    file_state="library.framepack_utils:denoiser_state",
     classes=("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
     attention_paths=r"(single_)?transformer_blocks\.\d+\.attn\..*",
     default_excludes=(r".*(norm).*",),

@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/*/*/__init__.py", 0),
     ("networks/*/__init__.py", 0), ("library/core/*.py", 0), ("library/families/*.py", 0),
     ("library/generation/gen_img/dynamic_prompts.py", 0),
+    ("library/components/framepack_sections.py", 0), ("library/generation/framepack_requests.py", 0),
     ("library/generation/requests.py", 0), ("library/generation/*_requests.py", 0),
     ("library/generation/adapter_files.py", 0),
     ("library/generation/*_options.py", 0),

@@ -170,8 +170,8 @@ def _conflicts(items: Iterable[ImageItem], strategy: LatentCache) -> list[str]:
         if (other.bucket, other.clip) != (item.bucket, item.clip):
             problems.append(
                 f"{item.absolute_path} is used at {_words(other)} ({other.subset.label}) and at {_words(item)}"
-                f" ({item.subset.label}); its cache file {item.latents_npz} has room for one of them: give each dataset a"
-                " cache_directory of its own"
+                f" ({item.subset.label}); its cache file {item.latents_npz} has room for one of them: give each"
+                " dataset a cache_directory of its own"
             )
         elif other.subset.resize_interpolation != item.subset.resize_interpolation:
             problems.append(
@@ -265,7 +265,8 @@ def _decoded(jobs: Sequence[LatentsJob], threads: int, strategy: LatentCache, ba
 
 def _backlog(jobs: Sequence[LatentsJob], most: int) -> int:
     """How many samples are decoded ahead: clips are large."""
-    largest = max((3 * width * height * frames for width, height, frames, _ in (job.item.bucket for job in jobs)), default=1)
+    buckets = [job.item.bucket for job in jobs]
+    largest = max((3 * bucket.width * bucket.height * bucket.frames for bucket in buckets), default=1)
     return max(1, min(most, MOST_BYTES_AHEAD // largest))
 
 
@@ -322,8 +323,9 @@ def _encode(
     facts = [entry.job.item.facts for entry in batch]
     latents, conditions = strategy.encode_as_made(vae, parts or {}, images, seeds, pictures, facts)
     latents, conditions = latents.cpu(), {name: tensor.cpu() for name, tensor in conditions.items()}
+    most_nan = strategy.store.most_nan if strategy.cache_to_disk else 0.0  # which only files turn into 0
     finite = torch.stack(
-        [_is_usable(tensor.flatten(1), strategy.store.most_nan) for tensor in (latents, *conditions.values())]
+        [_is_usable(tensor.flatten(1), most_nan) for tensor in (latents, *conditions.values())]
     ).all(dim=0)
     if not finite.all():
         names = ", ".join(entry.job.item.absolute_path for entry, good in zip(batch, finite.tolist()) if not good)

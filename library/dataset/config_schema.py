@@ -231,10 +231,11 @@ def _keys() -> dict[str, Key]:
     return {key.name: key for key in table}
 
 
+BUCKET_KEYS = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
 _OF_ONE_AREA = "its buckets are all shapes of one area; remove the key, or write the folder in [[datasets.subsets]]"
 NOT_FLAT: dict[str, str] = {
     "image_dir": "write image_directory", "metadata_file": "write it in [[datasets.subsets]], or use image_jsonl_file",
-    **dict.fromkeys(("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"), _OF_ONE_AREA),
+    **dict.fromkeys(BUCKET_KEYS, _OF_ONE_AREA),
 }
 """keys of D and S that a dataset without subsets has no use for -> what to do"""
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from library.dataset.architectures import DataArchitecture
 from library.dataset.clips.settings import ClipSettings, OneFrameSettings
-from library.dataset.config_reading import BAD, DatasetTables, ProblemList, Scope, Table
-from library.dataset.config_schema import KEYS, MEDIA, NOT_FLAT, SOURCE_KEYS
+from library.dataset.config_reading import BAD, ConfigTables, DatasetTables, ProblemList, Scope, Table
+from library.dataset.config_schema import BUCKET_KEYS, KEYS, MEDIA, NOT_FLAT, SOURCE_KEYS
 from library.dataset.items import DatasetParams, SubsetParams
 from library.families.registry import records
 
@@ -198,6 +198,15 @@ def _unread(scope: Scope, subset: SubsetParams, architecture: DataArchitecture) 
         are = "is" if len(names) == 1 else "are"
         lines.append(f"{', '.join(names)} {are} nothing that {architecture.name} reads, and ignored")
     return lines
+
+
+def idle_bucket_settings(tables: ConfigTables, explicit: frozenset[str]) -> list[str]:
+    """A line on limits of buckets that are written for all datasets, none of which has a use for them."""
+    names = [name for name in BUCKET_KEYS if name in explicit or name in tables.general.values]
+    if not names or not tables.datasets or not all(dataset.is_flat for dataset in tables.datasets):
+        return []
+    have = "has" if len(names) == 1 else "have"
+    return [f"{', '.join(names)} {have} no effect: datasets without subsets have buckets of all shapes of one area"]
 
 
 def check_shared_caches(

@@ -178,7 +178,8 @@ def _read_files(blueprint: Blueprint, found: list[list[list[FoundImage]]], scann
     for subset, images in pairs:
         for image in images:
             _take_known(image, infos.get(subset.folder) if subset.cache_info else None, subset)
-            wanted |= files_of(image, subset, reads_known=scanner.check_images)
+            for path, is_video in files_of(image, subset, reads_known=scanner.check_images).items():
+                wanted[path] = is_video or wanted.get(path, False)  # what is seen of a video, a picture has as well
     check_files(wanted, scanner)
     owners = [dataset for dataset in blueprint.datasets for _ in dataset.subsets]
     for dataset, (subset, images) in zip(owners, pairs, strict=True):
@@ -299,13 +300,14 @@ def _warn_of_pixels(
         }
         return [path for path, check in checks if check in kinds] if kinds else []
 
-    scanner.summary_warning(those("deep"), f"images in {subset.label} have more than 8 bits per channel; 8 are used")
+    what = f"{subset.medium} in {subset.label}"
+    scanner.summary_warning(those("deep"), f"{what} have more than 8 bits per channel; 8 are used")
     if subset.alpha_mask:
         scanner.summary_warning(
-            those("invisible"), f"images in {subset.label} are transparent everywhere, so nothing is learned from them"
+            those("invisible"), f"{what} are transparent everywhere, so nothing is learned from them"
         )
     else:
-        scanner.summary_warning(those("transparent"), f"images in {subset.label} have transparency, which is dropped")
+        scanner.summary_warning(those("transparent"), f"{what} have transparency, which is dropped")
     if not dataset.holds_control:
         scanner.summary_warning(
             those("black", masks), f"masks of {subset.label} are black everywhere, so nothing is learned there"
@@ -344,6 +346,8 @@ def _items_of(
     cutter = Cutter.of(subset, architecture)
     if cutter is not None:
         images = _cut_videos(images, cutter, subset, scanner)
+    elif subset.no_resize_control and architecture is not None:
+        images = [image for image in images if _has_large_controls(image, subset, architecture, scanner)]
     absolute = AbsolutePaths()
     seeds = (dataset.validation_seed, seed, DEFAULT_SPLIT_SEED)
     split_seed = next(value for value in seeds if value is not None)
@@ -375,6 +379,20 @@ def _cut_videos(
         scanner.too_short[subset.label] = short
     scanner.warnings += [f"{subset.label}: {notice}" for notice in cutter.notices(videos)]
     return kept
+
+
+def _has_large_controls(
+    image: FoundImage, subset: SubsetParams, architecture: DataArchitecture, scanner: Scanner
+) -> bool:
+    """Whether control pictures that keep their size have one step of the buckets, or more; else this is noted."""
+    step = architecture.bucket_step
+    small = [path for path, seen in zip(image.control_paths, image.controls) if min(seen.size) < step]
+    if small:
+        scanner.bad_image(
+            f"{listed(small)} is smaller than {step}x{step}, which {architecture.name} needs of control pictures that"
+            " keep their size (no_resize_control)", image.path, subset.label
+        )
+    return not small
 
 
 def _samples(

@@ -85,5 +85,6 @@ def _check_alpha(image: FoundImage, subset: SubsetParams) -> None:
     video = image.video
     if subset.alpha_mask and video is not None and video.transparent and not video.reads_alpha:
         raise ConfigError(
-            f"{image.path} has transparency, which alpha_mask needs and OpenCV does not read: install PyAV (pip install av)"
+            f"{image.path} has transparency, which alpha_mask needs and OpenCV does not read: install PyAV (pip install"
+            " av)"
         )

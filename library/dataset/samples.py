@@ -1,5 +1,5 @@
-"""The pixels of one sample: read, scaled, cropped, coloured, mirrored; the same for training, caching, masks and control
-pictures."""
+"""The pixels of one sample: read, scaled, cropped, coloured, mirrored; the same for training, caching, masks and
+control pictures."""
 
 from __future__ import annotations
 
@@ -111,9 +111,9 @@ def mask_tensor(mask: np.ndarray | torch.Tensor, flipped: bool = False) -> torch
 # ---- masks and control pictures --------------------------------------------------------------------------------------
 
 def read_pictures(item: ImageItem, geometry: Geometry, names: Collection[str]) -> dict[str, np.ndarray]:
-    """What lies beside a sample, of those names (CONDITIONING_IMAGES, CONDITIONING_ALPHA and the same with numbers): its
-    mask or control pictures [h, w, 3] uint8, of a clip [F, h, w, 3], and their alpha channels [h, w] or [F, h, w] in
-    0..1. Not mirrored."""
+    """What lies beside a sample, of those names (CONDITIONING_IMAGES, CONDITIONING_ALPHA and the same with numbers):
+    its mask or control pictures [h, w, 3] uint8, of a clip [F, h, w, 3], and their alpha channels [h, w] or [F, h, w]
+    in 0..1. Not mirrored."""
     found: dict[str, np.ndarray] = {}
     for number in range(1 if item.cond_path is not None else len(item.control_paths)):
         colors, alpha = numbered(CONDITIONING_IMAGES, number), numbered(CONDITIONING_ALPHA, number)
@@ -141,8 +141,8 @@ def _frames_beside(item: ImageItem, number: int, with_alpha: bool) -> Iterator[n
 
 
 def _cut_beside(frame: np.ndarray, geometry: Geometry, item: ImageItem, number: int) -> np.ndarray:
-    """Scaled and cropped exactly like the image, where both have one size; other control pictures cover their own bucket
-    and are cut in the middle. ImageFileError for a mask of another size."""
+    """Scaled and cropped exactly like the image, where both have one size; other control pictures cover their own
+    bucket and are cut in the middle. ImageFileError for a mask of another size."""
     size = (frame.shape[1], frame.shape[0])
     if item.cond_path is not None:
         check_conditioning_size(item.cond_path, size, item.image_size)
@@ -155,10 +155,12 @@ def _cut_beside(frame: np.ndarray, geometry: Geometry, item: ImageItem, number: 
 def picture_tensors(pictures: Mapping[str, np.ndarray], flipped: bool = False) -> dict[str, torch.Tensor]:
     """Pictures as `read_pictures` gives them: colours [3, ..., h, w] in -1..1, alpha [1, ..., h, w] in 0..1, mirrored
     when `flipped`."""
-    return {
-        name: mask_tensor(picture, flipped)[None] if name.startswith(CONDITIONING_ALPHA) else image_tensor(picture, flipped)
-        for name, picture in pictures.items()
-    }
+
+    def tensor(name: str) -> torch.Tensor:
+        is_alpha = name.startswith(CONDITIONING_ALPHA)
+        return mask_tensor(pictures[name], flipped)[None] if is_alpha else image_tensor(pictures[name], flipped)
+
+    return {name: tensor(name) for name in pictures}
 
 
 def conditioning_tensor(item: ImageItem, geometry: Geometry, flipped: bool = False) -> torch.Tensor:

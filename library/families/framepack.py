@@ -27,6 +27,8 @@ FAMILY = FamilyRecord(
     denoisers=("HunyuanVideoTransformer3DModelPacked",),
     targets="networks.lora_framepack:TARGETS",
     pipeline="library.generation.framepack_pipeline:FramePackPipeline",
+    pictures="fpack_generate_video.py",
+    image_script="library.generation.framepack_inference:SCRIPT",
     tiny=(
         TinyModel(
             name="framepack",
@@ -71,7 +73,9 @@ FAMILY = FamilyRecord(
         ),
     ),
     adapters=AdapterFacts(
-        title="FramePack", shared_parts=("transformer_blocks",), base_versions=("framepack",), modelspec=("framepack",),
+        title="FramePack", shared_parts=("transformer_blocks",),
+        # names of kohya files; with dots they are those of other families in diffusers
+        pattern=r"^lora_unet_(single_)?transformer_blocks_\d+_(attn|ff|proj|norm)", base_versions=("framepack",), modelspec=("framepack",),
     ),
 )  # fmt: skip
 

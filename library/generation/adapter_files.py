@@ -90,13 +90,18 @@ def adapter_problems(texts: Sequence[str] | None, family: str, option: str = "lo
 
 
 def file_problem(path: str, option: str, family: str) -> str | None:
-    """A message when a file is no adapter, or one that is known to be for another family; None otherwise."""
+    """A message when a file is no adapter, or one that is known to be for another family whose adapters do not fit;
+    None otherwise."""
     from library.checkpoints.kinds import check_adapter, check_slot
     from library.families.registry import record_of
+    from networks.kinds.targets import targets_of_family
 
-    return check_slot(path, option, {"adapter"}, with_pickles=True) or check_adapter(
-        path, option, record_of(family).adapters.title
-    )
+    problem = check_slot(path, option, {"adapter"}, with_pickles=True)
+    if problem:
+        return problem
+    readable = (family, *targets_of_family(family).reads)
+    found = [check_adapter(path, option, record_of(name).adapters.title) for name in readable]
+    return found[0] if all(found) else None
 
 
 def multiplier_problems(multipliers: Sequence[float] | None, num_adapters: int, *, merged: bool) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from library.components.framepack_sections import section_texts
 from library.generation.video_requests import VideoRequest
 
 MAG_RATIOS = (
@@ -61,6 +62,4 @@ class FramePackRequest(VideoRequest):
 
     @property
     def rows(self) -> tuple[tuple[str, ...], ...]:
-        from library.components.framepack_sections import section_texts  # numbers and texts alone
-
         return tuple((text,) for text in section_texts(self.prompt).values())

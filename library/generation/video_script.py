@@ -307,7 +307,9 @@ class VideoScript(LatentScript[VideoRequest]):
             slots = self.slots(config)[:1]
         else:
             slots = vae if options.latent_path else [*self.slots(config), *vae]
-        found = [check_slot(getattr(model, slot), slot, kinds, with_pickles=True, for_pictures=True) for slot, kinds in slots]
+        found = [
+            check_slot(getattr(model, slot), slot, kinds, with_pickles=True, for_pictures=True) for slot, kinds in slots
+        ]
         found += self.extra_file_problems(config)
         asked = {f"--{name}": "float8_e4m3fn" for name in ("fp8", "fp8_scaled") if getattr(model, name)}
         found += format_problems({f"--dit_dtype {model.dit_dtype}": model.dit_dtype_name, **asked}, model.device)

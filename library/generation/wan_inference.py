@@ -253,8 +253,8 @@ class WanScript(VideoScript):
             size = problems.attempt(read)
             if size not in (None, needed):
                 problems.add(
-                    f"--{name} is {getattr(options, name)}: {what} is {size}, the denoiser {options.dit} takes {needed};"
-                    " use the files that belong together"
+                    f"--{name} is {getattr(options, name)}: {what} is {size}, the denoiser {options.dit} takes"
+                    f" {needed}; use the files that belong together"
                 )
         swap = row_swap_problem(options.blocks_to_swap, params.num_layers)
         return [
@@ -285,8 +285,9 @@ class WanScript(VideoScript):
             return
         needed = f"--task {' or '.join(fitting)}" if fitting else "another file: no task has such a model"
         problems.add(
-            f"{f'--task is {given}; ' if given else ''}the denoiser {config[self.models].dit} has {params.in_dim} input"
-            f" channels, {'an' if params.has_vision else 'no'} image branch and a width of {params.dim}: needed: {needed}"
+            f"{f'--task is {given}; ' if given else ''}the denoiser {config[self.models].dit} has {params.in_dim}"
+            f" input channels, {'an' if params.has_vision else 'no'} image branch and a width of {params.dim}: needed:"
+            f" {needed}"
         )
 
     def _check_pair(self, config: Config, params: WanParams, problems: Problems) -> None:
@@ -295,8 +296,8 @@ class WanScript(VideoScript):
             return
         if self.boundary(config) is None:
             problems.add(
-                f"--dit_high_noise is given with the task {self.task(config).name}, which has one model: needed: a task of"
-                " Wan 2.2 (--task t2v-A14B or i2v-A14B), or the noise level at which it takes over"
+                f"--dit_high_noise is given with the task {self.task(config).name}, which has one model: needed: a task"
+                " of Wan 2.2 (--task t2v-A14B or i2v-A14B), or the noise level at which it takes over"
                 " (--timestep_boundary 0.9)"
             )
         other = problems.attempt(lambda: self._params(config, options.dit_high_noise))
@@ -313,11 +314,13 @@ class WanScript(VideoScript):
             found.append(
                 "ftfy is not installed: prompts are cleaned of HTML entities and white space alone (pip install ftfy)"
             )
+        if "video_path" in config.explicit:
+            found.append("--video_path is what the video starts from (known scripts take it and do not read it)")
         given = [name for name in ("timestep_boundary", "offload_inactive_dit") if name in config.explicit]
         if given and options.dit_high_noise is None:
             found.append(f"--{' and --'.join(given)}: no effect; --dit_high_noise is not given")
         if options.dit_high_noise is not None and "high" in Path(options.dit).name.lower():
-            found.append("--dit has a name that says much noise; it is the expert for little, --dit_high_noise the other")
+            found.append("--dit has a name that says much noise; it is the expert for little noise")
         return found
 
 

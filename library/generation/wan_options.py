@@ -83,14 +83,14 @@ class WanModelOptions(VideoModelOptions):
     """Models"""
 
     task: str | None = option(
-        None, choices=(None, *TASKS), help="what the model does; by its file when not given, which tells all but the size"
-        " of a control model and first and last frames from first ones",
+        None, choices=(None, *TASKS), help="what the model does; by its file when not given, which tells all but the"
+        " size of a control model and first and last frames from first ones",
     )  # fmt: skip
     ckpt_dir: str | None = option(None, help="folder of an official release; options that are not given name its files")
     dit: str | None = option(None, help="file of the Wan denoiser; of Wan 2.2 the expert for little noise")
     dit_high_noise: str | None = option(None, help="file of the expert of Wan 2.2 for much noise")
     timestep_boundary: float | None = option(
-        None, help="noise level, 0 to 1 or in thousandths, down to which that expert predicts; of the task when not given"
+        None, help="noise level, 0 to 1 or in thousandths, down to which that expert predicts; else that of the task"
     )
     offload_inactive_dit: bool = option(False, help="keep the expert that does not compute in main memory")
     lazy_loading: bool = option(False, help="the same: an expert is on the device while it computes")
@@ -106,7 +106,7 @@ class WanModelOptions(VideoModelOptions):
     disable_numpy_memmap: bool = option(False, help="read model files without mapping them into memory")
     force_v2_1_time_embedding: bool = equivalent_option(
         False, help="one time embedding for each sample",
-        reason="--force_v2_1_time_embedding: one embedding is made for each distinct time, which needs as little memory",
+        reason="--force_v2_1_time_embedding: one embedding is made for each distinct time, which is as small",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -101,7 +101,8 @@ def name_of(values: dict) -> str:
 def item_of(values: dict, repeats: int) -> ImageItem:
     frames, controls = values["frames"] or 1, values.get("control_latents_hw") or []
     return ImageItem(
-        image_key=values["name"], absolute_path=f"/{values['name']}", caption="", subset=SubsetParams(no_resize_control=True),
+        image_key=values["name"], absolute_path=f"/{values['name']}", caption="",
+        subset=SubsetParams(no_resize_control=True),
         image_size=tuple(values["size"]), num_repeats=repeats, frames=frames,
         clip=ClipWindow(0, frames, values.get("section")) if values["frames"] else None,
         control_paths=tuple(f"/control_{i}" for i in range(len(controls))),

@@ -16,6 +16,7 @@ from library.core.errors import ConfigError
 from library.generation import wan_inference
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models.wan_tiny import build_tiny_wan
+from tests.tiny import video_words
 
 SIZE = ("--video_size", "32", "48")
 
@@ -55,7 +56,7 @@ def picture(tmp_path) -> str:
 
 def run(tiny, folder: Path, *more: str) -> list[Path]:
     given = [
-        *tiny.arguments(), "--dit_dtype=float32", "--vae_dtype=float32", "--infer_steps=2", "--video_length=5", *SIZE,
+        *video_words(tiny), "--dit_dtype=float32", "--vae_dtype=float32", "--infer_steps=2", "--video_length=5", *SIZE,
         f"--save_path={folder}", "--seed=7", "--prompt=a red cat",
     ]  # fmt: skip
     return wan_inference.run([*given, *more])
@@ -77,8 +78,8 @@ def test_a_video_has_the_asked_size_rate_and_frames_and_its_seed_the_same_bytes(
 
 def test_settings_change_the_video(tiny, tmp_path):
     ways = {
-        "plain": [], "unguided": ["--guidance_scale=1"], "text": ["--negative_prompt=a dog"], "shift": ["--flow_shift=1"],
-        "dpm": ["--sample_solver=dpm++"], "vanilla": ["--sample_solver=vanilla"],
+        "plain": [], "unguided": ["--guidance_scale=1"], "text": ["--negative_prompt=a dog"],
+        "shift": ["--flow_shift=1"], "dpm": ["--sample_solver=dpm++"], "vanilla": ["--sample_solver=vanilla"],
         "some": ["--cfg_skip_mode=late", "--cfg_apply_ratio=0.5"],
         "layers": ["--slg_layers=1", "--slg_mode=original", "--slg_end=1"],
     }  # fmt: skip
@@ -97,7 +98,7 @@ def test_a_first_frame_gives_the_clip_its_shape_and_is_needed(i2v, picture, tmp_
     with pytest.raises(ConfigError, match="the task i2v-14B begins with a picture"):
         run(i2v, tmp_path / "x")
     with pytest.raises(ConfigError, match="--clip is not given"):
-        given = [word for word in i2v.arguments() if not word.startswith("--clip=")]
+        given = [word for word in video_words(i2v) if not word.startswith("--clip=")]
         wan_inference.run([*given, f"--save_path={tmp_path}", "--prompt=a", f"--image_path={picture}"])
     single = latent(
         i2v, tmp_path / "c", "--one_frame_inference=control_index=0,target_index=1", f"--control_image_path={picture}"

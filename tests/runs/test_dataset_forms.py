@@ -7,10 +7,20 @@ import shutil
 from pathlib import Path
 
 from tests.runs.conftest import Work, draw_pictures, largest_difference, read_parts
+from tests.runs.families import refused_run
 
 KEYS = "resolution = 64\nbatch_size = 2"
 TEXT = "caption_extension = '.txt'"
 FEW = ("--max_train_steps=2", "--network_train_unet_only")
+
+
+def test_a_video_for_a_family_of_pictures_is_refused_at_the_start(work: Work, monkeypatch, capsys) -> None:
+    path = work.folder / "videos.toml"
+    path.write_text("[[datasets]]\nvideo_directory = 'v'\ntarget_frames = [5, 25]\nframe_extraction = 'tail'\n")
+    message = refused_run("flux", work.argv("out", dataset=path), monkeypatch, capsys)
+    assert "datasets[0].video_directory: flux learns pictures, not videos" in message
+    assert "datasets[0].frame_extraction: is \"tail\"; one of head, chunk, slide, uniform, full is needed" in message
+    assert "Wan" in message and "target_frames" not in message
 
 
 def test_one_folder_in_three_forms(tmp_path: Path, tiny) -> None:

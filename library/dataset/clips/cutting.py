@@ -1,5 +1,5 @@
-"""From videos that were looked at to their clips: rates, windows and sections by the settings of a subset, and what is to
-be told of videos that fit them badly."""
+"""From videos that were looked at to their clips: rates, windows and sections by the settings of a subset, and what is
+to be told of videos that fit them badly."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ class Cutter:
             return None
         found = [f"{path} ({_frames(count, video)})" for path, count, video in short]
         return (
-            f"{len(short)} of {len(videos)} videos are shorter than the shortest clip, which has {self.needed} frames, and"
-            f" are left out: {listed(found)}"
+            f"{len(short)} of {len(videos)} videos are shorter than the shortest clip, which has {self.needed} frames,"
+            f" and are left out: {listed(found)}"
         )
 
     def notices(self, videos: Sequence[tuple[str, VideoCheck]]) -> list[str]:
@@ -128,9 +128,9 @@ class Cutter:
         ]
         if others and source is None:
             return (
-                f"{len(others)} videos have another frame rate than the {target:g} fps of {self.architecture.name}; every"
-                f" frame is used, so that movements get another speed: {listed(others)}. source_fps = \"auto\" converts"
-                " them by their own times"
+                f"{len(others)} videos have another frame rate than the {target:g} fps of {self.architecture.name};"
+                f" every frame is used, so that movements get another speed: {listed(others)}. source_fps = \"auto\""
+                " converts them by their own times"
             )
         if others:
             return (
@@ -138,7 +138,8 @@ class Cutter:
                 " \"auto\" goes by what they say"
             )
         if source is not None and exact_rate(source) < exact_rate(target):
-            return f"source_fps {source:g} is less than the {target:g} fps of {self.architecture.name}; frames are repeated"
+            name = self.architecture.name
+            return f"source_fps {source:g} is less than the {target:g} fps of {name}; frames are repeated"
         return None
 
 

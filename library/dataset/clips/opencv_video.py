@@ -51,7 +51,8 @@ def _has_alpha(capture: cv2.VideoCapture) -> bool:
 
 
 def each_frame(path: str, with_alpha: bool) -> Iterator[Callable[[], np.ndarray]]:
-    """For every frame, what gives its pixels [H, W, 3 or 4] as shown; frames that nobody asks for are not converted."""
+    """For every frame, what gives its pixels [H, W, 3 or 4] as shown, to be called before the next frame is asked for;
+    frames that nobody asks for are not converted."""
     with _opened(path) as capture:
         while capture.grab():
             yield lambda: _retrieved(capture, path, with_alpha)
@@ -60,8 +61,8 @@ def each_frame(path: str, with_alpha: bool) -> Iterator[Callable[[], np.ndarray]
 def frames_near(
     path: str, first: int, rate: Fraction, with_alpha: bool
 ) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
-    """Frames with their numbers, from `first` or some before it on, of a file with even times; nothing where OpenCV does
-    not find the place."""
+    """Frames with their numbers, from `first` or some before it on, of a file with even times; nothing where OpenCV
+    does not find the place. Each is read before the next is asked for."""
     import cv2
 
     with _opened(path) as capture:
@@ -87,8 +88,8 @@ def _opened(path: str) -> Iterator[cv2.VideoCapture]:
     try:
         if not capture.isOpened():
             raise ImageFileError(
-                f"{path} holds no video that OpenCV can read: it is damaged, or only sound, or of another kind (with PyAV,"
-                " pip install av, more can be read)"
+                f"{path} holds no video that OpenCV can read: it is damaged, or only sound, or of another kind (with"
+                " PyAV, pip install av, more can be read)"
             )
         yield capture
     finally:

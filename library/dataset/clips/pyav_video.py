@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -34,14 +35,14 @@ def each_frame(path: str, with_alpha: bool) -> Iterator[Callable[[], np.ndarray]
     """For every frame, what gives its pixels [H, W, 3 or 4] as shown; frames that nobody asks for are not converted."""
     with _opened(path) as (container, stream):
         for frame in _decoded(container, stream):
-            yield lambda: _pixels(frame, with_alpha)
+            yield functools.partial(_pixels, frame, with_alpha)
 
 
 def frames_near(
     path: str, first: int, rate: Fraction, with_alpha: bool
 ) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
-    """Frames with their numbers, from the key frame before `first` on, of a file with even times; nothing where the file
-    does not say when it begins."""
+    """Frames with their numbers, from the key frame before `first` on, of a file with even times; nothing where the
+    file does not say when it begins."""
     with _opened(path) as (container, stream):
         begin, tick = stream.start_time, stream.time_base
         if begin is None or tick is None:
@@ -51,7 +52,7 @@ def frames_near(
             number = None if frame.pts is None else number_at(float((frame.pts - begin) * tick * rate))
             if number is None:
                 return
-            yield number, lambda: _pixels(frame, with_alpha)
+            yield number, functools.partial(_pixels, frame, with_alpha)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""Videos as the data side sees them, files and folders of frames: what is known of one before it is used, and its frames
-one by one. PyAV reads files where it is installed, else OpenCV."""
+"""Videos as the data side sees them, files and folders of frames: what is known of one before it is used, and its
+frames one by one. PyAV reads files where it is installed, else OpenCV."""
 
 from __future__ import annotations
 

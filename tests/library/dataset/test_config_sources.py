@@ -81,6 +81,10 @@ def test_what_was_written_on_the_command_line_stands_in(tmp_path):
     assert (dataset.resolution, dataset.batch_size) == ((512, 512), 3)
     assert dataset.subsets[0].caption_extension == ".cap"
     assert "min_bucket_reso" in blueprint.shadowed and not {"resolution", "train_batch_size"} & blueprint.shadowed
+    assert blueprint.warnings == (
+        "min_bucket_reso has no effect: datasets without subsets have buckets of all shapes of one area",
+    )
+    assert load(tmp_path, text + NESTED + 'image_dir = "j"', min_bucket_reso=128).warnings == ()
     old = load(tmp_path, text, caption_extention=".old").datasets[0]
     assert old.subsets[0].caption_extension == ".old"
 

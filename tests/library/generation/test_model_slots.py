@@ -24,12 +24,13 @@ SLOTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "anima": ((), ("dit", "vae", "text_encoder")),
     "hunyuan_image": ((), ("dit", "vae", "text_encoder", "byt5")),
     "hunyuan_video": ((), ("dit", "vae", "text_encoder1", "text_encoder2")),
+    "framepack": ((), ("dit", "vae", "text_encoder1", "text_encoder2")),
     "wan": (("--task=i2v-14B",), ("dit", "vae", "t5", "clip")),
 }
 """family -> (words that choose it in its script, options that name model files)"""
 SCRIPTS = {"chroma": "flux"}
 """a variant -> whose script it is in"""
-OUT = dict.fromkeys(("anima", "hunyuan_image", "hunyuan_video", "wan"), "save_path")
+OUT = dict.fromkeys(("anima", "hunyuan_image", "hunyuan_video", "framepack", "wan"), "save_path")
 """family -> the option of the folder of pictures, where it has another name than output_dir"""
 _T5, _CLIP_L = {"text_encoders.t5xxl.transformer.": "t5xxl"}, {"text_encoders.clip_l.transformer.": "clip_l"}
 _AE = {"vae.": "vae_ldm16"}

@@ -1,5 +1,5 @@
-"""Datasets of videos, from the TOML to the frames of batches: rates, windows, control clips, masks, splits, and everything
-that is wrong with the files told before anything is trained."""
+"""Datasets of videos, from the TOML to the frames of batches: rates, windows, control clips, masks, splits, and
+everything that is wrong with the files told before anything is trained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from library.dataset import DatasetOptions
 from library.dataset import samples as reading
 from library.dataset.batch import CONDITIONING_ALPHA, CONDITIONING_IMAGES, numbered
 from library.dataset.build import build_dataset_groups
-from library.dataset.clips import opencv_video, video_files
+from library.dataset.clips import video_files
 from library.dataset.dataset import DatasetGroup
 from library.dataset.datasources import ScanResult, load_datasets
 from library.dataset.debug import debug_dataset, picture
@@ -298,6 +298,9 @@ def test_several_control_pictures_with_alpha(tmp_path):
                 shown = batch.conditions[name][row]
                 shown = shown.flip(-1) if batch.flippeds[row] else shown
                 assert numbers(shown) == [first + int(Path(key).stem)], "mirrored with its picture"
+    Image.fromarray(numbered_frame(1, (16, 8))).save(controls / "2.png")
+    with pytest.raises(ConfigError, match=r"2\.png is smaller than 16x16, which toy_video needs"):
+        load(folder, keys, text, architecture=architecture)
     wide = [(3, 64, 128), (1, 64, 128), (3, 48, 96), (1, 48, 96)]
     assert seen == {"0.png": [*wide[:2], (3, 128, 64), (1, 128, 64)], "1.png": wide, "2.png": wide}
 
@@ -357,7 +360,8 @@ def test_all_bad_files_are_told_at_once(tmp_path):
     for name in bad:
         assert any(name in problem for problem in error.value.problems), name
     told = "\n".join(error.value.problems)
-    assert "empty.mp4 is an empty file" in told and "head.avi has a video stream of which no frame can be decoded" in told
+    assert "empty.mp4 is an empty file" in told
+    assert "head.avi has a video stream of which no frame can be decoded" in told
     group, _, scan = load(folder, "target_frames = [5]", skip_bad_images=True)
     assert samples(group) == {"good.avi": [run(0, 4)]} and scan.num_skipped == len(bad)
 
@@ -447,8 +451,7 @@ def test_a_second_start_opens_no_video(how, tmp_path, monkeypatch):
     if how == "index":
         scan.index.save()
     with monkeypatch.context() as patch:
-        for module in (opencv_video, video_files):
-            patch.setattr(module, "look" if module is opencv_video else "look_at_video", lambda *_: pytest.fail("opened"))
+        patch.setattr(video_files, "look_at_video", lambda *_: pytest.fail("opened"))
         again, _, _ = load(tmp_path / "videos", keys, text)
     assert [(item.clip, item.image_size) for item in again.items] == [
         (item.clip, item.image_size) for item in first.items

@@ -112,7 +112,7 @@ def test_where_a_place_is_not_found_all_frames_are_decoded(tmp_path, monkeypatch
     """A rate that the file no longer has leads to no frame's time."""
     path = str(write_video(tmp_path / "a.avi", 30, fps=24))
     monkeypatch.setattr(video_files, "FAR", 1)
-    for rate in (Fraction(23), Fraction(24), None):
+    for rate in (Fraction(19), Fraction(24), None):
         assert numbers_of(np.stack(list(frames_of(path, [7, 9], rate=rate)))) == [7, 9], rate
 
 
@@ -161,7 +161,7 @@ def test_both_readers_agree(tmp_path):
 # ---- cutting ---------------------------------------------------------------------------------------------------------
 
 def test_sections_of_a_clip_are_samples():
-    """A stride of 2 and sections of 3 latent frames: a clip of 13 frames has 7 latent ones, the first and two sections."""
+    """A stride of 2 and sections of 3 latent frames: 13 frames give 7 latent ones, the first and two sections."""
     cutter = Cutter(ClipSettings(target_frames=(7, 13)), sectioned(), section_frames=3)
     windows = cutter.clips_of(VideoCheck((64, 32), frames=14))
     assert [window.key for window in windows] == [(0, 7, 0), (0, 13, 0), (0, 13, 1)]

@@ -1,0 +1,186 @@
+"""The video script of FramePack through its command line, on a tiny base: sections with their texts and pictures, F1,
+single frames, MagCache, LoRAs, decoding, refusals."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from library.core.errors import ConfigError
+from library.generation import framepack_inference
+from library.safetensors_utils import save_file_atomic
+from library.tiny_models.framepack_tiny import build_tiny_framepack
+from tests.tiny import video_words
+
+SMALL = ("--video_size", "32", "32", "--latent_window_size=2", "--infer_steps=3")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return build_tiny_framepack(tmp_path_factory.mktemp("tiny"), depth=2, depth_single=4)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[str]:
+    folder, paths = tmp_path_factory.mktemp("pictures"), []
+    for number in range(3):
+        pixels = np.random.RandomState(number).randint(0, 255, (40, 60, 3), dtype=np.uint8)
+        paths.append(str(folder / f"{number}.png"))
+        Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+def run(tiny, folder: Path, *more: str, prompt: str = "a red cat") -> list[Path]:
+    types = [f"--{name}_dtype=float32" for name in ("dit", "vae", "text_encoder")]
+    given = [*video_words(tiny), *types, *SMALL, f"--save_path={folder}", "--seed=7"]
+    return framepack_inference.run([*given, *([f"--prompt={prompt}"] if prompt else []), *more])
+
+
+def latent(tiny, folder: Path, *more: str, prompt: str = "a red cat") -> torch.Tensor:
+    (path,) = run(tiny, folder, "--output_type=latent", *more, prompt=prompt)
+    return load_file(path)["latent"]
+
+
+def test_a_video_has_the_asked_size_rate_and_frames_and_its_seed_the_same_bytes(tiny, pictures, tmp_path):
+    asked = ["--video_sections=2", f"--image_path={pictures[0]}", "--fps=24"]
+    made = [run(tiny, tmp_path / name, *asked)[0] for name in "ab"]
+    assert made[0].read_bytes() == made[1].read_bytes()
+    names = (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT)
+    assert [cv2.VideoCapture(str(made[0])).get(name) for name in names] == [32, 32, 24, 2 * 2 * 4 + 1]
+    (both,) = run(tiny, tmp_path / "c", *asked, "--output_type=latent")
+    with safe_open(both, "pt") as file:
+        assert file.get_tensor("latent").shape == (16, 5, 4, 4)
+        assert file.metadata()["video_length"] == "17" and file.metadata()["seeds"] == "7"
+    decode = [f"--vae={tiny.vae}", "--vae_dtype=float32", "--latent_window_size=2", f"--latent_path={both}", "--fps=24"]
+    (decoded,) = framepack_inference.run([*decode, f"--save_path={tmp_path / 'd'}"])
+    assert decoded.read_bytes() == made[0].read_bytes()
+    (bulk,) = framepack_inference.run([*decode, f"--save_path={tmp_path / 'e'}", "--bulk_decode"])
+    assert cv2.VideoCapture(str(bulk)).get(cv2.CAP_PROP_FRAME_COUNT) == 17
+
+
+@pytest.mark.parametrize(
+    ("words", "sections"),
+    [(["--video_seconds=1"], 4), (["--video_seconds=0.1"], 1), (["--video_sections=3"], 3)],
+)
+def test_the_length_is_that_of_whole_sections(tiny, tmp_path, words, sections):
+    made = latent(tiny, tmp_path, *words, "--infer_steps=1")
+    assert made.shape[1] == 1 + 2 * sections
+
+
+def test_sections_have_their_texts_and_pictures(tiny, pictures, tmp_path):
+    two = ["--video_sections=2", f"--image_path={pictures[0]}"]
+    plain = latent(tiny, tmp_path / "a", *two)
+    last = latent(tiny, tmp_path / "b", *two, prompt="0:a red cat;;;-1:a blue dog")
+    assert torch.equal(plain[:, :1], last[:, :1]) and not torch.equal(plain[:, 3:], last[:, 3:])
+    first = latent(tiny, tmp_path / "c", *two, "--f1", prompt="0:a red cat;;;1:a blue dog")
+    forward = latent(tiny, tmp_path / "d", *two, "--f1")
+    assert torch.equal(first[:, :3], forward[:, :3]) and not torch.equal(first[:, 3:], forward[:, 3:])
+    shown = latent(tiny, tmp_path / "e", "--video_sections=2", f"--image_path=0:{pictures[0]};;;1:{pictures[1]}")
+    assert torch.equal(shown[:, :1], plain[:, :1]) and not torch.equal(shown[:, 3:], plain[:, 3:])
+    ended = latent(tiny, tmp_path / "f", *two, f"--end_image_path={pictures[2]}")
+    assert not torch.equal(ended[:, 3:], plain[:, 3:])
+    told = latent(tiny, tmp_path / "g", *two, "--custom_system_prompt=Draw it")
+    padded = latent(tiny, tmp_path / "h", *two, "--latent_paddings=3")
+    assert all(not torch.equal(made, plain) for made in (told, padded))
+
+
+def test_settings_change_the_video(tiny, tmp_path):
+    one = ["--video_sections=1"]
+    ways = {
+        "plain": [], "guided": ["--guidance_scale=3", "--negative_prompt=a dog"],
+        "rescaled": ["--guidance_scale=3", "--negative_prompt=a dog", "--guidance_rescale=0.7"],
+        "embedded": ["--embedded_cfg_scale=1"], "shift": ["--flow_shift=1"],
+        "rope": ["--rope_scaling_timestep_threshold=500"],
+        "magcache": ["--magcache_mag_ratios=1", "--magcache_retention_ratio=0"],
+    }  # fmt: skip
+    made = [latent(tiny, tmp_path / name, *one, *words) for name, words in ways.items()]
+    assert all(not torch.equal(a, b) for n, a in enumerate(made) for b in made[:n])
+    assert torch.equal(made[0], latent(tiny, tmp_path / "swap", *one, "--blocks_to_swap=1"))
+    assert torch.equal(made[0], latent(tiny, tmp_path / "k", *one, "--magcache_mag_ratios=0", "--magcache_k=0"))
+
+
+def test_calibration_prints_ratios_that_can_be_given(tiny, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        latent(tiny, tmp_path / "a", "--video_sections=1", "--magcache_calibration")
+    (told,) = [line for line in caplog.messages if line.startswith("--magcache_mag_ratios ")]
+    ratios = told.split(" ")[1]
+    assert len(ratios.split(",")) == 3
+    latent(tiny, tmp_path / "b", "--video_sections=1", f"--magcache_mag_ratios={ratios}")
+
+
+def test_lines_have_their_letters(tiny, pictures, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text(
+        f"a cat --vs 2 --w 48 --d 1 --s 2 --i {pictures[0]} --fs 3 --g 2 --n dull\n"
+        "a cat --f 0.1 --d 2 --mcrr 0 --mct 9 --mck 1\n",
+        encoding="utf-8",
+    )
+    words = ["--output_type=latent", f"--from_file={lines}", "--magcache_mag_ratios=0"]
+    first, second = run(tiny, tmp_path / "made", *words, prompt="")
+    assert load_file(first)["latent"].shape == (16, 5, 4, 6) and load_file(second)["latent"].shape == (16, 3, 4, 4)
+
+
+def test_a_single_frame_is_made_beside_control_pictures(tiny, pictures, tmp_path):
+    single = ["--one_frame_inference=target_index=1,control_index=0;10,no_post,no_2x,no_4x", "--control_image_path"]
+    made = latent(tiny, tmp_path / "a", *single, pictures[0], pictures[1])
+    assert made.shape == (16, 1, 4, 4)
+    assert not torch.equal(made, latent(tiny, tmp_path / "b", *single, pictures[0], pictures[2]))
+    Image.new("L", (60, 40)).save(tmp_path / "mask.png")
+    masked = latent(
+        tiny, tmp_path / "c", *single, pictures[0], pictures[1], "--control_image_mask_path", str(tmp_path / "mask.png")
+    )
+    assert not torch.equal(made, masked)
+    words = [*single, pictures[0], "--one_frame_auto_resize", "--output_type=latent_images", "--video_size", "48", "64"]
+    (folder,) = run(tiny, tmp_path / "d", *words)
+    (picture,) = folder.iterdir()
+    assert Image.open(picture).size == (64, 48), "the shape of 60x40 at this area"
+
+
+def test_adapters_of_both_kinds_are_merged(tiny, tmp_path):
+    """Also one that was trained on the model whose blocks these are."""
+    plain, changed = latent(tiny, tmp_path / "a", "--video_sections=1"), {}
+    generator = torch.Generator().manual_seed(4)
+    for kind, name, rows in (
+        ("own", "transformer_blocks_0_attn_to_q", 64), ("other", "double_blocks_0_img_attn_qkv", 192),
+    ):  # fmt: skip
+        tensors = {
+            f"lora_unet_{name}.lora_down.weight": torch.randn(4, 64, generator=generator),
+            f"lora_unet_{name}.lora_up.weight": torch.randn(rows, 4, generator=generator),
+            f"lora_unet_{name}.alpha": torch.tensor(4.0),
+        }
+        save_file_atomic(tensors, tmp_path / f"{kind}.safetensors")
+        words = ["--video_sections=1", f"--lora_weight={tmp_path / kind}.safetensors"]
+        changed[kind] = latent(tiny, tmp_path / kind, *words)
+        hooked = latent(tiny, tmp_path / f"{kind}_hooked", *words, "--no-merge_lora_weights")
+        assert torch.allclose(changed[kind], hooked, atol=1e-3)
+    assert not torch.equal(plain, changed["own"]) and not torch.equal(plain, changed["other"])
+
+
+def test_what_is_missing_or_wrong_is_told_at_once(tiny, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(framepack_inference.SCRIPT), "load_encoders", lambda *_: pytest.fail("a model is loaded"))
+    with pytest.raises(ConfigError) as caught:
+        run(
+            tiny, tmp_path, "--latent_paddings=a", "--magcache_mag_ratios=x", "--one_frame_inference=no_5x",
+            "--control_image_mask_path", "m.png", "--video_sections=0",
+        )  # fmt: skip
+    told = "\n".join(caught.value.problems)
+    for part in (
+        "--latent_paddings is 'a'", "--magcache_mag_ratios is 'x'", "--one_frame_inference has 'no_5x'",
+        "--control_image_mask_path has 1 files for 0", "--video_sections is 0",
+    ):
+        assert part in told, part
+    with pytest.raises(ConfigError, match="the sections 3-1 of a prompt run backwards"):
+        run(tiny, tmp_path, prompt="3-1:x;;;0:y")
+    with pytest.raises(ConfigError) as caught:
+        run(tiny, tmp_path, "--image_path=0:none.png;;;1:other.png", "--sample_solver=dpm++", "--image_encoder=no")
+    told = "\n".join(caught.value.problems)
+    for part in ("none.png", "other.png", "--sample_solver is dpm++", "--image_encoder is no"):
+        assert part in told, part
