@@ -345,6 +345,12 @@ setup_parser()
 setup_parser_common()
 should_sample_images(args, steps, epoch)
 
+fpack_train_network
+FramePackNetworkTrainer()
+fpack_setup_parser(parser)
+main()
+setup_parser()
+
 wan_train_network
 WanNetworkTrainer()
 main()

@@ -143,7 +143,12 @@ def notices(options: TimestepOptions) -> list[str]:
     """Lines for the log at start: where numbers differ from what people know."""
     lines = []
     is_whole = options.timestep_sampling == "whole"
-    if options.sigma_table == "falling":  # families whose known trainers do the same
+    if options.sigma_table == "falling":  # families whose known trainers do the same, but for the range
+        if options.timestep_sampling == "sigma" and is_limited(options):
+            lines.append(
+                "--min_timestep/--max_timestep bound the noise levels of --timestep_sampling sigma (known trainers of videos"
+                " bound places in a falling table: 200 and 900 train 101 to 800)"
+            )
         return lines
     if options.timestep_sampling == "sigma" and options.weighting_scheme in ("logit_normal", "mode"):
         lines.append(

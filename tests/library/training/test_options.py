@@ -50,6 +50,9 @@ OWN_OPTIONS = {
     "hunyuan_video_network": {
         "live_encoding", "text_encoder1_tokenizer", "text_encoder2_tokenizer", "guidance_unscaled",
     },
+    "framepack_network": {
+        "live_encoding", "text_encoder1_tokenizer", "text_encoder2_tokenizer", "one_frame_no_2x", "one_frame_no_4x",
+    },
     "wan_network": {"live_encoding", "t5_tokenizer", "i2v"},
     "framepack_network": {
         "live_encoding", "text_encoder1_tokenizer", "text_encoder2_tokenizer", "one_frame_no_2x", "one_frame_no_4x",

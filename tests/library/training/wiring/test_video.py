@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.core.errors import ConfigError
-from library.training import cli, parser_common
+from library.training import cli, idle_options, parser_common, timestep_samplers
+from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.video import VideoFamily
 from tests.planted import plant
 from tests.runs.conftest import largest_difference
@@ -198,3 +199,27 @@ def test_metadata_are_those_of_the_known_trainer(work, monkeypatch):
         "modelspec.architecture": "toy-12b/lora", "modelspec.resolution": "320x192", "modelspec.timestep_range": "100,1000",
     }
     assert {name: found.get(name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--min_timestep=200"], "bound the noise levels of --timestep_sampling sigma"),
+        (["--discrete_flow_shift=7"], "--discrete_flow_shift: has no effect: the falling table"),
+        (["--num_timestep_buckets=4"], "--num_timestep_buckets: has no effect"),
+        (["--preserve_distribution_shape", "--timestep_sampling=shift"], "neither --min_timestep nor --max_timestep"),
+        (["--timestep_sampling=shift", "--sigma_table=falling", "--logit_mean=1"], "--sigma_table: has no effect"),
+        (["--img_in_txt_in_offloading"], "--img_in_txt_in_offloading: has no effect"),
+    ],
+)
+def test_what_is_special_about_noise_levels_is_told_at_start(work, given, told):
+    config = config_of(*given)
+    lines = [*timestep_samplers.notices(config[TimestepOptions])]
+    lines += [str(item) for item in idle_options.ignored(config, CachedToyFamily(config))]
+    assert any(told in line for line in lines), lines
+
+
+def test_captions_that_change_ask_for_live_encoding(work):
+    with pytest.raises(ConfigError, match="shuffle_caption: .*--live_encoding"):
+        work.train("out", "--dit=toy.safetensors", *MODELS, subset_keys="shuffle_caption = true")
+    work.train("out", "--dit=toy.safetensors", *MODELS, "--live_encoding", subset_keys="shuffle_caption = true")
