@@ -22,13 +22,13 @@ def predict_velocity(
     *,
     guidance: float,
     first_frame: Tensor | None = None,
-    times_guidance: float = NUM_TRAIN_TIMESTEPS,
+    guidance_factor: float = NUM_TRAIN_TIMESTEPS,
     **inputs: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Velocity (noise - data) [B, C, F, h, w] of noisy latents of this shape.
 
     `timesteps` [B], [B, F] for a time per frame or [B, L] per token, on the 0..1000 scale, float32. `guidance`: the
-    embedded scale, which reaches the model times `times_guidance` and which models that are not distilled ignore;
+    embedded scale, which reaches the model times `guidance_factor` and which models that are not distilled ignore;
     `first_frame` [B, C, 1, h, w]: latents that models from image to video are shown. `conditioning` has the keys of the
     family. With `feature_layer` among `inputs` the result is (velocity, tokens [B, L, D] after that block).
     """
@@ -39,7 +39,7 @@ def predict_velocity(
             raise ValueError("first_frame is None; a model from image to video is shown the latents of a first frame")
         given = torch.cat((noisy_latents, shown_latents(first_frame.to(noisy_latents), noisy_latents.shape[2])), dim=1)
     states, mask = needed_text(conditioning)
-    scales = torch.full((len(given),), guidance * times_guidance, device=device, dtype=torch.float32)
+    scales = torch.full((len(given),), guidance * guidance_factor, device=device, dtype=torch.float32)
     return denoiser(
         given, of_tokens(timesteps.float(), given.shape[2:], params.patch_size), states.to(device),
         None if mask is None else mask.to(device), conditioning["clipL"].to(device),

@@ -29,11 +29,8 @@ from library.hunyuan_video_models import HYVideoDiffusionTransformer, HYVideoPar
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN_INPUTS = 33
-"""input channels of a released image to video model that works otherwise"""
 
-
-def _sizes(size, shapes: Mapping[str, Tensor]) -> dict[str, Any]:
+def _sizes(size: Callable[[str, int], int], shapes: Mapping[str, Tensor]) -> dict[str, Any]:
     patch = tuple(size("img_in.proj.weight", dim) for dim in (2, 3, 4))
     places = patch[0] * patch[1] * patch[2]
     return {

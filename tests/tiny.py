@@ -35,3 +35,8 @@ def tiny_params(kind: str, num_res_blocks: int = 1) -> UNetParams:
         if kind == "sdxl"
         else sd_tiny.unet_params(num_res_blocks, is_v2=kind == "sd2")
     )
+
+
+def video_words(tiny) -> list[str]:
+    """The files of a tiny set as options of the family's video script."""
+    return [word.replace("--pretrained_model_name_or_path=", "--dit=") for word in tiny.arguments()]

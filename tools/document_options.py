@@ -57,6 +57,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """column -> options, of which one that works in a script makes a yes"""
 
+TABLE_HEAD = ("| option | value | default | meaning |", "|---|---|---|---|")
 BEGIN, END = "<!-- options: begin -->", "<!-- options: end -->"
 
 
@@ -88,7 +89,7 @@ def tables(what: Script) -> str:
         rows = [_row(what, options_class, name) for name in option_fields(options_class)]
         title = (options_class.__doc__ or options_class.__name__).strip().splitlines()[0]
         sections.append(
-            "\n".join([f"### {title}", "", "| option | value | default | meaning |", "|---|---|---|---|", *rows])
+            "\n".join([f"### {title}", "", *TABLE_HEAD, *rows])
         )
     return "\n\n".join(sections)
 
@@ -107,7 +108,7 @@ def cache_tool_tables() -> str:
             names = [name for name, owner in tool.owners.items() if owner in groups or name in own]
             rows = [_row(tool, tool.owners[name], name) for name in names if tool.status(name) != "foreign"]
             title = f"### {record.title}: {'latents' if what == 'latents' else 'text'}"
-            sections.append("\n".join([title, "", "| option | value | default | meaning |", "|---|---|---|---|", *rows]))
+            sections.append("\n".join([title, "", *TABLE_HEAD, *rows]))
     return "\n\n".join(sections)
 
 

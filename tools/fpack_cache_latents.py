@@ -1,4 +1,5 @@
-"""Fill the latent cache of a data set for FramePack: the VAE's latents of every clip and picture, in files of the known format.
+"""Fill the latent cache of a data set for FramePack: the VAE's latents of every clip and picture,
+in files of the known format.
 
 Another name of `tools/cache_latents.py --family framepack`.
 """

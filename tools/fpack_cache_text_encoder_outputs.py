@@ -1,4 +1,5 @@
-"""Fill the text encoder cache of a data set for FramePack: the text encoders' outputs of every caption, in files of the known format.
+"""Fill the text encoder cache of a data set for FramePack: the text encoders' outputs of every caption,
+in files of the known format.
 
 Another name of `tools/cache_text_encoder_outputs.py --family framepack`.
 """

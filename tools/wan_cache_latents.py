@@ -1,5 +1,5 @@
-"""Fill the latent cache of a data set for Wan: the VAE's latents of every clip and picture, and what a task is conditioned on
-beside them, in files of the known format.
+"""Fill the latent cache of a data set for Wan: the VAE's latents of every clip and picture, and what a task is
+conditioned on beside them, in files of the known format.
 
 Another name of `tools/cache_latents.py --family wan`.
 """

@@ -230,7 +230,7 @@ def parse_one_frame(text: str, controls: int, window: int, option: str = "--one_
     for part in filter(None, (part.strip() for part in text.split(","))):
         word, sign, value = (piece.strip() for piece in part.partition("="))
         if word not in _WORDS or bool(sign) != (word in settings):
-            problems.add(f"{option} has '{part}'{did_you_mean(word, _WORDS) or ''}. Known: {', '.join(_WORDS)}")
+            problems.add(f"{option} has '{part}'{did_you_mean(word, _WORDS) or '.'} Known: {', '.join(_WORDS)}")
         elif not sign:
             switches.add(word)
         else:

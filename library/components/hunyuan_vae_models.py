@@ -20,8 +20,6 @@ from library.components.tiling import Tiles
 LATENT_SCALING_FACTOR = 0.476986
 LATENT_CHANNELS = 16
 SPATIAL_STRIDE, TEMPORAL_STRIDE = 8, 4
-TILE_SIZE = 256
-"""pixels of a side that are computed at once in tiles, where no other size is asked for"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,15 +305,3 @@ def scaled_latents(latents: Tensor, factor: float = LATENT_SCALING_FACTOR) -> Te
     """What a denoiser sees of stored latents: times the factor, a picture [B, C, h, w] as a clip of one frame
     [B, C, 1, h, w]."""
     return (latents[:, :, None] if latents.ndim == 4 else latents) * factor
-
-
-def tile_size_problem(pixels: int | None, option: str, stride: int = SPATIAL_STRIDE) -> str | None:
-    """What is wrong with the pixels of a tile's side, or None."""
-    if pixels is None or (pixels >= 4 * stride and pixels % stride == 0):
-        return None
-    return f"--{option} is {pixels}; needed: a multiple of {stride} and at least {4 * stride}, e.g. {TILE_SIZE}"
-
-
-def chosen_tile_size(tiling: bool, pixels: int | None) -> int | None:
-    """Pixels of a tile's side by the two options: a size alone asks for tiles too."""
-    return pixels or (TILE_SIZE if tiling else None)

@@ -274,11 +274,14 @@ def load_language_model(
 
 def states_of(ids: Tensor, mask: Tensor, model: Any, encode: Callable[[Tensor], Tensor]) -> Tensor:
     """States [B, L, D] of ids [B, L], 0 where the mask is; rows with the same number of tokens go through `encode`
-    together, without padding."""
+    together, without padding. On a CPU one goes after the other: there products round differently with the number of rows,
+    and a cache is to hold what the step makes."""
     first = next(model.parameters())
     lengths, width = mask.sum(dim=1).tolist(), model.get_input_embeddings().weight.shape[1]
     states = torch.zeros(*ids.shape, width, device=first.device, dtype=model.get_input_embeddings().weight.dtype)
     for length in sorted(set(lengths) - {0}):
         rows = [row for row, number in enumerate(lengths) if number == length]
-        states[rows, :length] = encode(ids[rows, :length].to(first.device)).to(states.dtype)
+        together = [[row] for row in rows] if first.device.type == "cpu" else [rows]
+        for group in together:
+            states[group, :length] = encode(ids[group, :length].to(first.device)).to(states.dtype)
     return states

@@ -1,5 +1,5 @@
-"""The formats of cache files behind one interface. The ending of a family's cache names (`CacheNames`) chooses: npz with
-several sizes and captions of a picture in a file (cache_io.py, text_cache_io.py), or the safetensors files of clips
+"""The formats of cache files behind one interface. The ending of a family's cache names (`CacheNames`) chooses: npz
+with several sizes and captions of a picture in a file (cache_io.py, text_cache_io.py), or the safetensors files of clips
 (tensor_cache_io.py)."""
 
 from __future__ import annotations

@@ -170,8 +170,8 @@ def _conflicts(items: Iterable[ImageItem], strategy: LatentCache) -> list[str]:
         if (other.bucket, other.clip) != (item.bucket, item.clip):
             problems.append(
                 f"{item.absolute_path} is used at {_words(other)} ({other.subset.label}) and at {_words(item)}"
-                f" ({item.subset.label}); its cache file {item.latents_npz} has room for one of them: give each dataset a"
-                " cache_directory of its own"
+                f" ({item.subset.label}); its cache file {item.latents_npz} has room for one of them: give each"
+                " dataset a cache_directory of its own"
             )
         elif other.subset.resize_interpolation != item.subset.resize_interpolation:
             problems.append(
@@ -323,8 +323,9 @@ def _encode(
     facts = [entry.job.item.facts for entry in batch]
     latents, conditions = strategy.encode_as_made(vae, parts or {}, images, seeds, pictures, facts)
     latents, conditions = latents.cpu(), {name: tensor.cpu() for name, tensor in conditions.items()}
+    most_nan = strategy.store.most_nan if strategy.cache_to_disk else 0.0  # which only files turn into 0
     finite = torch.stack(
-        [_is_usable(tensor.flatten(1), strategy.store.most_nan) for tensor in (latents, *conditions.values())]
+        [_is_usable(tensor.flatten(1), most_nan) for tensor in (latents, *conditions.values())]
     ).all(dim=0)
     if not finite.all():
         names = ", ".join(entry.job.item.absolute_path for entry, good in zip(batch, finite.tolist()) if not good)

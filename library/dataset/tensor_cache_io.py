@@ -1,4 +1,5 @@
-"""Caches of clips in safetensors files, one sample each, in the format of the known video trainer (tensor_cache_keys.py).
+"""Caches of clips in safetensors files, one sample each, in the format of the known video trainer
+(tensor_cache_keys.py).
 
 The header says for which architecture a file was made, of which size and how many frames, or of which caption. Beside
 that stands our record (cache_io.py) as one more text, which that trainer passes over. A file without it is judged by
@@ -246,6 +247,8 @@ def _shapes_problem(file: TensorFile, wanted: Mapping[str, tuple[int, ...]]) -> 
             return f"no {name}"
         if not _fits(file.shapes[name], shape):
             return f"{name} of shape {list(file.shapes[name])}, needed: {list(shape)}"
+        if name.split("_")[0] == "latents" and not file.dtypes[name].is_floating_point:
+            return f"{name} holds {str(file.dtypes[name]).removeprefix('torch.')}"
     return None
 
 
@@ -261,7 +264,8 @@ def load_latents(path: str, architecture: DataArchitecture, bucket: Sequence[int
         raise LatentsNotFound(f"{path}: {problem}")
     tensors = file.read(LATENT_KEYS)
     known = {name: tensor.reshape(shape) for name, tensor in tensors.items() if name.startswith("latents")}
-    size = [int(file.metadata.get(side, "0")) for side in ("width", "height")]
+    texts = [file.metadata.get(side, "") for side in ("width", "height")]
+    size = [int(text) if text.isdecimal() and len(text) < 9 else 0 for text in texts]
     return LatentArrays(
         **known, alpha_mask=tensors.get("alpha_mask"), original_size=torch.tensor(size), crop_ltrb=torch.zeros(4)
     )
@@ -312,7 +316,9 @@ def save_text(
     suffix = record.suffix if first != record.caption and first in in_use else ""
     data, metadata, sums = _kept(file, record, suffix, in_use)
     new = {
-        key_of(_stored_name(name, suffix), tensor.dtype, is_list=name in layout.lists): without_nans(tensor, f"{name} of {path}")
+        key_of(_stored_name(name, suffix), tensor.dtype, is_list=name in layout.lists): without_nans(
+            tensor, f"{name} of {path}"
+        )
         for name, tensor in outputs.items()
     }
     replaced = set(keys_by_name(new))
@@ -342,7 +348,7 @@ def _kept(
         return {}, {}, {}
     suffixes = {key.removeprefix(RECORD_KEY) for key in file.metadata if key.startswith(RECORD_KEY)} | {""}
     records = {found: file.record(found) for found in suffixes}
-    captions = {found: (records[found] or {}).get("caption") for found in suffixes} | {"": _first_caption(file)}
+    captions = {found: str((records[found] or {}).get("caption")) for found in suffixes} | {"": _first_caption(file)}
     kept = {found for found in suffixes - {suffix} if captions[found] in in_use and captions[found] != record.caption}
     sums: Mapping[str, int] = {}
     if suffix in suffixes and captions[suffix] == record.caption:

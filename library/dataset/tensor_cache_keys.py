@@ -1,7 +1,7 @@
 """Names of tensors in safetensors caches of clips, as the known video trainer writes and reads them.
 
-`latents_<F>x<H>x<W>_<dtype>` and `latents_<more>_<F>x<H>x<W>_<dtype>`, the size being that of the sample's latents;
-`<name>_<dtype>` for all else; a name that ends in `_mask` has no dtype. With `varlen_` before it a batch holds a list of
+`latents_<F>x<H>x<W>_<dtype>` and `latents_<more>_<F>x<H>x<W>_<dtype>`, the size being that of the sample's
+latents; `<name>_<dtype>` for all else; a name that ends in `_mask` has no dtype. With `varlen_` before it a batch holds a list of
 such tensors, one for each sample, else they are stacked. What dtype a tensor has is told by the tensor: names of files
 that exist say otherwise now and then.
 """

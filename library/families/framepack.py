@@ -73,7 +73,9 @@ FAMILY = FamilyRecord(
         ),
     ),
     adapters=AdapterFacts(
-        title="FramePack", shared_parts=("transformer_blocks",), base_versions=("framepack",), modelspec=("framepack",),
+        title="FramePack", shared_parts=("transformer_blocks",),
+        # names of kohya files; with dots they are those of other families in diffusers
+        pattern=r"^lora_unet_(single_)?transformer_blocks_\d+_(attn|ff|proj|norm)", base_versions=("framepack",), modelspec=("framepack",),
     ),
 )  # fmt: skip
 

@@ -136,7 +136,7 @@ class PictureMaker(Generic[Request]):
         """That of the prompt, and of the text that guidance leads away from where there is one."""
         with self._at_work(self.text_encoders, self.text_device, self.text_waits):
             rows = [self._encoded(texts, self.strategies.tokenize.tokenize) for texts in request.rows]
-            conditioning = rows[0] if len(rows) == 1 else one_batch(rows)
+            conditioning = one_batch(rows)
             text = request.negative_text
             return conditioning, (
                 None if text is None else self._encoded((text,), self.strategies.tokenize.tokenize_negative)

@@ -286,7 +286,8 @@ class WanScript(VideoScript):
         needed = f"--task {' or '.join(fitting)}" if fitting else "another file: no task has such a model"
         problems.add(
             f"{f'--task is {given}; ' if given else ''}the denoiser {config[self.models].dit} has {params.in_dim}"
-            f" input channels, {'an' if params.has_vision else 'no'} image branch and a width of {params.dim}: needed: {needed}"
+            f" input channels, {'an' if params.has_vision else 'no'} image branch and a width of {params.dim}: needed:"
+            f" {needed}"
         )
 
     def _check_pair(self, config: Config, params: WanParams, problems: Problems) -> None:
@@ -313,6 +314,8 @@ class WanScript(VideoScript):
             found.append(
                 "ftfy is not installed: prompts are cleaned of HTML entities and white space alone (pip install ftfy)"
             )
+        if "video_path" in config.explicit:
+            found.append("--video_path is what the video starts from (known scripts take it and do not read it)")
         given = [name for name in ("timestep_boundary", "offload_inactive_dit") if name in config.explicit]
         if given and options.dit_high_noise is None:
             found.append(f"--{' and --'.join(given)}: no effect; --dit_high_noise is not given")

@@ -102,8 +102,8 @@ def _in_window(_: ImageItem, frames: list[Image.Image]) -> str:
         cv2.destroyAllWindows()
     except cv2.error as error:
         raise ConfigError(
-            "--debug_mode is image, and OpenCV can open no window here (opencv-python-headless has none, and a display is"
-            " needed); use --debug_mode console or video"
+            "--debug_mode is image, and OpenCV can open no window here (opencv-python-headless has none, and a display"
+            " is needed); use --debug_mode console or video"
         ) from error
     return chr(key)
 

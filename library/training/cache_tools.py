@@ -318,8 +318,8 @@ def _on_device(runtime: Runtime, device: str | None) -> Runtime:
         return runtime
     if runtime.num_processes > 1:
         raise ConfigError(
-            f"--device is {device}, with {runtime.num_processes} processes, which have one device each; leave it out, or"
-            " start one process"
+            f"--device is {device}, with {runtime.num_processes} processes, which have one device each; leave it out,"
+            " or start one process"
         )
     return dataclasses.replace(runtime, device=torch.device(device))
 

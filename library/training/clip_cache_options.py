@@ -35,8 +35,8 @@ class ClipLatentsOptions:
     )
     debug_mode: str | None = option(
         None, choices=DEBUG_MODES,
-        help="show what would be encoded, and encode nothing: in a window, as text in the console, or as files beside the"
-        " caches",
+        help="show what would be encoded, and encode nothing: in a window, as text in the console, or as files beside"
+        " the caches",
     )
     console_width: int = option(80, help="characters of a line, with --debug_mode console", least=8, most=1000)
     console_back: str | None = option(

@@ -18,6 +18,7 @@ from library.core.errors import ConfigError
 from library.generation import framepack_inference
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models.framepack_tiny import build_tiny_framepack
+from tests.tiny import video_words
 
 SMALL = ("--video_size", "32", "32", "--latent_window_size=2", "--infer_steps=3")
 
@@ -38,9 +39,8 @@ def pictures(tmp_path_factory) -> list[str]:
 
 
 def run(tiny, folder: Path, *more: str, prompt: str = "a red cat") -> list[Path]:
-    files = [word.replace("--pretrained_model_name_or_path=", "--dit=") for word in tiny.arguments()]
     types = [f"--{name}_dtype=float32" for name in ("dit", "vae", "text_encoder")]
-    given = [*files, *types, *SMALL, f"--save_path={folder}", "--seed=7"]
+    given = [*video_words(tiny), *types, *SMALL, f"--save_path={folder}", "--seed=7"]
     return framepack_inference.run([*given, *([f"--prompt={prompt}"] if prompt else []), *more])
 
 

@@ -11,7 +11,7 @@ import torch
 
 from library.checkpoints.kinds import check_slot, describe_checkpoint
 from library.checkpoints.loading import build_on_meta
-from library.components.hunyuan_vae_models import CausalConv3d, CausalVideoVAE, VideoAutoEncoderParams, tile_size_problem
+from library.components.hunyuan_vae_models import CausalConv3d, CausalVideoVAE, VideoAutoEncoderParams
 from library.components.hunyuan_vae_utils import inspect_hunyuan_vae, load_hunyuan_vae
 from library.core.errors import CheckpointError
 from library.safetensors_utils import save_file_atomic
@@ -200,9 +200,3 @@ def test_a_picture_is_a_clip_of_one_frame() -> None:
         assert torch.equal(vae.encode(images, [7]), latents * PARAMS.scaling_factor)
     with pytest.raises(ValueError, match="the clip has 6 frames; 1 \\+ a multiple of 4 is needed, e.g. 5"):
         vae.encode_moments(clip(6, 16, 16))
-
-
-def test_sizes_of_tiles() -> None:
-    assert tile_size_problem(None, "x") is None and tile_size_problem(256, "x") is None
-    assert "--x is 100; needed: a multiple of 8" in tile_size_problem(100, "x")
-    assert "at least 32" in tile_size_problem(8, "x")

@@ -17,6 +17,7 @@ from library.generation import hunyuan_video_inference
 from library.hunyuan_video_utils import load_hunyuan_video
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models.hunyuan_video_tiny import build_tiny_hunyuan_video
+from tests.tiny import video_words
 
 SIZE = ("--video_size", "32", "48")
 
@@ -43,13 +44,9 @@ def adapter(tiny) -> Path:
     return tiny.folder / "lora.safetensors"
 
 
-def files(tiny) -> list[str]:
-    return [word.replace("--pretrained_model_name_or_path=", "--dit=") for word in tiny.arguments()]
-
-
 def run(tiny, folder: Path, *more: str) -> list[Path]:
     given = [
-        *files(tiny), "--dit_dtype=float32", "--vae_dtype=float32", "--text_encoder_dtype=float32",
+        *video_words(tiny), "--dit_dtype=float32", "--vae_dtype=float32", "--text_encoder_dtype=float32",
         "--infer_steps=2", "--video_length=5", *SIZE, f"--save_path={folder}", "--seed=7", "--prompt=a red cat",
     ]  # fmt: skip
     return hunyuan_video_inference.run([*given, *more])
@@ -100,7 +97,7 @@ def test_each_line_has_its_letters(tiny, tmp_path):
     )
     given = ["--dit_dtype=float32", "--vae_dtype=float32", "--infer_steps=2", "--video_length=5", *SIZE]
     first, second = hunyuan_video_inference.run(
-        [*files(tiny), *given, "--output_type=latent", f"--from_file={lines}", f"--save_path={tmp_path / 'made'}"]
+        [*video_words(tiny), *given, "--output_type=latent", f"--from_file={lines}", f"--save_path={tmp_path / 'made'}"]
     )
     assert load_file(first)["latent"].shape == (16, 2, 4, 6) and load_file(second)["latent"].shape == (16, 1, 4, 4)
 

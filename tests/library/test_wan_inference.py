@@ -16,6 +16,7 @@ from library.core.errors import ConfigError
 from library.generation import wan_inference
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models.wan_tiny import build_tiny_wan
+from tests.tiny import video_words
 
 SIZE = ("--video_size", "32", "48")
 
@@ -55,7 +56,7 @@ def picture(tmp_path) -> str:
 
 def run(tiny, folder: Path, *more: str) -> list[Path]:
     given = [
-        *tiny.arguments(), "--dit_dtype=float32", "--vae_dtype=float32", "--infer_steps=2", "--video_length=5", *SIZE,
+        *video_words(tiny), "--dit_dtype=float32", "--vae_dtype=float32", "--infer_steps=2", "--video_length=5", *SIZE,
         f"--save_path={folder}", "--seed=7", "--prompt=a red cat",
     ]  # fmt: skip
     return wan_inference.run([*given, *more])
@@ -97,7 +98,7 @@ def test_a_first_frame_gives_the_clip_its_shape_and_is_needed(i2v, picture, tmp_
     with pytest.raises(ConfigError, match="the task i2v-14B begins with a picture"):
         run(i2v, tmp_path / "x")
     with pytest.raises(ConfigError, match="--clip is not given"):
-        given = [word for word in i2v.arguments() if not word.startswith("--clip=")]
+        given = [word for word in video_words(i2v) if not word.startswith("--clip=")]
         wan_inference.run([*given, f"--save_path={tmp_path}", "--prompt=a", f"--image_path={picture}"])
     single = latent(
         i2v, tmp_path / "c", "--one_frame_inference=control_index=0,target_index=1", f"--control_image_path={picture}"

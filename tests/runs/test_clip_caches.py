@@ -1,5 +1,5 @@
-"""Caches of videos beside a run: made by the tools, or by the rules of the known format in the tests, they are all that a
-run needs; what is wrong with them is told with its reason before a model is loaded."""
+"""Caches of videos beside a run: made by the tools, or by the rules of the known format in the tests, they are all
+that a run needs; what is wrong with them is told with its reason before a model is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.musubi import known_options
 from tests.option_sets import frozen_tool_path, option_set
 from tests.library.dataset.clips.videos import write_video
 from tests.runs.conftest import fingerprint, largest_difference
-from tests.runs.families import refused_run
+from tests.runs.families import refused_run, without
 
 DATA = """
 [general]
@@ -34,7 +34,7 @@ cache_directory = '{caches}'
 target_frames = [{frames}]
 frame_extraction = "chunk"
 """
-CAPTIONS = {"a": "a red cat", "b": "a dog runs"}
+CAPTIONS = {"a": "a red cat", "b": "a dog runs\nsecond line, \u732b"}
 
 
 class ClipWork:
@@ -79,14 +79,16 @@ class ClipWork:
         for name, caption in CAPTIONS.items():
             for start in (0, 5):
                 latents = torch.randn(16, 2, 4, 8, generator=generator).half()
+                path = self.caches / f"{name}_{start:05d}-005_0064x0032_hv.safetensors"
                 save_file_atomic(
-                    {"latents_2x4x8_float16": latents}, self.caches / f"{name}_{start:05d}-005_0064x0032_hv.safetensors",
+                    {"latents_2x4x8_float16": latents}, path,
                     {"architecture": "hunyuan_video", "width": "64", "height": "32", "format_version": "1.0.1",
                      "frame_count": "5"},
                 )  # fmt: skip
             text = {
                 "llm_float16": torch.randn(256, 24, generator=generator).half(),
-                "llm_mask": (torch.arange(256) < 9).long(), "clipL_float16": torch.randn(16, generator=generator).half(),
+                "llm_mask": (torch.arange(256) < 9).long(),
+                "clipL_float16": torch.randn(16, generator=generator).half(),
                 "clipL_mask": torch.ones(77, dtype=torch.int64),
             }  # fmt: skip
             header = {"architecture": "hunyuan_video", "caption1": caption, "format_version": "1.0.1"}
@@ -159,7 +161,8 @@ def test_caches_that_do_not_fit_are_told_with_the_reason(work, monkeypatch, caps
 
 KNOWN_TOOLS = {
     "hv_cache_latents": "cache_latents.py", "hv_cache_text_encoder_outputs": "cache_text_encoder_outputs.py",
-    **{f"{name}_{tool}": f"{name}_{tool}.py" for name in ("wan", "fpack") for tool in ("cache_latents", "cache_text_encoder_outputs")},
+    **{name: f"{name}.py" for name in ("wan_cache_latents", "wan_cache_text_encoder_outputs")},
+    **{name: f"{name}.py" for name in ("fpack_cache_latents", "fpack_cache_text_encoder_outputs")},
 }
 """our names -> those of the video tool"""
 REQUIRED = {"latents": {"vae", "image_encoder"}, "text": {"text_encoder1", "text_encoder2", "t5"}}
@@ -199,7 +202,6 @@ def test_their_options_are_the_frozen_ones(name):
 
 CONDITIONS = {
     "t2v-14B": ([], {"latents"}),
-    "i2v-14B": (["--clip"], {"latents", "latents_image", "clip"}),
     "i2v-A14B": (["--i2v"], {"latents", "latents_image"}),
 }
 """task -> options of the known tool that make its caches, names of what these hold"""
@@ -210,14 +212,13 @@ def test_caches_of_wan_by_the_options_of_its_tool(task, work, tmp_path):
     """What a task is conditioned on is in the files, and with the text they are all that a run needs."""
     tiny = build_tiny_wan(tmp_path / "tiny", task=task)
     options, names = CONDITIONS[task]
-    asked = [f"--clip={tiny.clip}" if option == "--clip" else option for option in options]
-    cache_tools.run("latents", ["--family=wan", work.data(), f"--vae={tiny.vae}", *asked])
+    cache_tools.run("latents", ["--family=wan", work.data(), f"--vae={tiny.vae}", *options])
     file = TensorFile.of(str(work.caches / CLIPS[0].replace("_hv.", "_wan.")))
     assert set(file.keys) == names and file.keys["latents"] == "latents_2x4x8_bfloat16"
     cache_tools.run("text", ["--family=wan", work.data(), f"--t5={tiny.t5}", f"--t5_tokenizer={tiny.tokenizer}"])
     text = TensorFile.of(str(work.caches / "a_wan_te.safetensors"))
     assert list(text.keys.values()) == ["varlen_t5_bfloat16"]
-    argv = [word for word in work.argv("out") if not word.startswith(("--dit=", "--network_module="))]
+    argv = without(work.argv("out"), "dit", "network_module")
     denoisers = [f"--dit={tiny.denoiser}"] + ([f"--dit_high_noise={tiny.high}"] if tiny.high else [])
     cli.run("wan", "network", [*argv, *denoisers, "--network_module=networks.lora_wan", f"--task={task}"])
     assert (work.folder / "out" / "lora.safetensors").exists()
@@ -234,7 +235,7 @@ def test_sections_of_framepack_by_the_options_of_its_tool(work, tmp_path, monkey
     assert file.keys["latents_clean_2x"] == "latents_clean_2x_1x4x8_float32" and file.metadata["frame_count"] == "9"
     texts = [word for word in tiny.arguments() if word.startswith("--text_encoder")]
     cache_tools.run("text", ["--family=framepack", data, *texts])
-    argv = [word for word in work.argv("out") if not word.startswith(("--dit=", "--network_module=", "--dataset_config="))]
+    argv = without(work.argv("out"), "dit", "network_module", "dataset_config")
     argv += [f"--dit={tiny.denoiser}", data, "--network_module=networks.lora_framepack"]
     cli.run("framepack", "network", argv)
     message = refused_run("framepack", [*argv, "--output_dir=" + str(tmp_path / "f1"), "--f1"], monkeypatch, capsys)

@@ -46,7 +46,8 @@ image_dir = '{images}'
 @pytest.fixture(autouse=True)
 def planted(monkeypatch):
     plant(monkeypatch, RECORD)
-    monkeypatch.setattr(ToyVideoFamily, "part_options", {"vae": frozenset(), "text_encoders": frozenset()}, raising=False)
+    parts = {"vae": frozenset(), "text_encoders": frozenset()}
+    monkeypatch.setattr(ToyVideoFamily, "part_options", parts, raising=False)
     monkeypatch.setattr(ToyVideoFamily, "record", RECORD)
     for holder in (ToyVideoFamily, ToyLatentsCaching, ToyTextCaching):
         monkeypatch.setattr(holder, "architecture", RECORD.architecture)

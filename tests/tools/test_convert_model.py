@@ -462,6 +462,30 @@ def test_a_denoiser_of_another_family_to_a_folder_and_back(tmp_path):
     assert convert_model.main([str(source), str(tmp_path / "no.safetensors"), "--to", "single"]) == 2
 
 
+def test_a_denoiser_of_clips_to_a_folder_and_back(tmp_path):
+    """HunyuanVideo, from text and from image to video, as PyTorch file, as saved by ComfyUI, as folder."""
+    from library.checkpoints.hunyuan_video_convert import NAMES
+    from library.tiny_models.hunyuan_video_tiny import build_tiny_hunyuan_video
+    from tests.library.test_hunyuan_image_utils import comfy_names
+
+    for number, shown in enumerate((False, True)):
+        source = build_tiny_hunyuan_video(tmp_path / f"tiny{number}", shown=shown).denoiser
+        state, folder, back = load_file(source), tmp_path / f"folder{number}", tmp_path / f"back{number}.safetensors"
+        assert convert_model.main([str(source), str(folder), "--to", "diffusers"]) == 0
+        written = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        expected = NAMES.to_diffusers(state)
+        assert written.keys() == expected.keys() and all(torch.equal(written[key], expected[key]) for key in expected)
+        config = json.loads((folder / "transformer" / "config.json").read_text())
+        assert (config["in_channels"], config["out_channels"]) == (32 if shown else 16, 16)
+        comfy = tmp_path / f"comfy{number}.safetensors"
+        save_file({f"model.model.{k}": t for k, t in comfy_names(state).items()}, comfy, read_header(source)[1])
+        for given in (folder, comfy):
+            assert convert_model.main([str(given), str(back), "--to", "single", "--overwrite"]) == 0
+            after = load_file(back)
+            assert after.keys() == state.keys() and all(torch.equal(after[key], state[key]) for key in state)
+            assert read_header(back)[1] == read_header(source)[1]
+
+
 def test_an_autoencoder_alone_to_a_folder_and_back(tmp_path):
     """That of HunyuanImage 2.1: diffusers loads the folder and gives our output; the norms of another one have another
     number of groups, which no shape tells and the folder says."""

@@ -74,8 +74,8 @@ def encode_sample_prompts(
     family: ModelFamily, strategies: StrategySet, text_encoders: list[torch.nn.Module | None],
     prompts: Sequence[SamplePrompt],
 ) -> Texts:
-    """Conditioning of one sample (tensors [1, ...] on the CPU, with a row for each of `prompt_rows`) for every text that sampling needs; negative prompts
-    stand under `StrategySet.negative_key`.
+    """Conditioning of one sample (tensors [1, ...] on the CPU, with a row for each of `prompt_rows`) for every text that
+    sampling needs; negative prompts stand under `StrategySet.negative_key`.
 
     Made once while the text encoders are in memory. What an encoder that is None would make is not there.
     """
@@ -85,11 +85,11 @@ def encode_sample_prompts(
         if key in encoded:
             continue
         if isinstance(key, NegativeText):
-            prompts = [(strategies.tokenize.tokenize_negative(strategies.prompt_text(text)), None)]
+            parts = [(strategies.tokenize.tokenize_negative(strategies.prompt_text(text)), None)]
         else:
-            prompts = [strategies.tokenize.tokenize_prompt(strategies.prompt_text(t)) for t in family.prompt_rows(text)]
-        rows = [strategies.encode(text_encoders, tokens, weights) for tokens, weights in prompts]
-        outputs = rows[0] if len(rows) == 1 else joined(rows)
+            texts = [strategies.prompt_text(part) for part in family.prompt_rows(text)]
+            parts = [strategies.tokenize.tokenize_prompt(part) for part in texts]
+        outputs = one_batch([strategies.encode(text_encoders, tokens, weights) for tokens, weights in parts])
         encoded[key] = on_tensors(lambda tensor: tensor.detach().cpu(), outputs)
     return encoded
 

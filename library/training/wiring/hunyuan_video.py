@@ -130,7 +130,7 @@ class HunyuanVideoFamily(LlamaClipFamily):
         from library.training.run import DiTOutput
 
         if self.opts.guidance_unscaled:
-            inputs = {**inputs, "times_guidance": 1.0}
+            inputs = {**inputs, "guidance_factor": 1.0}
         prediction = predict_velocity(
             models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, guidance=self.opts.guidance_scale,
             first_frame=sample.latents[:, :, :1], **inputs,
