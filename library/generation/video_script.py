@@ -100,10 +100,6 @@ class VideoScript(LatentScript[VideoRequest]):
         there."""
         return []
 
-    def defaults(self, request: VideoRequest) -> VideoRequest:
-        """What a request leaves open, filled; the number of frames is still as asked."""
-        return request
-
     def build_parser(self) -> argparse.ArgumentParser:
         return script_parser(f"Make videos with {self.title}", self.groups)
 
@@ -205,7 +201,7 @@ class VideoScript(LatentScript[VideoRequest]):
         return wanted or any(self.named_files(self.base_request(config)))
 
     def completed(self, request: VideoRequest, maker: PictureMaker[VideoRequest]) -> VideoRequest:
-        request = super().completed(self.defaults(request), maker)
+        request = super().completed(request, maker)
         frames = record_of(self.family).latents.usable_frames(request.frames)
         if frames != request.frames:
             stride = record_of(self.family).latents.temporal_stride

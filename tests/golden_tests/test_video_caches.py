@@ -10,12 +10,13 @@ import torch
 
 from library.core.errors import CheckpointError
 from library.dataset import tensor_cache_io
+from library.dataset.architectures import ARCHITECTURES
 from library.dataset.cache_io import LatentArrays, LatentsRecord
 from library.dataset.collate import Sample, collate
 from library.dataset.plan import BatchRequest
 from library.dataset.tensor_cache_io import TensorFile
 from library.dataset.tensor_cache_keys import parse_key
-from library.dataset.text_cache_io import TextLayout, TextRecord, caption_hash
+from library.dataset.text_cache_io import TEXT_LAYOUTS, TextLayout, TextRecord, caption_hash
 from library.families.latents import LatentSpec
 from library.families.record import ClipFacts, DataArchitecture, TextKey
 from library.safetensors_utils import save_file_atomic
@@ -28,6 +29,10 @@ LONG_NAMES = {
     "fk": "flux_kontext",
 }  # fmt: skip
 """what headers say, also of architectures that are no family here"""
+
+
+OWN = {"hv": "hunyuan_video", "wan": "wan", "fp": "framepack"}
+"""architectures that are families here"""
 
 
 def architecture(short: str, channels: int = 16) -> DataArchitecture:
@@ -82,7 +87,7 @@ def bucket_of(case: dict) -> tuple[int, ...]:
 
 
 def is_of_families(case: dict) -> bool:
-    return case["architecture"] in ("hv", "wan", "fp")
+    return case["architecture"] in OWN
 
 
 @pytest.mark.parametrize(
@@ -117,6 +122,25 @@ def test_latents_are_judged_read_and_written_alike(case, tmp_path):
     assert all(torch.equal(tensor, found[name]) for name, tensor in stored.read(list(stored.keys)).items())
     told = {name: str(file.dtypes[name]).replace("torch.", "_") for name in file.keys}
     assert all(stored.keys[name] == key for name, key in file.keys.items() if key.endswith(told[name]))
+
+
+@pytest.mark.parametrize(
+    "case", behaviour_cases(FILE, "files", where=lambda case: case["kind"] == "text" and is_of_families(case))
+)
+def test_text_serves_its_family(case):
+    """By the record of the family: names, ranks and kinds of numbers; for the caption in the header and no other."""
+    family, path = OWN[case["architecture"]], str(BEHAVIOUR_DIR / case["file"])
+    what, layout = ARCHITECTURES[family], TEXT_LAYOUTS[family]
+    assert what.clips.long == LONG_NAMES[case["architecture"]] and path.endswith(what.text_suffix)
+    record = TextRecord(caption=caption_hash(case["metadata"]["caption1"]), model="x")
+    needs = {"needed": layout.names, "accept_unrecorded": False}
+    assert tensor_cache_io.find_text(path, what, layout, record, **needs) == ("", "")
+    other = dataclasses.replace(record, caption=caption_hash("another"))
+    assert tensor_cache_io.find_text(path, what, layout, other, **needs) == (None, "made with another caption")
+    file, found = TensorFile.of(path), tensor_cache_io.load_text(path, layout)
+    assert found.keys() == set(layout.names) == file.keys.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in file.read(list(file.keys)).items())
+    assert layout.lists == {name for name, entry in case["batch"].items() if not entry["stacked"]}
 
 
 @pytest.mark.parametrize("case", behaviour_cases(FILE, "batches"))

@@ -46,6 +46,17 @@ def checked(file: str) -> VideoCheck:
     return look_at_video(str(BEHAVIOUR_DIR / file))
 
 
+def conversion_of(given: dict) -> Conversion | None:
+    check, target = checked(given["video"]), behaviour(FILE)["target_fps"][given["architecture"]]
+    match given["conversion"]:
+        case "none":
+            return None
+        case "container":
+            return Conversion.own(check.rate, check.times, target)
+        case rate:
+            return Conversion.given(rate, target)
+
+
 @pytest.mark.parametrize("case", behaviour_cases(FILE, "clips"))
 def test_clips(case):
     settings, expected = settings_of(case["input"]), case["expected"]
@@ -80,11 +91,8 @@ def test_files(video):
 @pytest.mark.parametrize("case", behaviour_cases(FILE, "video_clips"))
 def test_clips_of_files(case):
     given, expected = case["input"], chosen(case["expected"])
-    check, target = checked(given["video"]), behaviour(FILE)["target_fps"][given["architecture"]]
-    conversion = {
-        "none": lambda: None, "container": lambda: Conversion.own(check.rate, check.times, target),
-    }.get(given["conversion"], lambda: Conversion.given(given["conversion"], target))()
-    count = converted_count(check.frames, conversion)
+    conversion = conversion_of(given)
+    count = converted_count(checked(given["video"]).frames, conversion)
     assert ClipWindow(0, count, conversion=conversion).frame_numbers() == unrolled(expected["loaded"])
     found = windows_of(count, settings_of(given), STRIDE)
     assert sorted(found) == sorted(map(tuple, expected["clips"]))
@@ -95,12 +103,7 @@ def test_frames_that_a_clip_reads():
     cases = {(c["input"]["video"], str(c["input"]["conversion"])): c for c in behaviour(FILE)["video_clips"]}
     for case in cases.values():
         given, expected = case["input"], chosen(case["expected"])
-        check, target = checked(given["video"]), behaviour(FILE)["target_fps"][given["architecture"]]
-        conversion = None if given["conversion"] == "none" else (
-            Conversion.own(check.rate, check.times, target) if given["conversion"] == "container"
-            else Conversion.given(given["conversion"], target)
-        )
         for start, length in expected["clips"][-1:]:
-            window = ClipWindow(start, length, conversion=conversion)
+            window = ClipWindow(start, length, conversion=conversion_of(given))
             frames = frames_of(str(BEHAVIOUR_DIR / given["video"]), window.frame_numbers())
             assert [number_in(frame) for frame in frames] == unrolled(expected["loaded"])[start : start + length]

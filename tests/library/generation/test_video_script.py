@@ -113,6 +113,14 @@ def test_each_line_of_a_file_is_a_video_with_its_own_settings(run, tmp_path):
     assert alone.read_bytes() == first.read_bytes()
 
 
+def test_lines_of_one_prompt_keep_their_own_negative_text(run, tmp_path):
+    lines = tmp_path / "lines.txt"
+    texts = ("dull", "a dog", "dull")
+    lines.write_text("".join(f"a red cat --d 7 --g 3 --n {text}\n" for text in texts), encoding="utf-8")
+    made = [load_file(path)["latent"] for path in run(f"--from_file={lines}", "--output_type=latent", prompt=False)]
+    assert torch.equal(made[0], made[2]) and not torch.equal(made[0], made[1])
+
+
 def test_prompts_are_typed(run, monkeypatch, tmp_path):
     typed = iter(["a red cat --d 7", "a dog --q 1", ""])
     monkeypatch.setattr("builtins.input", lambda mark: next(typed))
@@ -165,6 +173,9 @@ def test_a_video_starts_from_another(run, tmp_path):
 def test_frames_are_rounded_down_with_a_word(run, caplog):
     (path,) = run("--video_length=6")
     assert looked_at(path)[3] == 5 and "6 frames are asked for; made 5, 2 n + 1" in caplog.text
+    (latents,) = run("--video_length=6", "--output_type=latent")
+    with safe_open(latents, "pt") as file:
+        assert file.metadata()["video_length"] == "5"
 
 
 def test_problems_are_told_together_before_a_model_is_loaded(run, monkeypatch, tmp_path):

@@ -320,6 +320,18 @@ class ReadsAlpha(LatentsCachingStrategy):
         return tuple(numbered(name, n) for n in numbers for name in (CONDITIONING_IMAGES, CONDITIONING_ALPHA))
 
 
+def test_transparency_that_is_not_read_is_told(tmp_path, monkeypatch):
+    """It is a mask that would be lost; without alpha_mask it is dropped, as that of pictures."""
+    video(tmp_path / "videos", "a.avi", 5, fps=12)
+    look = video_files.look_at_video
+    seen = {"transparent": True, "reads_alpha": False}
+    monkeypatch.setattr(video_files, "look_at_video", lambda path: dataclasses.replace(look(path), **seen))
+    with pytest.raises(ConfigError, match=r"a\.avi has transparency, which alpha_mask needs and OpenCV does not read"):
+        load(tmp_path / "videos", "target_frames = [3]\nalpha_mask = true", NESTED)
+    _, _, scan = load(tmp_path / "videos", "target_frames = [3]", NESTED)
+    assert any("videos in datasets[0].subsets[0] have transparency, which is dropped" in line for line in scan.warnings)
+
+
 # ---- held-out videos and regularisation ------------------------------------------------------------------------------
 
 def test_clips_of_a_video_are_on_one_side_of_the_split(tmp_path):

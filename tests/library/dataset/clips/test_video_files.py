@@ -158,6 +158,25 @@ def test_both_readers_agree(tmp_path):
         pyav_video.look(str(cut))
 
 
+def test_transparent_videos(tmp_path):
+    """PyAV reads what OpenCV only knows to be there."""
+    av = pytest.importorskip("av")
+    from library.dataset.clips import pyav_video
+
+    path = tmp_path / "a.mov"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "rgba"
+        for number, alpha in enumerate((255, 51)):
+            pixels = np.dstack([numbered_frame(number), np.full((32, 64), alpha, np.uint8)])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba")))
+        container.mux(stream.encode(None))
+    read, unread = pyav_video.look(str(path)), opencv_video.look(str(path))
+    assert (read.transparent, read.reads_alpha, unread.transparent, unread.reads_alpha) == (True, True, True, False)
+    frames = [frame() for frame in pyav_video.each_frame(str(path), True)]
+    assert [int(frame[..., 3].mean()) for frame in frames] == [255, 51] and numbers_of(np.stack(frames)[..., :3]) == [0, 1]
+
+
 # ---- cutting ---------------------------------------------------------------------------------------------------------
 
 def test_sections_of_a_clip_are_samples():
