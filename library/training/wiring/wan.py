@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WHOLE_RANGE = (0, 1000)
+EXPERT_OPTIONS = ("timestep_boundary", "offload_inactive_dit", "adapter_per_expert")
+"""about two experts alone"""
+HIGH = "_high"
+"""behind the name of the adapter of the expert for much noise, where it has one of its own"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +86,10 @@ class WanOptions(VideoOptions):
     timestep_boundary: float | None = option(
         None, convert=number_or_none, help="noise level, 0 to 1 or in thousandths, from which the second expert takes over; that of the task when"
         " not given",
+    )
+    adapter_per_expert: bool = option(
+        False, help="learn an adapter for each expert of --dit_high_noise, the second one in a file with _high behind its"
+        " name; without it, one for both",
     )
     offload_inactive_dit: bool = option(
         False, help="keep the expert that does not compute in main memory; every change of the side moves both"
@@ -230,6 +239,20 @@ class WanFamily(VideoFamily):
     def has_two_experts(self) -> bool:
         return self.opts.dit_high_noise is not None
 
+    @property
+    def second_adapter(self) -> str:
+        return HIGH if self.has_two_experts and self.opts.adapter_per_expert else ""
+
+    def check(self) -> None:
+        problems = Problems()
+        problems.attempt(super().check)
+        if self.second_adapter and int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
+            problems.add(
+                "--adapter_per_expert is set, and several processes are started; needed: one process, or one adapter for"
+                " both experts: processes may be on different sides of the boundary"
+            )
+        problems.raise_if_any()
+
     def _notices(self) -> list[str]:
         from library.strategy_wan import has_ftfy
 
@@ -268,7 +291,7 @@ class WanFamily(VideoFamily):
     def idle(self) -> list[Ignored]:
         found = []
         if not self.has_two_experts:
-            given = [name for name in ("timestep_boundary", "offload_inactive_dit") if name in self.config.explicit]
+            given = [name for name in EXPERT_OPTIONS if name in self.config.explicit]
             found += without_effect(given, "it is about two experts, and --dit_high_noise is not given")
         if not self.task.needs_vision and "clip" in self.config.explicit:
             found += without_effect(["clip"], f"the task {self.task.name} does not look at a vision encoder")
