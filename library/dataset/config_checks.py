@@ -70,6 +70,8 @@ def checked_limits(scope: Scope, explicit: frozenset[str], problems: ProblemList
         return None
     return effective_limits(1, max(resolution), steps)[1]
 
+CACHE_BY_THEMSELVES = "; scripts of videos cache by themselves, unless --live_encoding is given"
+
 
 def check_subset(
     scope: Scope, subset: SubsetParams, dataset: DatasetParams, caching: CachingOptions, problems: ProblemList
@@ -88,7 +90,7 @@ def check_subset(
                 refuse(
                     name,
                     "changes the pixels each time and cannot be used with --cache_latents; set it to false or do not "
-                    "cache",
+                    f"cache{CACHE_BY_THEMSELVES}",
                 )
     if subset.face_crop_aug_range is not None and (dataset.enable_bucket or caching.caches_latents):
         other = "enable_bucket" if dataset.enable_bucket else "--cache_latents"
@@ -101,7 +103,7 @@ def check_subset(
             refuse(
                 name,
                 "changes the caption each time and cannot be used with --cache_text_encoder_outputs; switch one of "
-                "them off",
+                f"them off{CACHE_BY_THEMSELVES}",
             )
 
 

@@ -192,6 +192,17 @@ def test_sections_of_a_clip_are_samples():
     assert "a.mp4 (6 frames)" in whole.too_short([("a.mp4", VideoCheck((64, 32), frames=6))])
 
 
+def test_a_control_without_times_goes_with_uneven_frames():
+    """Of a video whose frames begin at 0, 1/12, 4/12 and 5/12 s; a picture stands beside all of them."""
+    times = tuple(Fraction(place, 12) for place in (0, 1, 4, 5))
+    cutter = Cutter(ClipSettings(source_fps="auto"), sectioned())
+    video = VideoCheck((64, 32), frames=4, rate=Fraction(36, 5), times=times)
+    window = ClipWindow(0, 6)
+    shown = {count: cutter.control_clip(VideoCheck((64, 32), frames=count), video).frame_numbers(window)
+             for count in (4, 3, 2, 1)}  # fmt: skip
+    assert shown == {4: [0, 1, 1, 1, 2, 3], 3: [0, 1, 1, 1, 2, 2], 2: [0, 1, 1, 1, 1, 1], 1: [0, 0, 0, 0, 0, 0]}
+
+
 def sectioned():
     return dataclasses.replace(FAMILY.architecture, clips=ClipFacts(short="toy", long="toy", fps=12, sections=True))
 

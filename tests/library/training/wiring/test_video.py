@@ -217,3 +217,9 @@ def test_what_is_special_about_noise_levels_is_told_at_start(work, given, told):
     lines = [*timestep_samplers.notices(config[TimestepOptions])]
     lines += [str(item) for item in idle_options.ignored(config, CachedToyFamily(config))]
     assert any(told in line for line in lines), lines
+
+
+def test_captions_that_change_ask_for_live_encoding(work):
+    with pytest.raises(ConfigError, match="shuffle_caption: .*--live_encoding"):
+        work.train("out", "--dit=toy.safetensors", *MODELS, subset_keys="shuffle_caption = true")
+    work.train("out", "--dit=toy.safetensors", *MODELS, "--live_encoding", subset_keys="shuffle_caption = true")
