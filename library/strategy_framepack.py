@@ -1,5 +1,5 @@
-"""FramePack: captions to conditioning [states of LLaMA, their mask, CLIP-L's state of the whole], clips to their sections,
-and the caches."""
+"""FramePack: captions to conditioning [states of LLaMA, their mask, CLIP-L's state of the whole], clips to their
+sections, and the caches."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class FramePackTextEncodingStrategy(TextEncodingStrategy):
     def encode_tokens(
         self, tokenize_strategy: FramePackTokenizeStrategy, models: list[Any], tokens: list[Tensor]
     ) -> list[Tensor | None]:
-        """[states [B, 512, D] without those of the template's head, 0 where there is no token, their mask [B, 512] (bool),
-        state of the caption as a whole [B, E]]; states are None where a model is absent.
+        """[states [B, 512, D] without those of the template's head, 0 where there is no token, their mask [B, 512]
+        (bool), state of the caption as a whole [B, E]]; states are None where a model is absent.
 
         `models` = [LLaMA, CLIP-L]. ConfigError when an id has no embedding row.
         """
@@ -77,8 +77,8 @@ class FramePackLatentEncoder(LatentEncoder):
     frame, with its control pictures. All are stored with the scale, of one posterior draw per clip or picture and size.
 
     `is_f1`: sections see those before them; `middle`, `far`: a single frame sees further frames of zeros, coarsely.
-    `image_width`: of the states of the image encoder; `tile_size`: pixels of a side of tiles in which the autoencoder was
-    loaded to compute larger frames.
+    `image_width`: of the states of the image encoder; `tile_size`: pixels of a side of tiles in which the autoencoder
+    was loaded to compute larger frames.
     """
 
     def __init__(
