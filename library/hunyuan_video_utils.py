@@ -60,10 +60,13 @@ def inspect_hunyuan_video(path: str | os.PathLike, config: Mapping[str, Any] | N
     CheckpointError when the file is damaged, no such denoiser, or one that is shown its first frame in another way.
     """
     info = inspect_streams(KIND, path, config)
-    if info.params.in_channels == 2 * info.params.out_channels + 1:
+    params, manner = info.params, info.source.config.get("image_condition_type")
+    if params.in_channels == 2 * params.out_channels + 1:
+        manner = f"{params.in_channels} input channels, a mask beside the latents of the picture"
+    if manner:
         raise CheckpointError(
-            f"{path} is an image to video model with {info.params.in_channels} input channels (a mask beside the"
-            " latents of the picture), which is not supported; take a text to video file, or SkyReels V1 image to video"
+            f"{path} is an image to video model that is shown its picture in another way ({manner}), which is not"
+            " supported; take a text to video file, or SkyReels V1 image to video"
         )
     return info
 
