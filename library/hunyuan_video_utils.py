@@ -152,5 +152,6 @@ def fitting_problems(
             f"--dit_in_channels is {in_channels}, and the file {model} has {params.in_channels} input channels; leave"
             " it out, or give the model that has them"
         )
-    swap = params and stream_swap_problem(blocks_to_swap, params.depth, params.depth_single)
+    staying = HYVideoDiffusionTransformer.blocks_that_stay
+    swap = params and stream_swap_problem(blocks_to_swap, params.depth, params.depth_single, staying)
     return [*problems.messages, swap] if swap else problems.messages
