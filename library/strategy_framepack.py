@@ -24,6 +24,7 @@ from library.components.framepack_sections import (
     sections_of,
 )
 from library.components.siglip_utils import encode_pictures
+from library.core.errors import ConfigError
 from library.dataset.batch import CONDITIONING_ALPHA, CONDITIONING_IMAGES, numbered
 from library.dataset.items import SampleFacts
 from library.dataset.latent_cache import LatentEncoder
@@ -110,8 +111,16 @@ class FramePackLatentEncoder(LatentEncoder):
         )  # fmt: skip
 
     def pictures_for(self, bucket: Sequence[int]) -> tuple[str, ...]:
-        """The control pictures of a single frame, with what is to be seen of them."""
-        numbers = range(len(Bucket(*bucket).kind.controls))
+        """The control pictures of a single frame, with what is to be seen of them. ConfigError for those of another size
+        than the frame, as all of them have its places."""
+        width, height, _, kind = Bucket(*bucket)
+        other = next((size for size in kind.controls if size != (width, height)), None)
+        if other is not None:
+            raise ConfigError(
+                f"control pictures of {'x'.join(map(str, other))} stand beside pictures of {width}x{height}; FramePack"
+                " needs both in one size: leave out control_resolution and no_resize_control"
+            )
+        numbers = range(len(kind.controls))
         return tuple(numbered(name, n) for n in numbers for name in (CONDITIONING_IMAGES, CONDITIONING_ALPHA))
 
     def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
