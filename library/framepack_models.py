@@ -60,8 +60,8 @@ class FramePackParams:
         axes = self.rope_axes_dim
         if len(axes) != 3 or sum(axes) != self.attention_head_dim or any(width % 2 for width in axes):
             raise ValueError(
-                f"rope_axes_dim is {axes}; it needs three even numbers (frames, rows, columns) that sum to the head size"
-                f" {self.attention_head_dim}"
+                f"rope_axes_dim is {axes}; it needs three even numbers (frames, rows, columns) that sum to the head"
+                f" size {self.attention_head_dim}"
             )
 
     @property

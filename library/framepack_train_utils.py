@@ -37,8 +37,8 @@ def predict_velocity(
     """Velocity (noise - data) [B, C, F, h, w] of noisy latents of a section, or of a single frame.
 
     `timesteps` [B], [B, F] for a time per frame or [B, L] per token, on the 0..1000 scale, float32. `conditioning` has
-    the keys of the family; `conditions`: places in time of the latents, the frames that are seen (`CLEAN`) and states of
-    the image encoder. `guidance`: the embedded scale, which models without it ignore. With `feature_layer` among
+    the keys of the family; `conditions`: places in time of the latents, the frames that are seen (`CLEAN`) and states
+    of the image encoder. `guidance`: the embedded scale, which models without it ignore. With `feature_layer` among
     `inputs` the result is (velocity, tokens [B, L, D] after that block).
     """
     device = noisy_latents.device

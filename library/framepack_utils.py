@@ -127,8 +127,8 @@ def load_framepack(
     """Load a denoiser; its sizes come from the file.
 
     `fp8_scaled` keeps the large matrices of the blocks in 8 bits, each 64 inputs of a row with a scale of their own;
-    `dtype` float8_e4m3fn the weights of all linear layers, without scales, and the rest in bfloat16; None keeps the file's
-    own types. `transform` may change the tensors as they are read. CheckpointError when the file does not fit.
+    `dtype` float8_e4m3fn the weights of all linear layers, without scales, and the rest in bfloat16; None keeps the
+    file's own types. `transform` may change the tensors as they are read. CheckpointError when the file does not fit.
     """
     info = inspect_framepack(path, config)
     params = info.params
@@ -172,7 +172,8 @@ def fitting_problems(
     blocks_to_swap: int,
 ) -> list[str]:
     """What is wrong with each file, sizes of encoders and autoencoder against the denoiser's, and a block swap that its
-    depth does not allow, from headers. Files that are None are not looked at; `denoiser` reads the header of `model`."""
+    depth does not allow, from headers. Files that are None are not looked at; `denoiser` reads the header of
+    `model`."""
     problems = Problems()
     params = problems.attempt(denoiser)
     text, pooled, channels, width = (

@@ -1,7 +1,7 @@
 """HunyuanVideo and SkyReels V1: the denoiser of clips. A picture is a clip of one frame.
 
-Module paths are the key names of the original files; leaf layers are plain nn.Linear and nn.Conv3d, so that adapters find
-them by name and class.
+Module paths are the key names of the original files; leaf layers are plain nn.Linear and nn.Conv3d, so that adapters
+find them by name and class.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def inspect_hunyuan_video(path: str | os.PathLike, config: Mapping[str, Any] | N
     info = inspect_streams(KIND, path, config)
     if info.params.in_channels == 2 * info.params.out_channels + 1:
         raise CheckpointError(
-            f"{path} is an image to video model with {info.params.in_channels} input channels (a mask beside the latents"
-            f" of the picture), which is not supported; take a text to video file, or SkyReels V1 image to video"
+            f"{path} is an image to video model with {info.params.in_channels} input channels (a mask beside the"
+            " latents of the picture), which is not supported; take a text to video file, or SkyReels V1 image to video"
         )
     return info
 
@@ -146,8 +146,8 @@ def fitting_problems(
     add_size_problems(problems, encoder_sizes(*files, text=text, pooled=pooled, channels=channels), model)
     if params is not None and in_channels not in (None, params.in_channels):
         problems.add(
-            f"--dit_in_channels is {in_channels}, and the file {model} has {params.in_channels} input channels; leave it"
-            " out, or give the model that has them"
+            f"--dit_in_channels is {in_channels}, and the file {model} has {params.in_channels} input channels; leave"
+            " it out, or give the model that has them"
         )
     swap = params and stream_swap_problem(blocks_to_swap, params.depth, params.depth_single)
     return [*problems.messages, swap] if swap else problems.messages

@@ -1,5 +1,5 @@
-"""FramePack: captions to conditioning [states of LLaMA, their mask, CLIP-L's state of the whole], clips to their sections,
-and the caches."""
+"""FramePack: captions to conditioning [states of LLaMA, their mask, CLIP-L's state of the whole], clips to their
+sections, and the caches."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from library.components.framepack_sections import (
     sections_of,
 )
 from library.components.siglip_utils import encode_pictures
+from library.core.errors import ConfigError
 from library.dataset.batch import CONDITIONING_ALPHA, CONDITIONING_IMAGES, numbered
 from library.dataset.items import SampleFacts
 from library.dataset.latent_cache import LatentEncoder
@@ -48,8 +49,8 @@ class FramePackTextEncodingStrategy(TextEncodingStrategy):
     def encode_tokens(
         self, tokenize_strategy: FramePackTokenizeStrategy, models: list[Any], tokens: list[Tensor]
     ) -> list[Tensor | None]:
-        """[states [B, 512, D] without those of the template's head, 0 where there is no token, their mask [B, 512] (bool),
-        state of the caption as a whole [B, E]]; states are None where a model is absent.
+        """[states [B, 512, D] without those of the template's head, 0 where there is no token, their mask [B, 512]
+        (bool), state of the caption as a whole [B, E]]; states are None where a model is absent.
 
         `models` = [LLaMA, CLIP-L]. ConfigError when an id has no embedding row.
         """
@@ -77,8 +78,8 @@ class FramePackLatentEncoder(LatentEncoder):
     frame, with its control pictures. All are stored with the scale, of one posterior draw per clip or picture and size.
 
     `is_f1`: sections see those before them; `middle`, `far`: a single frame sees further frames of zeros, coarsely.
-    `image_width`: of the states of the image encoder; `tile_size`: pixels of a side of tiles in which the autoencoder was
-    loaded to compute larger frames.
+    `image_width`: of the states of the image encoder; `tile_size`: pixels of a side of tiles in which the autoencoder
+    was loaded to compute larger frames.
     """
 
     def __init__(
@@ -110,8 +111,16 @@ class FramePackLatentEncoder(LatentEncoder):
         )  # fmt: skip
 
     def pictures_for(self, bucket: Sequence[int]) -> tuple[str, ...]:
-        """The control pictures of a single frame, with what is to be seen of them."""
-        numbers = range(len(Bucket(*bucket).kind.controls))
+        """The control pictures of a single frame, with what is to be seen of them. ConfigError for those of another size
+        than the frame, as all of them have its places."""
+        width, height, _, kind = Bucket(*bucket)
+        other = next((size for size in kind.controls if size != (width, height)), None)
+        if other is not None:
+            raise ConfigError(
+                f"control pictures of {'x'.join(map(str, other))} stand beside pictures of {width}x{height}; FramePack"
+                " needs both in one size: leave out control_resolution and no_resize_control"
+            )
+        numbers = range(len(kind.controls))
         return tuple(numbered(name, n) for n in numbers for name in (CONDITIONING_IMAGES, CONDITIONING_ALPHA))
 
     def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:

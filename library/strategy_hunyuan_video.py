@@ -30,8 +30,8 @@ class HunyuanVideoTextEncodingStrategy(TextEncodingStrategy):
     def encode_tokens(
         self, tokenize_strategy: HunyuanVideoTokenizeStrategy, models: list[Any], tokens: list[Tensor]
     ) -> list[Tensor | None]:
-        """[states [B, 256, D] without those of the template's head, 0 where there is no token, their mask [B, 256], state
-        of the caption as a whole [B, E], CLIP's mask [B, 77]]; states are None where a model is absent.
+        """[states [B, 256, D] without those of the template's head, 0 where there is no token, their mask [B, 256],
+        state of the caption as a whole [B, E], CLIP's mask [B, 77]]; states are None where a model is absent.
 
         `models` = [LLaMA, CLIP-L]. ConfigError when an id has no embedding row.
         """

@@ -3,7 +3,7 @@ holds by turns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class TwoExperts:
         self.offload = offload
         self.high_noise = False
         """which of them the modules hold"""
+        self.listeners: list[Callable[[bool], None]] = []
+        """called at every exchange, with whether the modules hold the weights for much noise now"""
         self._idle = dict(_tensors(other))
         for name, mine in _tensors(model):
             theirs = self._idle.get(name)
@@ -47,11 +49,8 @@ class TwoExperts:
             self._idle[name] = tensor.data.to("cpu") if self.offload else tensor.data
             tensor.data = incoming.to(tensor.device) if self.offload else incoming
         self.high_noise = high_noise
-
-    def to(self, device: torch.device | str) -> None:
-        """Bring the idle weights to a device too, unless they wait on the CPU."""
-        if not self.offload:
-            self._idle = {name: tensor.to(device) for name, tensor in self._idle.items()}
+        for listener in self.listeners:
+            listener(high_noise)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,5 @@
-"""Key names of denoisers with double and single stream blocks that the families of Hunyuan share: the original layout and
-that of diffusers folders, both ways; the names inside of ComfyUI, which files have that were saved there."""
+"""Key names of denoisers with double and single stream blocks that the families of Hunyuan share: the original layout
+and that of diffusers folders, both ways; the names inside of ComfyUI, which files have that were saved there."""
 
 from __future__ import annotations
 

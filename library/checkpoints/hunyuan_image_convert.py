@@ -13,7 +13,6 @@ from library.checkpoints.hunyuan_convert import ROOTS as SHARED_ROOTS
 from library.checkpoints.layout_rules import Rule, with_kinds
 from library.checkpoints.loading import count_blocks
 
-
 _TIME = "time_guidance_embed"
 NAMES = StreamNames(
     (
@@ -26,7 +25,9 @@ NAMES = StreamNames(
     ),
     is_diffusers=lambda keys: "context_embedder_2.linear_1.weight" in keys,
 )
-ROOTS = ("byt5_in", "time_r_in", "vision_in", "time_guidance_embed", "context_embedder_2", *SHARED_ROOTS, *DIFFUSERS_ROOTS)
+ROOTS = (
+    "byt5_in", "time_r_in", "vision_in", "time_guidance_embed", "context_embedder_2", *SHARED_ROOTS, *DIFFUSERS_ROOTS,
+)  # fmt: skip
 """first words of the denoiser's names in either layout"""
 
 

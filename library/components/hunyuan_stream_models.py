@@ -1,8 +1,8 @@
 """Denoisers with a refiner for the text, a row of double and a row of single stream blocks: what the families of
 Hunyuan share.
 
-Module paths are the key names of the original files; leaf layers are plain nn.Linear, so that adapters find them by name
-and class.
+Module paths are the key names of the original files; leaf layers are plain nn.Linear, so that adapters find them by
+name and class.
 """
 
 from __future__ import annotations

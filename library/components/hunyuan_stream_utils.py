@@ -1,5 +1,5 @@
-"""Files of denoisers with double and single stream blocks, which the families of Hunyuan share: what a file holds, loading
-and saving it."""
+"""Files of denoisers with double and single stream blocks, which the families of Hunyuan share: what a file holds,
+loading and saving it."""
 
 from __future__ import annotations
 

@@ -79,7 +79,9 @@ class CausalConv3d(nn.Module):
     chunk_frames: int | None = None
     """frames of the result that are computed at once; None = all"""
 
-    def __init__(self, in_width: int, out_width: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)) -> None:
+    def __init__(
+        self, in_width: int, out_width: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv3d(in_width, out_width, kernel, stride)
 
@@ -245,8 +247,8 @@ class Decoder(nn.Module):
 
 
 class CausalVideoVAE(AutoEncoder):
-    """Autoencoder of pictures [B, 3, H, W] and clips [B, 3, F, H, W] in -1..1, F = 1 + a multiple of the temporal stride;
-    the rank given is the rank returned."""
+    """Autoencoder of pictures [B, 3, H, W] and clips [B, 3, F, H, W] in -1..1, F = 1 + a multiple of the temporal
+    stride; the rank given is the rank returned."""
 
     encoder_class, decoder_class, convolution = Encoder, Decoder, nn.Conv3d
     params: VideoAutoEncoderParams
@@ -271,9 +273,8 @@ class CausalVideoVAE(AutoEncoder):
             return mean[:, :, 0], logvar[:, :, 0]
         frames, step = images.shape[2], self.params.time_compression_ratio
         if (frames - 1) % step:
-            raise ValueError(
-                f"the clip has {frames} frames; 1 + a multiple of {step} is needed, e.g. {(frames - 1) // step * step + 1}"
-            )
+            near = (frames - 1) // step * step + 1
+            raise ValueError(f"the clip has {frames} frames; 1 + a multiple of {step} is needed, e.g. {near}")
         if self.tiles is None:
             return super().encode_moments(images)
         whole = super().encode_moments
@@ -289,8 +290,8 @@ class CausalVideoVAE(AutoEncoder):
         return self.tiles.run(super().decode, latents, (1, self.params.spatial_stride))
 
     def set_tile_size(self, pixels: int | None) -> None:
-        """Compute frames with longer sides in tiles of that many pixels a side, of which neighbours share a quarter: the
-        memory of a tile, close results. None = in one piece."""
+        """Compute frames with longer sides in tiles of that many pixels a side, of which neighbours share a quarter:
+        the memory of a tile, close results. None = in one piece."""
         side = None if pixels is None else pixels // self.params.spatial_stride
         self.tiles = None if side is None else Tiles(side, side // 4)
 

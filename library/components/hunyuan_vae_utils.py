@@ -148,9 +148,9 @@ def load_hunyuan_vae(
     chunk_frames: int | None = None,
     tile_size: int | None = None,
 ) -> CausalVideoVAE:
-    """Load the autoencoder from a file or a folder of diffusers; `chunk_frames`: frames that its convolutions compute at
-    once; `tile_size`: pixels of a side of tiles in which larger frames are computed. CheckpointError when the file does
-    not fit."""
+    """Load the autoencoder from a file or a folder of diffusers; `chunk_frames`: frames that its convolutions compute
+    at once; `tile_size`: pixels of a side of tiles in which larger frames are computed. CheckpointError when the file
+    does not fit."""
     info = inspect_hunyuan_vae(path, config)
     state = info.original(info.source.tensors(device, disable_mmap, info.keys))
     model = _checked_model(info, state)

@@ -54,12 +54,12 @@ def encoder_sizes(
 
 
 def add_size_problems(problems: Problems, sizes: Iterable[Size], model: str) -> None:
-    """What is wrong with each file, and sizes that the denoiser `model` does not take, from headers. Files that are None
-    are not looked at."""
+    """What is wrong with each file, and sizes that the denoiser `model` does not take, from headers. Files that are
+    None are not looked at."""
     for option, path, what, read, needed in sizes:
         size = problems.attempt(read) if path is not None else None
         if needed is not None and size not in (None, needed):
             problems.add(
-                f"--{option} is {path}: {what} is {size}, the denoiser {model} takes {needed}; use the files that belong"
-                " together"
+                f"--{option} is {path}: {what} is {size}, the denoiser {model} takes {needed}; use the files that"
+                " belong together"
             )

@@ -37,13 +37,13 @@ def leftovers(
     items: Sequence[ImageItem], path_of: Callable[[ImageItem], str | None], suffix: str, architecture: DataArchitecture
 ) -> list[str]:
     """Files with this ending that the data set made and none of its items has. `path_of`: the file of an item."""
-    kept: set[str] = set()
+    kept: set[tuple[int, int] | None] = set()
     folders: dict[str, dict[int, tuple[SubsetParams, str]]] = {}
     for item in items:
         path = path_of(item)
         if path is not None:
             path = os.path.abspath(path)
-            kept.add(path)
+            kept.add(_file_id(path))
             folders.setdefault(os.path.dirname(path), {}).setdefault(id(item.subset), (item.subset, path))
     found = []
     for folder, subsets in folders.items():
@@ -52,9 +52,19 @@ def leftovers(
             subset.cache_directory is not None and os.path.abspath(subset.cache_directory) == folder
             for subset, _ in subsets.values()
         )
-        names = (os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(suffix))
-        found += [path for path in names if path not in kept and _is_of(path, architecture, made_for, is_given)]
+        paths = (os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(suffix))
+        others = (path for path in paths if _file_id(path) not in kept)
+        found += [path for path in others if _is_of(path, architecture, made_for, is_given)]
     return found
+
+
+def _file_id(path: str) -> tuple[int, int] | None:
+    """Of the file itself, which may have several names: by links to its folder, in letters of another case."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _is_of(path: str, architecture: DataArchitecture, made_for: Iterable[str], takes_known: bool) -> bool:

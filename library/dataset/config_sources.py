@@ -192,8 +192,8 @@ def _unread(scope: Scope, subset: SubsetParams, architecture: DataArchitecture) 
     unread |= {name: facts is None or not facts.one_frame for name in ONE_FRAME_KEYS}
     unread["fp_latent_window_size"] = facts is None or not facts.sections
     names = [name for name, is_unread in unread.items() if is_unread and scope.written_at(name)]
-    if subset.cache_info and (subset.clips is not None or subset.is_listed):
-        lines.append("cache_info is for folders of images, and has no effect here")
+    if subset.cache_info and subset.is_listed:
+        lines.append("cache_info is for folders, and has no effect on a list")
     if names:
         are = "is" if len(names) == 1 else "are"
         lines.append(f"{', '.join(names)} {are} nothing that {architecture.name} reads, and ignored")

@@ -80,10 +80,12 @@ def _owner(name: str, stems: Container[str]) -> str | None:
 
 
 def _number(stem: str, owner: str) -> int | None:
+    """What stands behind the last "_": 3 of `a_3` and of `a_pose_3`."""
     rest = stem[len(owner) :]
     if not rest:
         return PLAIN
-    return int(rest[1:]) if rest[0] == "_" and rest[1:].isdecimal() else None
+    _, mark, number = rest.rpartition("_")
+    return int(number) if mark and number.isdecimal() else None
 
 
 def control_videos(

@@ -403,7 +403,7 @@ def _samples(
     if cutter is None:
         return [item]
     beside = image.mask or next(iter(image.controls), None)
-    control = None if beside is None else cutter.control_clip(beside)
+    control = None if beside is None else cutter.control_clip(beside, image.video)
     return [
         dataclasses.replace(item, clip=clip, frames=clip.length, control_clip=control)
         for clip in cutter.clips_of(image.video)

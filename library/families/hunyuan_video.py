@@ -94,7 +94,9 @@ FAMILY = FamilyRecord(
                 ),
                 Signature(
                     title="a HunyuanVideo denoiser",
-                    has=("time_text_embed.text_embedder.linear_1.weight", "transformer_blocks.0.attn.add_k_proj.weight"),
+                    has=(
+                        "time_text_embed.text_embedder.linear_1.weight", "transformer_blocks.0.attn.add_k_proj.weight",
+                    ),
                     ranks=(("x_embedder.proj.weight", 5),),
                     layout="diffusers",
                     priority=20,

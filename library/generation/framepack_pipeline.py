@@ -147,7 +147,7 @@ class FramePackPipeline(VideoPipeline):
         if encoder is None:
             width = self.denoiser.params.image_proj_dim
             if picture is not None:
-                raise ConfigError("a clip that begins with a picture needs the image encoder: --image_encoder is not given")
+                raise ConfigError("a clip begins with a picture, and --image_encoder, which reads it, is not given")
             return {"image_embeddings": torch.zeros(1, 1, width, device=device)}
         with computing_on(encoder, device):
             return {"image_embeddings": picture_states(encoder, picture, 1)}
@@ -223,7 +223,8 @@ class FramePackPipeline(VideoPipeline):
         return self._made(request, noise, text, negative, {**states, "latents_clean": torch.cat(seen, dim=2), **rows})
 
     def _control(self, request: FramePackRequest, path: str, mask_path: str | None) -> Tensor:
-        """Latents of a control picture [1, C, 1, h, w]; what a mask (grey, white = seen) or its own alpha hides is 0."""
+        """Latents of a control picture [1, C, 1, h, w]; what a mask (grey, white = seen) or its own alpha hides is
+        0."""
         size = (request.width, request.height)
         latents = self._encoded(picture_pixels(path, *size), request.seed)
         alpha = control_alpha(path, mask_path, *size)

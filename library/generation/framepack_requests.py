@@ -14,16 +14,16 @@ MAG_RATIOS = (
     1.0093, 1.01869, 1.00815, 1.01461, 1.01152, 1.03082, 1.0061, 1.02162, 1.01999, 0.99063, 1.01186, 1.0217, 0.99947,
     1.01711, 0.9904, 1.00258, 1.00878, 0.97039, 0.97686, 0.94315, 0.97728, 0.91154, 0.86139, 0.76592,
 )  # fmt: skip
-"""how the lengths of what the blocks add to tokens change from one of 50 steps to the next, as measured with the released
-model"""
+"""how the lengths of what the blocks add to tokens change from one of 50 steps to the next, as measured with the
+released model"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MagCacheSettings:
     """When the blocks are left out of a step, and what they added in the step before is added again. `ratios`: from one
     step to the next; those of another number of steps are taken at the nearest places. `retention`: share of the first
-    steps that are whole; `threshold`: of the error that adds up; `most`: steps in a row. `calibrate`: leave nothing out,
-    and tell the ratios of the clip."""
+    steps that are whole; `threshold`: of the error that adds up; `most`: steps in a row. `calibrate`: leave nothing
+    out, and tell the ratios of the clip."""
 
     ratios: tuple[float, ...] = MAG_RATIOS
     retention: float = 0.2

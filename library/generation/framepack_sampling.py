@@ -144,8 +144,8 @@ class MagCache:
 
 
 def joined_clips(first: Tensor, second: Tensor, overlap: int) -> Tensor:
-    """Clips [B, 3, F, H, W] of which the last `overlap` frames of the first are the first ones of the second, faded from
-    one to the other."""
+    """Clips [B, 3, F, H, W] of which the last `overlap` frames of the first are the first ones of the second, faded
+    from one to the other."""
     weights = torch.linspace(1, 0, overlap, dtype=first.dtype, device=first.device).view(1, 1, -1, 1, 1)
     faded = weights * first[:, :, -overlap:] + (1 - weights) * second[:, :, :overlap]
     return torch.cat((first[:, :, :-overlap], faded, second[:, :, overlap:]), dim=2)

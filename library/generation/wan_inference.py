@@ -24,7 +24,6 @@ from library.generation.wan_options import (
     WanRequest,
 )
 from library.training.wiring.base import tokenizer_problems
-from library.training.wiring.wan import fitting_tasks
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +59,8 @@ class WanScript(VideoScript):
         options = config[self.models]
         if options.task is not None:
             return TASKS[options.task]
+        from library.wan_fitting_utils import fitting_tasks
+
         try:
             found = fitting_tasks(self._params(config)) if options.dit else ()
         except (AtelierError, OSError):  # told by the check
@@ -234,7 +235,12 @@ class WanScript(VideoScript):
         found += [
             file_problem(path, "lora_weight_high_noise", self.family) for path in adapters.lora_weight_high_noise or ()
         ]
-        if adapters.lora_weight_high_noise and config[self.models].dit_high_noise is None:
+        if adapters.lora_weight_high_noise and config.value("save_merged_model"):
+            found.append(
+                "--save_merged_model writes --dit with --lora_weight in it; for the other expert give its file as --dit,"
+                " and leave out --lora_weight_high_noise"
+            )
+        elif adapters.lora_weight_high_noise and config[self.models].dit_high_noise is None:
             found.append(
                 "--lora_weight_high_noise is given without --dit_high_noise, the expert that these adapters are for"
             )
@@ -245,17 +251,17 @@ class WanScript(VideoScript):
         from library.custom_offloading_utils import row_swap_problem
         from library.wan_text_encoder_utils import inspect_umt5
 
-        options, problems = config[self.models], Problems()
-        params = self._params(config)
-        self._check_task(config, params, problems)
-        self._check_pair(config, params, problems)
-        for name, what, read, needed in self._sizes(config, params):
-            size = problems.attempt(read)
-            if size not in (None, needed):
-                problems.add(
-                    f"--{name} is {getattr(options, name)}: {what} is {size}, the denoiser {options.dit} takes"
-                    f" {needed}; use the files that belong together"
-                )
+        from library.components.llama_clip_utils import add_size_problems
+        from library.wan_fitting_utils import check_second_expert, check_task, part_sizes
+
+        options, problems, params = config[self.models], Problems(), self._params(config)
+        task = self.task(config)
+        clip = options.clip if task.needs_vision else None
+        problems.attempt(lambda: check_task(options.task, params, options.dit))
+        problems.attempt(
+            lambda: check_second_expert(options.dit_high_noise, task, self.boundary(config), params, options.dit)
+        )
+        add_size_problems(problems, part_sizes(params, t5=options.t5, vae=options.vae, clip=clip), options.dit)
         swap = row_swap_problem(options.blocks_to_swap, params.num_layers)
         return [
             *problems.messages, *([swap] if swap else []),
@@ -264,47 +270,6 @@ class WanScript(VideoScript):
                 "--t5_tokenizer", f"--t5 {options.t5}",
             ),
         ]  # fmt: skip
-
-    def _sizes(self, config: Config, params: WanParams) -> list[tuple[str, str, Any, int | None]]:
-        from library.components.wan_vae_utils import inspect_wan_vae
-        from library.wan_clip_utils import inspect_vision
-        from library.wan_text_encoder_utils import inspect_umt5
-
-        options = config[self.models]
-        found = [("t5", "its width", lambda: inspect_umt5(options.t5)["d_model"], params.text_dim)]
-        if options.vae:
-            channels = "its number of latent channels"
-            found.append(("vae", channels, lambda: inspect_wan_vae(options.vae).params.z_dim, params.out_dim))
-        if self.task(config).needs_vision and params.has_vision:
-            found.append(("clip", "its width", lambda: inspect_vision(options.clip).values["width"], params.img_dim))
-        return found
-
-    def _check_task(self, config: Config, params: WanParams, problems: Problems) -> None:
-        given, fitting = config[self.models].task, [task.name for task in fitting_tasks(params)]
-        if given in fitting or (given is None and fitting):
-            return
-        needed = f"--task {' or '.join(fitting)}" if fitting else "another file: no task has such a model"
-        problems.add(
-            f"{f'--task is {given}; ' if given else ''}the denoiser {config[self.models].dit} has {params.in_dim}"
-            f" input channels, {'an' if params.has_vision else 'no'} image branch and a width of {params.dim}: needed:"
-            f" {needed}"
-        )
-
-    def _check_pair(self, config: Config, params: WanParams, problems: Problems) -> None:
-        options = config[self.models]
-        if options.dit_high_noise is None:
-            return
-        if self.boundary(config) is None:
-            problems.add(
-                f"--dit_high_noise is given with the task {self.task(config).name}, which has one model: needed: a task"
-                " of Wan 2.2 (--task t2v-A14B or i2v-A14B), or the noise level at which it takes over"
-                " (--timestep_boundary 0.9)"
-            )
-        other = problems.attempt(lambda: self._params(config, options.dit_high_noise))
-        if other is not None and other != params:
-            problems.add(
-                f"--dit {options.dit} and --dit_high_noise {options.dit_high_noise} are no pair: their sizes differ"
-            )
 
     def notices(self, config: Config) -> list[str]:
         from library.strategy_wan import has_ftfy

@@ -51,8 +51,8 @@ def write_qwen_tokenizer(folder: Path, more: Iterable[str] = ()) -> int:
 
 
 def write_llama_tokenizer(folder: Path, more: Iterable[str] = ()) -> int:
-    """tokenizer.json as LLaMA 3 has it: words that carry the space before them, the marks of its chats, and a token that
-    begins every text. `more` as for `write_qwen_tokenizer`; returns the number of entries."""
+    """tokenizer.json as LLaMA 3 has it: words that carry the space before them, the marks of its chats, and a token
+    that begins every text. `more` as for `write_qwen_tokenizer`; returns the number of entries."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     space = chr(256 + 32)

@@ -330,3 +330,12 @@ def test_a_run_uses_the_strategies_of_a_trainer(tmp_path, tiny):
     assert {path.suffixes[0] for path in (tmp_path / "images").glob("*.own.npz")} == {".own"}
     assert len(list((tmp_path / "images").glob("*.text.npz"))) == 3
     assert read_parts(tmp_path / "mine" / "lora.safetensors")[1] != read_parts(plain)[1]
+
+
+def test_a_dataset_without_subsets_stays_one():
+    flat = {"image_directory": "i", "resolution": (64, 64), "control_resolution": (32, 32), "fp_1f_clean_indices": (0, 1)}
+    sanitizer = config_util.ConfigSanitizer(True, True, False, True)
+    content = sanitizer.sanitize_user_config({"datasets": [flat]})
+    assert content["datasets"] == [flat]
+    [dataset] = config_util.BlueprintGenerator(sanitizer).generate(content, SimpleNamespace()).dataset_group.datasets
+    assert dataset.bucket_rule == "area" and dataset.subsets[0].image_dir == "i"

@@ -65,7 +65,8 @@ def test_sections(case: dict[str, Any]) -> None:
     kind = SampleKind(section_frames=case["window"])
     clip = picture(80, 1, 3, case["video_frames"], 16, 16)
     for number, file in enumerate(case["files"]):
-        made = encoder.encode_with_facts(KnownVae(), {"image_encoder": None}, clip, [1], {}, [SampleFacts(kind, number)])
+        facts = [SampleFacts(kind, number)]
+        made = encoder.encode_with_facts(KnownVae(), {"image_encoder": None}, clip, [1], {}, facts)
         check(encoder, Bucket(16, 16, case["video_frames"], kind), made, recorded(file))
 
 

@@ -52,8 +52,9 @@ def comfy_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 key = key.replace(ours, theirs)
             tensor = tensor[:, :, None, None, None] if tensor.ndim == 2 else tensor
         else:
-            key = key.replace("resnets", "block").replace("down_blocks", "down").replace("conv_shortcut", "nin_shortcut")
-            key = key.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
+            key = key.replace("resnets", "block").replace("down_blocks", "down")
+            key = key.replace("conv_shortcut", "nin_shortcut").replace("downsamplers.0", "downsample")
+            key = key.replace("upsamplers.0", "upsample")
             if "up_blocks" in key:
                 half, number, rest = key.partition("up_blocks.")[0], *key.partition("up_blocks.")[2].split(".", 1)
                 key = f"{half}up.{3 - int(number)}.{rest}"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.components.llama_clip_utils import load_encoders
 from library.components.llm_encoder_utils import inspect_llama, load_llama
 from library.components.tokenizers import load_llama_tokenizer
 from library.core.errors import CheckpointError, ConfigError
 from library.dataset.text_cache_io import TEXT_LAYOUTS
-from library.components.llama_clip_utils import load_encoders
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.strategy_hunyuan_video import HunyuanVideoTextEncodingStrategy, HunyuanVideoTokenizeStrategy
 from library.strategy_llama_clip import HIDDEN_LAYER, TAIL, VIDEO_HEAD, system_head
@@ -119,7 +119,9 @@ def test_the_language_model_of_every_file(tiny, tmp_path: Path) -> None:
         "tokenizer": torch.zeros(9, dtype=torch.uint8), "lm_head.weight": torch.zeros(3, 24),
     }  # fmt: skip
     bare = {key.removeprefix("model."): tensor for key, tensor in state.items()}
-    for prefix in ("", "model.", "language_model.model.", "model.language_model.", "text_encoders.llama.transformer.model."):
+    inside = "text_encoders.llama.transformer.model."
+    prefixes = ("", "model.", "language_model.model.", "model.language_model.", inside)
+    for prefix in prefixes:
         save_file_atomic({**{prefix + key: t for key, t in bare.items()}, **rest}, tmp_path / "x.safetensors")
         model = load_llama(tmp_path / "x.safetensors", torch.float32, "cpu", config=CONFIG)
         assert torch.equal(model(ids).last_hidden_state, expected), prefix
@@ -156,7 +158,7 @@ def test_eight_bits_of_the_language_model_alone(tiny, tokenize, encoders) -> Non
     assert 0 < ((close - exact).norm() / exact.norm()).item() < 0.3
 
 
-def test_tokenizers_that_are_missing_or_belong_to_another_model(tokenize, encoders, tmp_path: Path, monkeypatch) -> None:
+def test_tokenizers_that_are_missing_or_of_another_model(tokenize, encoders, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match="hf download xtuner/llava-llama-3-8b-v1_1-transformers"):
         load_llama_tokenizer(None, str(tmp_path))

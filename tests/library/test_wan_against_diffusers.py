@@ -139,3 +139,7 @@ def test_text_encoder(tmp_path) -> None:
     ours = load_umt5(tmp_path, torch.float32, "cpu")
     expected, result = (model(ids, mask).last_hidden_state[mask.bool()] for model in (theirs, ours))
     assert relative(result, expected) < 1e-6
+    state = {key: value.clone() for key, value in theirs.state_dict().items() if key != "shared.weight"}
+    save_file_atomic(state, tmp_path / "one.safetensors")  # under its other name alone
+    again = load_umt5(tmp_path / "one.safetensors", torch.float32, "cpu")
+    assert torch.equal(again(ids, mask).last_hidden_state[mask.bool()], result)

@@ -3,6 +3,7 @@ frames, refusals."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import cv2
@@ -117,6 +118,18 @@ def test_two_experts_share_the_steps_and_have_their_own_adapters(pair, adapter, 
     assert not torch.equal(made, other)
     stronger = latent(pair, tmp_path / "e", "--infer_steps=4", "--guidance_scale_high_noise=9")
     assert not torch.equal(made, stronger)
+
+
+def test_an_expert_is_written_with_its_adapters(tiny, adapter, tmp_path):
+    lora, target = f"--lora_weight={adapter}", tmp_path / "merged.safetensors"
+    words = [f"--dit={tiny.denoiser}", "--dit_dtype=float32", lora, f"--save_merged_model={target}"]
+    assert wan_inference.run(words) == [target]
+    made = latent(tiny, tmp_path / "a", lora)
+    tiny = dataclasses.replace(tiny, denoiser=target)
+    # equal weights; a file that is mapped elsewhere into memory has other vector kernels, which round otherwise
+    assert torch.allclose(latent(tiny, tmp_path / "b"), made, atol=1e-3)
+    with pytest.raises(ConfigError, match="for the other expert give its file as --dit"):
+        wan_inference.run([*words[:3], f"--lora_weight_high_noise={adapter}", f"--save_merged_model={tmp_path / 'x'}"])
 
 
 def test_files_of_an_official_folder_are_found(tiny, tmp_path):

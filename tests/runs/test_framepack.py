@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from library.tiny_models.framepack_tiny import TinyFramePack, build_tiny_framepack
 from library.training import cli
@@ -70,7 +70,8 @@ class SectionWork:
     def argv(self, out: str, data: str, *options: str, files: bool = True) -> list[str]:
         path = self.folder / f"{out}.toml"
         caches = self.folder / "caches"
-        path.write_text(data.format(folder=self.folder if data is PICTURES else self.folder / "videos", caches=caches))
+        videos = "video_directory" in data
+        path.write_text(data.format(folder=self.folder / "videos" if videos else self.folder, caches=caches))
         models = self.tiny.arguments() if files else [f"--dit={self.tiny.denoiser}"]
         return [
             *models, f"--dataset_config={path}", f"--output_dir={self.folder / out}", "--output_name=lora",
@@ -145,6 +146,32 @@ def test_single_frames_with_their_control_pictures(work: SectionWork) -> None:
     work.pictures()
     less = read_parts(work.train("less", PICTURES, "--one_frame_no_2x", "--one_frame_no_4x"))[1]
     assert less not in (live, hidden) and "clean_latent_4x_indices_int64" not in load_file(path)
+
+
+def test_control_pictures_of_another_size_are_told(work: SectionWork, monkeypatch, capsys) -> None:
+    work.pictures()
+    data = PICTURES + "control_resolution = [64, 64]\n"
+    message = refused_run("framepack", work.argv("out", data), monkeypatch, capsys)
+    assert "control pictures of 64x64 stand beside pictures of 32x32; FramePack needs both in one size" in message
+
+
+def test_sections_that_the_known_tool_cached_train_by_themselves(work: SectionWork) -> None:
+    """float16, under names of the size that frames are read in, without our records."""
+    work.train("made", VIDEOS, "--max_train_steps=1")
+    caches = work.folder / "caches"
+    for path in list(caches.glob("*.safetensors")):
+        state, is_text = load_file(path), path.name.endswith("_te.safetensors")
+        known = {
+            key.replace("float32", "float16"): tensor.half() if tensor.is_floating_point() else tensor
+            for key, tensor in state.items()
+        }
+        more = {"caption1": f"a red cat {path.name[0]}"} if is_text else {"width": "32", "height": "32"}
+        path.unlink()
+        target = path.with_name(path.name.replace("0064x0064", "0032x0032"))
+        save_file(known, target, {"architecture": "framepack", "format_version": "1.0.1", **more})
+    before = {path: path.stat().st_mtime_ns for path in caches.glob("*.safetensors")}
+    assert read_parts(work.train("known", VIDEOS, files=False))[1]
+    assert before == {path: path.stat().st_mtime_ns for path in caches.glob("*.safetensors")}
 
 
 def test_clips_and_single_frames_as_samples(work: SectionWork, caplog: pytest.LogCaptureFixture) -> None:

@@ -107,7 +107,8 @@ def test_the_loss_on_held_out_clips_of_a_moving_shape_falls(work: ClipWork) -> N
     write_moving_shapes(work.folder / "moving", 8, frames=5)
     path.write_text(
         "[general]\ncaption_extension = '.txt'\nresolution = [64, 64]\nbatch_size = 3\n[[datasets]]\n"
-        f"video_directory = '{work.folder / 'moving'}'\ntarget_frames = [5]\nvalidation_split = 0.25\n", encoding="utf-8"
+        f"video_directory = '{work.folder / 'moving'}'\ntarget_frames = [5]\nvalidation_split = 0.25\n",
+        encoding="utf-8",
     )  # fmt: skip
     options = ["--max_train_steps=24", "--validate_every_n_epochs=12", *CASE.caches(on_disk=False)]
     losses = losses_of(work.train("out", *options, dataset=path), "validation")
@@ -139,7 +140,9 @@ def test_samples_are_videos_of_the_asked_size_and_length(work: ClipWork) -> None
 def seen_by_the_denoiser(run, batch) -> tuple[torch.Tensor, dict]:
     """(latents that it is given, its named inputs) in a step."""
     seen = []
-    run.models.denoiser.register_forward_pre_hook(lambda _, args, named: seen.append((args[0], named)), with_kwargs=True)
+    run.models.denoiser.register_forward_pre_hook(
+        lambda _, args, named: seen.append((args[0], named)), with_kwargs=True
+    )
     run.step(batch, times=torch.full((len(batch),), 0.4))
     return seen[0]
 
@@ -147,7 +150,9 @@ def seen_by_the_denoiser(run, batch) -> tuple[torch.Tensor, dict]:
 @pytest.mark.parametrize(("options", "expected"), [
     ([], 1000.0), (["--guidance_scale=6"], 6000.0), (["--guidance_scale=6", "--guidance_unscaled"], 6.0),
 ])  # fmt: skip
-def test_the_guidance_reaches_the_model_as_when_sampling(work: ClipWork, options: list[str], expected: float, caplog) -> None:
+def test_the_guidance_reaches_the_model_as_when_sampling(
+    work: ClipWork, options: list[str], expected: float, caplog
+) -> None:
     with caplog.at_level("INFO"):
         work.trainer("noted", *options).family.check()
     run = work.prepare("out", *options)

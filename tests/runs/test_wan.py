@@ -198,8 +198,9 @@ def test_a_step_learns_on_one_side_of_the_boundary() -> None:
     sides = OneSide(law, 0.875)
     drawn = torch.stack([sides.sample((3, 16, 1, 4, 4), StepDraws(7, step, (0, 1, 2))) for step in range(1500)])
     assert all(len(set(row)) == 1 for row in (drawn >= 0.875).tolist())
-    alone = sides.sample((1, 16, 1, 4, 4), StepDraws(7, 3, (1,)))
-    assert torch.equal(alone, drawn[3, 1:2]), "whatever else is in the batch"
+    for step in range(40):
+        alone = sides.sample((1, 16, 1, 4, 4), StepDraws(7, step, (1,)))
+        assert torch.equal(alone, drawn[step, 1:2]), "whatever else is in the batch"
     plain = torch.cat([law.sample((3, 16, 1, 4, 4), StepDraws(8, step, (0, 1, 2))) for step in range(1500)])
     levels = torch.linspace(0.05, 0.95, 10)
     difference = drawn.flatten().quantile(levels) - plain.quantile(levels)
@@ -231,6 +232,41 @@ def test_idle_weights_in_main_memory_change_no_byte(tinies: Tinies, tmp_path: Pa
     assert read_parts(offloaded)[1] == read_parts(kept)[1]
     other = work.train("other", "--timestep_sampling=uniform", "--timestep_boundary=500")
     assert largest_difference(other, kept) > 1e-6 and read_parts(other)[0]["ss_timestep_boundary"] == "0.5"
+
+
+def test_each_expert_may_have_an_adapter(tinies: Tinies, tmp_path: Path) -> None:
+    """A step on one side leaves the other adapter's bytes as they are; both files have the names of any adapter; resumed
+    and continued runs know both."""
+    work = WanWork(tmp_path, tinies["i2v-A14B"])
+    options = ["--adapter_per_expert", "--timestep_sampling=uniform", "--save_precision=float", "--max_train_steps=8"]
+    run = work.prepare("--live_encoding", *options)
+    pair, batch = run.trainable.network, next(run.data.batches(1))
+    for time, learns, rests in ((0.3, pair.first, pair.second), (0.95, pair.second, pair.first)):
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step(batch, times=torch.full((len(batch),), time)).loss.backward()
+        assert all(parameter.grad is None for parameter in rests.parameters())
+        assert any(parameter.grad is not None and parameter.grad.any() for parameter in learns.parameters())
+
+    whole = work.train("whole", *options, "--timestep_boundary=0.5", "--save_every_n_steps=2", "--save_state")
+    low, high = load_file(whole), load_file(whole.with_name("lora_high.safetensors"))
+    assert low.keys() == high.keys() and "lora_unet_blocks_0_self_attn_q.lora_up.weight" in low
+    for state in (low, high):
+        assert any(tensor.any() for key, tensor in state.items() if "lora_up" in key), "both sides were drawn"
+    assert largest_difference(whole, whole.with_name("lora_high.safetensors")) > 1e-6
+    state = whole.with_name("lora-step00000002-state")
+    resumed = work.train("resumed", *options, "--timestep_boundary=0.5", f"--resume={state}")
+    for name in ("lora", "lora_high"):
+        assert fingerprint(resumed.with_name(f"{name}.safetensors")) == fingerprint(whole.with_name(f"{name}.safetensors"))
+    assert whole.with_name("lora-step00000002_high.safetensors").is_file()
+    again = work.prepare("--live_encoding", *options, f"--network_weights={whole}").trainable.network
+    for network, wanted in ((again.first, low), (again.second, high)):
+        assert all(torch.equal(tensor, wanted[key]) for key, tensor in network.file_state_dict().items())
+
+
+def test_adapters_of_experts_need_one_process(tinies: Tinies, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    work = WanWork(tmp_path, tinies["i2v-A14B"])
+    assert "needed: one process" in refused_run("wan", work.argv("out", "--adapter_per_expert"), monkeypatch, capsys)
 
 
 def test_samples_change_the_expert_at_the_boundary(tinies: Tinies, tmp_path: Path) -> None:

@@ -171,6 +171,14 @@ def test_only_what_is_surely_its_own_goes(work, tmp_path):
     assert set(work.names()) == before | mine, "all but what the known trainer made for a clip that is gone"
 
 
+def test_a_file_under_another_name_is_the_same_file(work):
+    """As one is whose name a file system lists in letters of another case."""
+    work.run("latents")
+    (work.caches / "A0_0032x0032_toy.safetensors").hardlink_to(work.caches / "00_0032x0032_toy.safetensors")
+    work.run("latents")
+    assert len(work.names()) == 4
+
+
 def test_beside_the_files_that_are_learned_from_nothing_of_another_program_goes(work):
     known = known_file(work.clips / "gone_0032x0032_toy.safetensors")
     work.run("latents", has_caches=False)

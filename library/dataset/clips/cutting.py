@@ -62,9 +62,14 @@ class Cutter:
             for start, length in windows for section in self._sections(length)
         ]
 
-    def control_clip(self, control: VideoCheck) -> ControlClip:
-        """Of a control video, or of a picture that stands beside all frames."""
-        return ControlClip(self.frames_of(control), self.conversion(control), control.even_rate)
+    def control_clip(self, control: VideoCheck, video: VideoCheck) -> ControlClip:
+        """Of a control video, or of a picture that stands beside all frames. Frames without times of their own are those
+        of the video, one for one."""
+        conversion = self.conversion(video if control.rate is None else control)
+        count = converted_count(control.frames, conversion)
+        while conversion is not None and conversion.frame(count - 1) >= control.frames:
+            count -= 1
+        return ControlClip(count, conversion, control.even_rate)
 
     def _sections(self, length: int) -> Sequence[int | None]:
         if self.section_frames is None:

@@ -1,4 +1,4 @@
-"""Videos read by OpenCV. Its containers tell the number of frames only roughly, so that frames are counted one by one;
+"""Videos read by OpenCV. What it tells of the number of frames is not always true, so that they are counted one by one;
 transparency is not read."""
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 FFMPEG_LEVEL = ("OPENCV_FFMPEG_LOGLEVEL", "-8")
 """silence: what cannot be read is told once, by us"""
+COUNTED = (".mp4", ".m4v", ".mov", ".avi")
+"""containers that hold the number of frames; of others it is guessed from a duration, which may be that of the sound"""
 ALPHA_FORMATS = (b"RGBA", b"BGRA", b"ARGB", b"ABGR")
 ALPHA_BEGINNINGS = (b"Y4", b"G4")
 """how the names of planar pixel formats with alpha begin"""
@@ -38,7 +40,8 @@ def look(path: str) -> VideoCheck:
                 size = _retrieved(capture, path).shape[1::-1]
         if size is None:
             raise no_frames(path)
-        promised = max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
+        is_counted = os.path.splitext(path)[1].lower() in COUNTED
+        promised = max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0) if is_counted else 0
         check = timed_check(size, times, stored_rate(capture.get(cv2.CAP_PROP_FPS)), promised, _has_alpha(capture))
         return dataclasses.replace(check, reads_alpha=False)
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def look(path: str) -> VideoCheck:
-    """Size, frames and times from the packets of the file; one frame is decoded. Raises ImageFileError."""
+    """Size, frames and times from the packets of the file; only the first and the last frames are decoded. Raises
+    ImageFileError."""
     with _opened(path) as (container, stream):
         first = next(_decoded(container, stream), None)
         if first is None:
@@ -26,7 +27,9 @@ def look(path: str) -> VideoCheck:
         size = _pixels(first, with_alpha=False).shape[1::-1]
         transparent = any(part.is_alpha for part in first.format.components)
     with _opened(path) as (container, stream):
-        times = _times(container, stream)
+        times = _readable(container, stream, _times(container, stream))
+        if not times:
+            raise no_frames(path)
         promised, rate = stream.frames, stream.average_rate
     return timed_check(size, times, rate, promised, transparent)
 
@@ -93,18 +96,35 @@ def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> 
 
 
 def _times(container: av.container.InputContainer, stream: av.VideoStream) -> list[Fraction]:
-    """When frames begin [s], in order; of a file that breaks off, those of whole packets."""
+    """When the frames of the packets begin [s], in order."""
     import av
 
     found = []
     try:
         for packet in container.demux(stream):
             begin = packet.dts if packet.pts is None else packet.pts
-            if begin is not None and packet.size and not (packet.is_corrupt or packet.is_discard):
+            if begin is not None and packet.size and not packet.is_discard:
                 found.append(begin * packet.time_base)
     except av.FFmpegError:
         pass
     return sorted(found)
+
+
+def _readable(
+    container: av.container.InputContainer, stream: av.VideoStream, times: list[Fraction]
+) -> list[Fraction]:
+    """Without those at the end of which the decoder makes no frame: packets that broke off, or hold none."""
+    import av
+
+    if not times:
+        return times
+    try:
+        container.seek(int(times[-1] / stream.time_base), stream=stream)
+    except av.FFmpegError:  # of streams in which there is no place to go to
+        return times
+    begins = [frame.dts if frame.pts is None else frame.pts for frame in _decoded(container, stream)]
+    last = max((begin * stream.time_base for begin in begins if begin is not None), default=None)
+    return times if last is None else [time for time in times if time <= last]
 
 
 def _pixels(frame: av.VideoFrame, with_alpha: bool) -> np.ndarray:

@@ -74,8 +74,8 @@ def encode_sample_prompts(
     family: ModelFamily, strategies: StrategySet, text_encoders: list[torch.nn.Module | None],
     prompts: Sequence[SamplePrompt],
 ) -> Texts:
-    """Conditioning of one sample (tensors [1, ...] on the CPU, with a row for each of `prompt_rows`) for every text that
-    sampling needs; negative prompts stand under `StrategySet.negative_key`.
+    """Conditioning of one sample (tensors [1, ...] on the CPU, with a row for each of `prompt_rows`) for every text
+    that sampling needs; negative prompts stand under `StrategySet.negative_key`.
 
     Made once while the text encoders are in memory. What an encoder that is None would make is not there.
     """

@@ -29,6 +29,7 @@ from library.training.trainables.fresh_network import changed_layer
 from library.training.trainables.kept_layers import KeptLayers, kept_layers
 from library.training.trainables.network_choice import DEFAULT_DIM, NO_RATE, NetworkChoice
 from library.training.trainables.network_hook import NetworkHook
+from library.training.trainables.network_pair import NetworkPair
 from library.training.trainables.weight_norm import WeightNormHook
 from networks.files.network_files import by_module, match_names, read_adapter_file, write_adapter_file
 from networks.kinds.description import describe_network, is_scaled_by_rank
@@ -96,6 +97,9 @@ class NetworkTrainable(NetworkChoice):
             self._base_weights.finish(module, models, runtime, self._targets)
             with isolated_rng(key_seed(runtime.seed, "network init")):
                 network = self._make_network(module, models, text_encoders, pairs)
+                if network is not None and family.second_adapter:
+                    second = self._make_network(module, models, text_encoders, pairs)
+                    network = self._paired(network, second, family.second_adapter)
         if network is None:
             raise ConfigError(f"--network_module {self.opts.network_module} made no network; see its messages above")
         self.network = network
@@ -111,6 +115,20 @@ class NetworkTrainable(NetworkChoice):
                 self._load_start_weights(network)
                 _own_memory(network)
             self._finish(network, text_encoders, models, runtime)
+
+    def _paired(self, first: AdapterNetwork, second: AdapterNetwork, ending: str) -> NetworkPair:
+        """Both, of which that one works whose weights the denoiser holds."""
+        if not self._is_own:
+            raise ConfigError(
+                f"{self.opts.network_module} has no adapter for each expert; needed: one of the project's own kinds, or one"
+                " adapter for both"
+            )
+        pair = NetworkPair(first, second, ending)
+        self._models.denoiser.experts.listeners.append(lambda high_noise: pair.use(second=high_noise))
+        return pair
+
+    def side_files(self, family: ModelFamily) -> list[str]:
+        return [family.second_adapter] if family.second_adapter else []
 
     def _finish(
         self, network: AdapterNetwork, text_encoders: TextEncoders, models: Models, runtime: Runtime

@@ -368,6 +368,13 @@ class ModelFamily(ABC):
         raise UnsupportedCombination(f"{self.name} models cannot be written whole")
 
     @property
+    def second_adapter(self) -> str:
+        """Where the denoiser holds one of two sets of weights at a time (`denoiser.experts`, which calls its `listeners`
+        at every change), and each has an adapter of its own: what stands behind the name of the file of the second; ""
+        = one adapter for all."""
+        return ""
+
+    @property
     def swaps_blocks(self) -> bool:
         """Whether blocks of the denoiser wait in main memory."""
         return bool(self.config[MemoryOptions].blocks_to_swap)

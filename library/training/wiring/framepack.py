@@ -44,13 +44,12 @@ class FramePackOptions(LlamaClipOptions):
         None, help="file or folder of the SigLIP image encoder, which reads the picture that a clip begins with"
     )
     f1: bool = option(
-        False, help="sections see those before them, as FramePack-F1 makes clips: in caches that are made and in samples"
+        False, help="sections see those before them, as FramePack-F1 makes clips: in caches and in samples"
     )
     latent_window_size: int = option(9, help="latent frames of a section in samples", least=1)
     one_frame: bool = option(
-        False, help="make single frames of the sample prompts, which --of describes; pictures of a dataset are learned so in"
-        " any case"
-    )  # fmt: skip
+        False, help="make single frames of the sample prompts, as --of says; pictures are learned so in any case"
+    )
     one_frame_no_2x: bool = option(False, help="learn single frames without the frames of zeros at half the resolution")
     one_frame_no_4x: bool = option(
         False, help="learn single frames without the frames of zeros at a quarter of the resolution"
@@ -214,8 +213,8 @@ class FramePackFamily(LlamaClipFamily):
         if prompt.frame_count > 1 and not prompt.image_path and prompt.prompt not in self._told:
             self._told.add(prompt.prompt)
             logger.warning(
-                "the sample prompt '%s' has no picture (--i): the clip begins with nothing, and the model makes clips of a"
-                " first picture", shortened(prompt.prompt),
+                "the sample prompt '%s' has no picture (--i): the clip begins with nothing, and the model makes clips of"
+                " a first picture", shortened(prompt.prompt),
             )  # fmt: skip
 
     @cached_property
@@ -225,9 +224,8 @@ class FramePackFamily(LlamaClipFamily):
     # -- what files say ------------------------------------------------------------------------------------------------
 
     def _notices(self) -> list[str]:
-        return [
-            *super()._notices(), "a video is learned in sections, a picture as a single frame beside its control pictures"
-        ]
+        line = "a video is learned in sections, a picture as a single frame beside its control pictures"
+        return [*super()._notices(), line]
 
     def metadata(self) -> dict[str, Plain]:
         return {"ss_base_model_version": "framepack", **self.timestep_metadata()}

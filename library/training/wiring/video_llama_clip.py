@@ -1,5 +1,5 @@
-"""LlamaClipFamily: what the families of videos share whose captions LLaMA and CLIP-L read and whose autoencoder is that of
-Hunyuan."""
+"""LlamaClipFamily: what the families of videos share whose captions LLaMA and CLIP-L read and whose autoencoder is that
+of Hunyuan."""
 
 from __future__ import annotations
 

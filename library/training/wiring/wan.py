@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,12 +37,15 @@ if TYPE_CHECKING:
     from library.training.run import DiTOutput, Models
     from library.training.sampling_prompts import SamplePrompt
     from library.training.timestep_samplers import TimestepSampler
-    from library.wan_models import WanParams
     from library.wan_utils import WanInfo
 
 logger = logging.getLogger(__name__)
 
 WHOLE_RANGE = (0, 1000)
+EXPERT_OPTIONS = ("timestep_boundary", "offload_inactive_dit", "adapter_per_expert")
+"""about two experts alone"""
+HIGH = "_high"
+"""behind the name of the adapter of the expert for much noise, where it has one of its own"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,10 @@ class WanOptions(VideoOptions):
         None, convert=number_or_none, help="noise level, 0 to 1 or in thousandths, from which the second expert takes over; that of the task when"
         " not given",
     )
+    adapter_per_expert: bool = option(
+        False, help="learn an adapter for each expert of --dit_high_noise, the second one in a file with _high behind its"
+        " name; without it, one for both",
+    )
     offload_inactive_dit: bool = option(
         False, help="keep the expert that does not compute in main memory; every change of the side moves both"
     )
@@ -120,6 +128,8 @@ class WanFamily(VideoFamily):
         if self._denoiser_path is None:
             vision = self.opts.clip is not None
             return TASKS[task_of_caches(first_frame=self.opts.i2v, vision=vision, control=self._follows_clips)]
+        from library.wan_fitting_utils import fitting_tasks
+
         try:
             found = fitting_tasks(self._denoiser_info.params)
         except CheckpointError:  # told by the check
@@ -183,33 +193,17 @@ class WanFamily(VideoFamily):
         """Sizes of the files against each other; headers only."""
         from library.custom_offloading_utils import row_swap_problem
 
-        params, problems = self._denoiser_info.params, Problems()
-        widths = []
+        from library.components.llama_clip_utils import add_size_problems
+        from library.wan_fitting_utils import part_sizes
+
+        params, problems, files = self._denoiser_info.params, Problems(), {}
         if not self.lacks("text_encoders"):
-            widths.append(("t5", self.opts.t5, "its width", self._text_width, params.text_dim))
+            files["t5"] = self.opts.t5
         if not self.lacks("vae"):
-            widths.append(("vae", self._vae_path, "its number of latent channels", self._vae_channels, params.out_dim))
-            if self.task.needs_vision and params.has_vision:
-                widths.append(("clip", self.opts.clip, "its width", lambda: self._vision_shape[1], params.img_dim))
-        for name, path, what, read, needed in widths:
-            size = problems.attempt(read)
-            if size not in (None, needed):
-                problems.add(
-                    f"--{name} is {path}: {what} is {size}, the denoiser {self._denoiser_path} takes {needed};"
-                    " use the files that belong together"
-                )
+            files |= {"vae": self._vae_path, "clip": self.opts.clip if self.task.needs_vision else None}
+        add_size_problems(problems, part_sizes(params, **files), self._denoiser_path)
         swap = row_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.num_layers)
         return [*problems.messages, swap] if swap else problems.messages
-
-    def _text_width(self) -> int:
-        from library.wan_text_encoder_utils import inspect_umt5
-
-        return inspect_umt5(self.opts.t5)["d_model"]
-
-    def _vae_channels(self) -> int:
-        from library.components.wan_vae_utils import inspect_wan_vae
-
-        return inspect_wan_vae(self._vae_path).params.z_dim
 
     @cached_property
     def _vision_shape(self) -> tuple[int, int]:
@@ -224,37 +218,16 @@ class WanFamily(VideoFamily):
         return 1 + (values["size"] // values["patch"]) ** 2, values["width"]
 
     def _check_task(self) -> None:
-        params, name = self._denoiser_info.params, self.opts.task
-        fitting = [task.name for task in fitting_tasks(params)]
-        if name in fitting or (name is None and fitting):
-            return
-        what = f"{params.in_dim} input channels, {'an' if params.has_vision else 'no'} image branch and a width of {params.dim}"
-        needed = f"--task {' or '.join(fitting)}" if fitting else "another file: no task has such a model"
-        given = "" if name is None else f"--task is {name}; "
-        raise ConfigError(f"{given}the denoiser {self._denoiser_path} has {what}: needed: {needed}")
+        from library.wan_fitting_utils import check_task
+
+        check_task(self.opts.task, self._denoiser_info.params, self._denoiser_path)
 
     def _check_second_expert(self) -> None:
-        from library.checkpoints.kinds import check_slot
-        from library.wan_utils import inspect_wan
+        from library.wan_fitting_utils import check_second_expert
 
-        path = self.opts.dit_high_noise
-        if path is None:
-            return
-        problem = check_slot(path, "dit_high_noise", set(self.denoiser_kinds))
-        if problem is not None:
-            raise ConfigError(problem)
-        if self.boundary is None:
-            raise ConfigError(
-                f"--dit_high_noise is given with the task {self.task.name}, which has one model: needed: a task of Wan 2.2"
-                " (--task t2v-A14B or i2v-A14B), or the noise level at which it takes over (--timestep_boundary 0.9)"
-            )
-        other, mine = inspect_wan(path).params, self._denoiser_info.params
-        if other != mine:
-            names = [name for name in dataclasses.asdict(mine) if getattr(mine, name) != getattr(other, name)]
-            told = ", ".join(f"{name} {getattr(mine, name)} and {getattr(other, name)}" for name in names)
-            raise ConfigError(
-                f"--dit {self._denoiser_path} and --dit_high_noise {path} are no pair: they have {told}"
-            )
+        check_second_expert(
+            self.opts.dit_high_noise, self.task, self.boundary, self._denoiser_info.params, self._denoiser_path
+        )
 
     @property
     def boundary(self) -> float | None:
@@ -265,6 +238,20 @@ class WanFamily(VideoFamily):
     @property
     def has_two_experts(self) -> bool:
         return self.opts.dit_high_noise is not None
+
+    @property
+    def second_adapter(self) -> str:
+        return HIGH if self.has_two_experts and self.opts.adapter_per_expert else ""
+
+    def check(self) -> None:
+        problems = Problems()
+        problems.attempt(super().check)
+        if self.second_adapter and int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
+            problems.add(
+                "--adapter_per_expert is set, and several processes are started; needed: one process, or one adapter for"
+                " both experts: processes may be on different sides of the boundary"
+            )
+        problems.raise_if_any()
 
     def _notices(self) -> list[str]:
         from library.strategy_wan import has_ftfy
@@ -304,7 +291,7 @@ class WanFamily(VideoFamily):
     def idle(self) -> list[Ignored]:
         found = []
         if not self.has_two_experts:
-            given = [name for name in ("timestep_boundary", "offload_inactive_dit") if name in self.config.explicit]
+            given = [name for name in EXPERT_OPTIONS if name in self.config.explicit]
             found += without_effect(given, "it is about two experts, and --dit_high_noise is not given")
         if not self.task.needs_vision and "clip" in self.config.explicit:
             found += without_effect(["clip"], f"the task {self.task.name} does not look at a vision encoder")
@@ -467,18 +454,3 @@ class WanFamily(VideoFamily):
         """No prediction_type: readers know flow models by their architecture."""
         version = "Wan2.2" if self.task.is_22 else "Wan2.1"
         return {"architecture": "wan2.1", "implementation": f"https://github.com/Wan-Video/{version}"}
-
-
-def fitting_tasks(params: WanParams) -> tuple[WanTask, ...]:
-    """The tasks that a denoiser of these sizes can have; the usual one first. Models of sizes that were never released
-    have those of any size."""
-    sizes = {task.dim for task in TASKS.values()}
-    found = [
-        task
-        for task in TASKS.values()
-        if task.in_dim == params.in_dim and (params.dim == task.dim or params.dim not in sizes)
-    ]
-    if params.in_dim == TASKS["i2v-14B"].in_dim:
-        found = [task for task in found if task.needs_vision == params.has_vision]
-        found.sort(key=lambda task: task.takes_last != bool(params.img_positions))
-    return tuple(found)

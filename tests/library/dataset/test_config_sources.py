@@ -99,7 +99,7 @@ def test_what_was_written_on_the_command_line_stands_in(tmp_path):
         (WAN, 'frame_extraction = "slide"\nframe_stride = 2', []),
         (WAN, "fp_latent_window_size = 5", ["fp_latent_window_size is nothing that wan reads"]),
         (FRAMEPACK, "fp_latent_window_size = 5", []),
-        (WAN, "cache_info = true", ["cache_info is for folders of images"]),
+        (WAN, "cache_info = true", []),
     ],
 )  # fmt: skip
 def test_settings_without_effect_are_told(tmp_path, architecture, keys, told):
@@ -129,6 +129,11 @@ def test_settings_of_pictures_that_a_family_does_not_read_are_told(tmp_path):
 def test_number_of_control_pictures(tmp_path, architecture, keys, count):
     [dataset] = load(tmp_path, f'[[datasets]]\nimage_directory = "i"\n{keys}\n', architecture).datasets
     assert dataset.subsets[0].control_count == count
+
+
+def test_a_list_has_no_folder_for_its_notes(tmp_path):
+    text = '[[datasets]]\nimage_jsonl_file = "x.jsonl"\ncache_directory = "c"\ncache_info = true\n'
+    assert load(tmp_path, text).warnings == ("datasets[0]: cache_info is for folders, and has no effect on a list",)
 
 
 def test_renamed_keys_are_told(tmp_path):

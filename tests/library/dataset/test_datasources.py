@@ -260,6 +260,14 @@ def test_images_without_a_caption_are_told_with_what_to_do(tmp_path):
     assert told == f"datasets[0]: {listed} names no image that can be used"
 
 
+def test_captions_of_a_list_are_not_looked_for_beside_its_images(tmp_path):
+    path = image(tmp_path / "1.png", caption="of the file")
+    listed = tmp_path / "list.jsonl"
+    listed.write_text(json.dumps({"image_path": str(path), "caption": "of the list"}), encoding="utf-8")
+    text = f"[[datasets]]\nresolution = 64\nimage_jsonl_file = '{listed}'\ncaption_extension = '.txt'\n"
+    assert [item.caption for item in scan(tmp_path, text).train[0]] == ["of the list"]
+
+
 def test_cached_captions_are_of_the_form_of_the_dataset(tmp_path):
     image(tmp_path / "a" / "1.png", caption="one\ntwo")
     flat = f"[[datasets]]\nresolution = 64\nimage_directory = '{tmp_path / 'a'}'\ncaption_extension = '.txt'\n"

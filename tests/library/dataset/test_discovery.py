@@ -93,6 +93,11 @@ def test_what_lacks_controls_is_named(tmp_path):
     ]
 
 
+def test_a_word_may_stand_before_the_number():
+    files = ["a_pose_1.png", "a_depth_0.png", "a.b_2.png"]
+    assert control_pictures(["a.png"], files, None) == {"a.png": ("a_depth_0.png", "a_pose_1.png", "a.b_2.png")}
+
+
 def test_pictures_of_one_name_share_their_controls():
     assert control_pictures(["a.jpg", "a.png"], ["a.png"], 1) == {"a.jpg": ("a.png",), "a.png": ("a.png",)}
 

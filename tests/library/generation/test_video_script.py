@@ -159,6 +159,18 @@ def test_guidance_its_steps_and_blocks_that_are_left_out_change_the_video(run):
     assert all((a != b).any() for n, a in enumerate(different) for b in different[:n])
 
 
+def test_blocks_are_compiled(run, monkeypatch):
+    from library.training import compilation
+
+    told = []
+    monkeypatch.setattr(compilation, "compile_blocks", lambda denoiser, backend, **how: told.append((backend, how)))
+    (path,) = run("--compile", "--compile_backend=eager", "--compile_dynamic=false", "--compile_cache_size_limit=9")
+    how = {"mode": "default", "dynamic": False, "fullgraph": False, "variants": 9}
+    assert told == [("eager", how)] and path.is_file()
+    with pytest.raises(ConfigError, match="--compile_backend is none"):
+        run("--compile", "--compile_backend=none")
+
+
 def test_a_video_starts_from_another(run, tmp_path):
     (source,) = run("--output_type=images", folder="source")
     (kept,) = run("--video_path", str(source), "--strength=0.4", "--output_type=latent", folder="kept")  # 0 steps

@@ -53,7 +53,7 @@ OWN_OPTIONS = {
     "framepack_network": {
         "live_encoding", "text_encoder1_tokenizer", "text_encoder2_tokenizer", "one_frame_no_2x", "one_frame_no_4x",
     },
-    "wan_network": {"live_encoding", "t5_tokenizer", "i2v"},
+    "wan_network": {"live_encoding", "t5_tokenizer", "i2v", "adapter_per_expert"},
     "framepack_network": {
         "live_encoding", "text_encoder1_tokenizer", "text_encoder2_tokenizer", "one_frame_no_2x", "one_frame_no_4x",
     },

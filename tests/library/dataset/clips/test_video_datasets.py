@@ -212,11 +212,15 @@ def test_control_clips_go_with_their_windows(tmp_path):
 
 def test_control_clips_follow_the_conversion_of_their_own_times(tmp_path):
     folder, control = tmp_path / "videos", tmp_path / "control"
-    video(folder, "a.avi", 9, fps=12)
+    for name in "ab":
+        video(folder, f"{name}.avi", 9 if name == "a" else 18, fps=12 if name == "a" else 24)
     write_video(control / "a.avi", 18, fps=24, first=100)
+    write_frames(control / "b", 8, first=100)  # no times: frame by frame those of the video
     keys = f'target_frames = [5]\nsource_fps = "auto"\ncontrol_directory = "{control.as_posix()}"'
     group, _, _ = load(folder, keys)
-    assert samples(group, "conditioning_images") == {"a.avi": [[100, 102, 104, 106, 108]]}
+    assert samples(group, "conditioning_images") == {
+        "a.avi": [[100, 102, 104, 106, 108]], "b.avi": [[100, 102, 104, 106, 106]]
+    }
 
 
 def test_missing_control_clips_are_named(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from fractions import Fraction
 
 import numpy as np
@@ -151,10 +150,16 @@ def test_both_readers_agree(tmp_path):
         assert seen[0] == seen[1], path
         one, other = (np.stack([read() for read in m.each_frame(path, False)]) for m in (opencv_video, pyav_video))
         assert np.abs(one.astype(int) - other).max() <= 2, path
-    cut = tmp_path / "cut.mp4"
-    shutil.copy(BEHAVIOUR_DIR / "videos" / "v24_40.mp4", cut)
-    cut.write_bytes(cut.read_bytes()[:300])
-    with pytest.raises(ImageFileError, match=r"cut\.mp4"):
+    whole = [write_video(tmp_path / "a.avi", 40), BEHAVIOUR_DIR / "videos" / "v30_60.mkv"]
+    for path in whole:
+        cut = tmp_path / f"cut{path.suffix}"
+        for part in (0.9, 0.7, 0.5):
+            cut.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
+            one, other = (reader.look(str(cut)) for reader in (opencv_video, pyav_video))
+            assert (one.frames, one.rate, one.is_cut) == (other.frames, other.rate, other.is_cut), (path, part)
+            assert len(list(pyav_video.each_frame(str(cut), False))) == other.frames < 60
+    cut.write_bytes(whole[1].read_bytes()[:300])
+    with pytest.raises(ImageFileError, match=r"cut\.mkv"):
         pyav_video.look(str(cut))
 
 
@@ -190,6 +195,17 @@ def test_sections_of_a_clip_are_samples():
     whole = Cutter(ClipSettings(frame_extraction="full"), sectioned(), section_frames=3)
     assert whole.settings_problem() is None and whole.needed == 7 and not whole.clips_of(VideoCheck((64, 32), frames=6))
     assert "a.mp4 (6 frames)" in whole.too_short([("a.mp4", VideoCheck((64, 32), frames=6))])
+
+
+def test_a_control_without_times_goes_with_uneven_frames():
+    """Of a video whose frames begin at 0, 1/12, 4/12 and 5/12 s; a picture stands beside all of them."""
+    times = tuple(Fraction(place, 12) for place in (0, 1, 4, 5))
+    cutter = Cutter(ClipSettings(source_fps="auto"), sectioned())
+    video = VideoCheck((64, 32), frames=4, rate=Fraction(36, 5), times=times)
+    window = ClipWindow(0, 6)
+    shown = {count: cutter.control_clip(VideoCheck((64, 32), frames=count), video).frame_numbers(window)
+             for count in (4, 3, 2, 1)}  # fmt: skip
+    assert shown == {4: [0, 1, 1, 1, 2, 3], 3: [0, 1, 1, 1, 2, 2], 2: [0, 1, 1, 1, 1, 1], 1: [0, 0, 0, 0, 0, 0]}
 
 
 def sectioned():
