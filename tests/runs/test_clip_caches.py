@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from library.dataset.tensor_cache_io import TensorFile
 from library.safetensors_utils import load_safetensors, save_file_atomic
@@ -112,6 +113,10 @@ def test_a_run_needs_no_more_than_what_the_tools_made(work):
     """However the VAE computed them."""
     work.tool("latents", "--vae_dtype=fp16", "--batch_size=2", "--vae_spatial_tile_sample_min_size=32")
     assert work.names() == CLIPS
+    with safe_open(work.caches / CLIPS[0], "pt") as file:
+        header = file.metadata()
+    told = {"architecture": "hunyuan_video", "width": "128", "height": "64", "format_version": "1.0.1"}
+    assert header == told | {"frame_count": "5", "atelier_record": header["atelier_record"]}
     latents = load_safetensors(work.caches / CLIPS[0])
     assert {key: list(tensor.shape) for key, tensor in latents.items()} == {"latents_2x4x8_float16": [16, 2, 4, 8]}
     work.tool("text", "--text_encoder_dtype=bf16")

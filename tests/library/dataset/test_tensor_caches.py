@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from library.core.errors import ConfigError
 from library.dataset.cache_io import ImageIdentity, LatentArrays, file_content_id
@@ -204,6 +205,36 @@ def test_outputs_are_kept_in_their_number_formats(tmp_path):
     assert {str(tensor.dtype) for tensor in found.values()} >= {"torch.bfloat16"}
     assert TensorFile.of(item.text_encoder_outputs_npz).metadata["caption1"] == "a red cat"
     assert text.fill([dataclasses.replace(item)], strategy) == []
+
+
+def read_by_others(path: str) -> dict[str, torch.Tensor]:
+    """As the known trainer reads a cache: the part behind the last "_" is a number format, of latents the one before it
+    a size; a later key of a name takes the place of an earlier one."""
+    found = {}
+    for key, tensor in load_file(path).items():
+        name = key.removeprefix("varlen_")
+        name = name if name.endswith("_mask") else name.rpartition("_")[0]
+        name = name.rpartition("_")[0] if name.startswith("latents_") else name
+        assert name not in found, f"{name} twice"
+        found[name] = tensor
+    return found
+
+
+def test_what_is_ours_alone_is_in_nobodys_way(tmp_path):
+    """Mirrored latents and conditions, masks and further captions have other names for readers who know none of them."""
+    strategy = TensorCaching(True, 2, False)
+    group = group_of(tmp_path, strategy, flip_aug=True, alpha_mask=True)
+    fill(group, strategy)
+    item = group.items[0]
+    found = read_by_others(item.latents_npz)
+    assert set(found) == {"latents", "latents_flipped", "first_frame", "first_frame_flipped", "alpha_mask"}
+    latents, _, _, flipped, _ = strategy.load_latents_from_disk(item.latents_npz, item.bucket.key)
+    assert torch.equal(found["latents"], latents) and torch.equal(found["latents_flipped"], flipped)
+    texts = TensorTextCaching()
+    items = [text_item(tmp_path, caption) for caption in ("one", "two")]
+    text.fill(items, texts)
+    found, first = read_by_others(items[0].text_encoder_outputs_npz), texts.outputs_of(items[0])
+    assert len(found) == 2 * len(first) and all(torch.equal(found[name], tensor) for name, tensor in first.items())
 
 
 def test_several_captions_of_a_file_lie_beside_the_one_that_others_read(tmp_path):
