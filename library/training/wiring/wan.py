@@ -194,10 +194,10 @@ class WanFamily(VideoFamily):
 
     def _size_problems(self) -> list[str]:
         """Sizes of the files against each other; headers only."""
-        from library.custom_offloading_utils import row_swap_problem
-
         from library.components.llama_clip_utils import add_size_problems
+        from library.custom_offloading_utils import row_swap_problem
         from library.wan_fitting_utils import part_sizes
+        from library.wan_models import WanModel
 
         params, problems, files = self._denoiser_info.params, Problems(), {}
         if not self.lacks("text_encoders"):
@@ -205,7 +205,8 @@ class WanFamily(VideoFamily):
         if not self.lacks("vae"):
             files |= {"vae": self._vae_path, "clip": self.opts.clip if self.task.needs_vision else None}
         add_size_problems(problems, part_sizes(params, **files), self._denoiser_path)
-        swap = row_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.num_layers)
+        asked, staying = self.config[MemoryOptions].blocks_to_swap or 0, WanModel.blocks_that_stay
+        swap = row_swap_problem(asked, params.num_layers, staying)
         return [*problems.messages, swap] if swap else problems.messages
 
     @cached_property
