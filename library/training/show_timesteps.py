@@ -79,6 +79,7 @@ def drawn(config: Config, family: ModelFamily) -> Shown:
     options, objective = config[TimestepOptions], family.objective()
     width, height = options.show_timesteps_resolution or (1024, 1024)
     shape = family.architecture.latents.latent_shape((width, height))
+    # The law of all steps together, also where a family draws the samples of a step from a part of it.
     sampler = timestep_samplers.build(options, is_flow=objective.is_flow)
     if hasattr(sampler, "know_epochs"):
         sampler.know_epochs(1, NUM_DRAWS)

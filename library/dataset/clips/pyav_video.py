@@ -16,6 +16,9 @@ from library.dataset.media_utils import ImageFileError
 if TYPE_CHECKING:
     import av
 
+MOST_BROKEN = 5
+"""packets at the end of a file that are tried one by one"""
+
 
 def look(path: str) -> VideoCheck:
     """Size, frames and times from the packets of the file; only the first and the last frames are decoded. Raises
@@ -116,15 +119,19 @@ def _readable(
     """Without those at the end of which the decoder makes no frame: packets that broke off, or hold none."""
     import av
 
-    if not times:
-        return times
-    try:
-        container.seek(int(times[-1] / stream.time_base), stream=stream)
-    except av.FFmpegError:  # of streams in which there is no place to go to
-        return times
-    begins = [frame.dts if frame.pts is None else frame.pts for frame in _decoded(container, stream)]
-    last = max((begin * stream.time_base for begin in begins if begin is not None), default=None)
-    return times if last is None else [time for time in times if time <= last]
+    for _ in range(MOST_BROKEN):
+        if not times:
+            break
+        try:
+            container.seek(int(times[-1] / stream.time_base), stream=stream)
+        except av.FFmpegError:  # of streams in which there is no place to go to
+            break
+        begins = [frame.dts if frame.pts is None else frame.pts for frame in _decoded(container, stream)]
+        if begins:
+            last = max((begin * stream.time_base for begin in begins if begin is not None), default=times[-1])
+            return [time for time in times if time <= last]
+        times = times[:-1]  # where it stands alone, as in codecs of single pictures
+    return times
 
 
 def _pixels(frame: av.VideoFrame, with_alpha: bool) -> np.ndarray:
