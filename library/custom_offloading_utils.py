@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +152,10 @@ def moving_weights(module: nn.Module) -> set[nn.Parameter]:
     return {weight for offloader in active for block in offloader.weights for weight in block.values()}
 
 
+BLOCKS_THAT_STAY = 2
+"""of a row of blocks, where a family does not say otherwise"""
+
+
 class BlockStackMixin:
     """What a denoiser made of rows of equal blocks does with its memory: checkpoints, and blocks that wait on the CPU.
 
@@ -163,6 +167,8 @@ class BlockStackMixin:
     gradient_checkpointing: bool
     cpu_offload_checkpointing: bool
     offloaders: tuple[BlockOffloader | None, ...]
+    blocks_that_stay: ClassVar[int] = BLOCKS_THAT_STAY
+    """of each row, with block swap"""
 
     def init_block_stack(self, num_rows: int) -> None:
         self.gradient_checkpointing = False
@@ -172,7 +178,7 @@ class BlockStackMixin:
     def swap_row(self, blocks: nn.ModuleList, blocks_to_swap: int, device: torch.device) -> None:
         """`enable_block_swap` where one row of blocks takes part. ValueError when more are asked for than
         `row_swap_problem` allows."""
-        problem = row_swap_problem(blocks_to_swap, len(blocks))
+        problem = row_swap_problem(blocks_to_swap, len(blocks), self.blocks_that_stay)
         if problem:
             raise ValueError(problem)
         self.offloaders = (BlockOffloader(blocks, blocks_to_swap, device) if blocks_to_swap else None,)
@@ -238,7 +244,8 @@ class StreamStackMixin(BlockStackMixin):
 
         ValueError when more blocks are asked for than `stream_swap_problem` allows.
         """
-        problem = stream_swap_problem(blocks_to_swap, len(self.double_blocks), len(self.single_blocks))
+        numbers = (len(self.double_blocks), len(self.single_blocks))
+        problem = stream_swap_problem(blocks_to_swap, *numbers, self.blocks_that_stay)
         if problem:
             raise ValueError(problem)
         num_double, num_single = split_blocks_to_swap(blocks_to_swap)
@@ -255,12 +262,14 @@ def split_blocks_to_swap(blocks_to_swap: int) -> tuple[int, int]:
     return num_double, (blocks_to_swap - num_double) * 2
 
 
-def stream_swap_problem(blocks_to_swap: int, num_double: int, num_single: int) -> str | None:
-    """What is wrong with `--blocks_to_swap` for a denoiser with that many double and single blocks, or None. Two of
+def stream_swap_problem(
+    blocks_to_swap: int, num_double: int, num_single: int, staying: int = BLOCKS_THAT_STAY
+) -> str | None:
+    """What is wrong with `--blocks_to_swap` for a denoiser with that many double and single blocks, or None. So many of
     each must stay."""
     if blocks_to_swap < 0:
         return f"--blocks_to_swap is {blocks_to_swap}; it cannot be negative (0 = off)"
-    most_double, most_single, allowed = max(num_double - 2, 0), max(num_single - 2, 0), 0
+    most_double, most_single, allowed = max(num_double - staying, 0), max(num_single - staying, 0), 0
     while (split := split_blocks_to_swap(allowed + 1))[0] <= most_double and split[1] <= most_single:
         allowed += 1
     if blocks_to_swap <= allowed:
@@ -271,11 +280,11 @@ def stream_swap_problem(blocks_to_swap: int, num_double: int, num_single: int) -
     )
 
 
-def row_swap_problem(blocks_to_swap: int, num_blocks: int) -> str | None:
-    """What is wrong with `--blocks_to_swap` for a model of one row of blocks, or None. Two blocks must stay."""
+def row_swap_problem(blocks_to_swap: int, num_blocks: int, staying: int = BLOCKS_THAT_STAY) -> str | None:
+    """What is wrong with `--blocks_to_swap` for a model of one row of blocks, or None. So many must stay."""
     if blocks_to_swap < 0:
         return f"--blocks_to_swap is {blocks_to_swap}; it cannot be negative (0 = off)"
-    allowed = max(num_blocks - 2, 0)
+    allowed = max(num_blocks - staying, 0)
     if blocks_to_swap <= allowed:
         return None
     return f"--blocks_to_swap is {blocks_to_swap}; this model has {num_blocks} blocks, at most {allowed} can be swapped"

@@ -355,6 +355,8 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
 class HunyuanVideoTransformer3DModelPacked(StreamStackMixin, nn.Module):
     """The rectified-flow transformer of FramePack, which makes one section of a clip in view of others."""
 
+    blocks_that_stay = 1  # as many as the known trainer of it swaps
+
     def __init__(self, params: FramePackParams) -> None:
         super().__init__()
         self.params = params

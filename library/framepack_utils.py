@@ -183,7 +183,8 @@ def fitting_problems(
     sizes = encoder_sizes(text_encoder1, text_encoder2, vae, text=text, pooled=pooled, channels=channels)
     pictures = ("image_encoder", image_encoder, WIDTH, lambda: inspect_siglip(image_encoder).hidden_size, width)
     add_size_problems(problems, [*sizes, pictures], model)
-    swap = params and stream_swap_problem(blocks_to_swap, params.num_layers, params.num_single_layers)
+    staying = HunyuanVideoTransformer3DModelPacked.blocks_that_stay
+    swap = params and stream_swap_problem(blocks_to_swap, params.num_layers, params.num_single_layers, staying)
     return [*problems.messages, swap] if swap else problems.messages
 
 

@@ -73,6 +73,7 @@ class HYVideoDiffusionTransformer(StreamDenoiser):
     """The rectified-flow transformer of HunyuanVideo: text to video, or with further input channels image to video."""
 
     params: HYVideoParams
+    blocks_that_stay = 1  # as many as the known trainer of it swaps
     embedders_wait = False
     """whether `img_in` and `txt_in` are on the CPU between the forwards"""
 

@@ -60,10 +60,13 @@ def inspect_hunyuan_video(path: str | os.PathLike, config: Mapping[str, Any] | N
     CheckpointError when the file is damaged, no such denoiser, or one that is shown its first frame in another way.
     """
     info = inspect_streams(KIND, path, config)
-    if info.params.in_channels == 2 * info.params.out_channels + 1:
+    params, manner = info.params, info.source.config.get("image_condition_type")
+    if params.in_channels == 2 * params.out_channels + 1:
+        manner = f"{params.in_channels} input channels, a mask beside the latents of the picture"
+    if manner:
         raise CheckpointError(
-            f"{path} is an image to video model with {info.params.in_channels} input channels (a mask beside the"
-            " latents of the picture), which is not supported; take a text to video file, or SkyReels V1 image to video"
+            f"{path} is an image to video model that is shown its picture in another way ({manner}), which is not"
+            " supported; take a text to video file, or SkyReels V1 image to video"
         )
     return info
 
@@ -149,5 +152,6 @@ def fitting_problems(
             f"--dit_in_channels is {in_channels}, and the file {model} has {params.in_channels} input channels; leave"
             " it out, or give the model that has them"
         )
-    swap = params and stream_swap_problem(blocks_to_swap, params.depth, params.depth_single)
+    staying = HYVideoDiffusionTransformer.blocks_that_stay
+    swap = params and stream_swap_problem(blocks_to_swap, params.depth, params.depth_single, staying)
     return [*problems.messages, swap] if swap else problems.messages

@@ -102,7 +102,8 @@ class WanTokenizeStrategy(TokenizeStrategy):
 
 
 class WanTextEncodingStrategy(TextEncodingStrategy):
-    """The last states of umT5. Texts run one by one and never see padding: the states of one do not depend on others."""
+    """The last states of umT5. Texts run one by one and never see padding, so that the states of one do not depend on
+    others."""
 
     def encode_tokens(
         self, tokenize_strategy: WanTokenizeStrategy, models: list[Any], tokens: list[Tensor]
@@ -134,8 +135,9 @@ class WanLatentEncoder(LatentEncoder):
             return None
         if not self.task.takes_picture or self.task.fun_control:
             raise ConfigError(
-                f"the dataset has single frames with control pictures (fp_1f_clean_indices), and the task is"
-                f" {self.task.name}: needed: a task with a first frame, i2v-14B for one control picture, flf2v-14B for two"
+                "the dataset has single frames with control pictures (fp_1f_clean_indices), and the task is"
+                f" {self.task.name}: needed: a task with a first frame, i2v-14B for one control picture, flf2v-14B for"
+                " two"
             )
         target = DEFAULT_TARGET if kind.target_index is None else kind.target_index
         return one_frame(kind.clean_indices, target)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from library.core.errors import CheckpointError
@@ -33,8 +32,8 @@ class TwoExperts:
             if theirs is None or (theirs.shape, theirs.dtype) != (mine.shape, mine.dtype):
                 told = "nothing" if theirs is None else f"{list(theirs.shape)} of {theirs.dtype}"
                 raise CheckpointError(
-                    f"the two experts do not fit each other: {name} is {list(mine.shape)} of {mine.dtype} in the one for"
-                    f" little noise, {told} in the one for much"
+                    f"the two experts do not fit each other: {name} is {list(mine.shape)} of {mine.dtype} in the one"
+                    f" for little noise, {told} in the one for much"
                 )
         if offload:
             self._idle = {name: tensor.to("cpu") for name, tensor in self._idle.items()}

@@ -274,6 +274,8 @@ class Experts(Protocol):
 class WanModel(BlockStackMixin, nn.Module):
     """The rectified-flow transformer of Wan 2.1, or one of the two experts of Wan 2.2."""
 
+    blocks_that_stay = 1  # as many as the known trainer of it swaps
+
     def __init__(self, params: WanParams) -> None:
         super().__init__()
         self.params = params

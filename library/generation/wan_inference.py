@@ -249,6 +249,7 @@ class WanScript(VideoScript):
     def fitting_problems(self, config: Config) -> list[str]:
         """The task against the denoiser, both experts and sizes of the files against each other; from headers."""
         from library.custom_offloading_utils import row_swap_problem
+        from library.wan_models import WanModel
         from library.wan_text_encoder_utils import inspect_umt5
 
         from library.components.llama_clip_utils import add_size_problems
@@ -262,7 +263,7 @@ class WanScript(VideoScript):
             lambda: check_second_expert(options.dit_high_noise, task, self.boundary(config), params, options.dit)
         )
         add_size_problems(problems, part_sizes(params, t5=options.t5, vae=options.vae, clip=clip), options.dit)
-        swap = row_swap_problem(options.blocks_to_swap, params.num_layers)
+        swap = row_swap_problem(options.blocks_to_swap, params.num_layers, WanModel.blocks_that_stay)
         return [
             *problems.messages, *([swap] if swap else []),
             *tokenizer_problems(

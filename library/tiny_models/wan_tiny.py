@@ -1,4 +1,5 @@
-"""A complete Wan set with random weights: denoiser (two for Wan 2.2), autoencoder, umT5, CLIP vision encoder, tokenizer.
+"""A complete Wan set with random weights: denoiser (two for Wan 2.2), autoencoder, umT5, CLIP vision encoder,
+tokenizer.
 
 A few hundred kilobytes, made in a fraction of a second, the same bytes for the same arguments.
 """
@@ -37,8 +38,8 @@ class TinyWan:
     def arguments(self) -> list[str]:
         """Command-line options that name the set."""
         named = {
-            "pretrained_model_name_or_path": self.denoiser, "dit_high_noise": self.high, "vae": self.vae, "t5": self.t5, "clip": self.clip,
-            "t5_tokenizer": self.tokenizer, "task": self.task,
+            "pretrained_model_name_or_path": self.denoiser, "dit_high_noise": self.high, "vae": self.vae,
+            "t5": self.t5, "clip": self.clip, "t5_tokenizer": self.tokenizer, "task": self.task,
         }  # fmt: skip
         return [f"--{name}={path}" for name, path in named.items() if path is not None]
 

@@ -333,7 +333,7 @@ def test_a_run_uses_the_strategies_of_a_trainer(tmp_path, tiny):
 
 
 def test_a_dataset_without_subsets_stays_one():
-    flat = {"image_directory": "i", "resolution": (64, 64), "control_resolution": (32, 32), "fp_1f_clean_indices": (0, 1)}
+    flat = {"image_directory": "i", "resolution": (64, 64), "fp_1f_clean_indices": (0, 1)}
     sanitizer = config_util.ConfigSanitizer(True, True, False, True)
     content = sanitizer.sanitize_user_config({"datasets": [flat]})
     assert content["datasets"] == [flat]

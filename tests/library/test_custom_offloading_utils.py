@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.custom_offloading_utils import BlockOffloader
+from library.custom_offloading_utils import BlockOffloader, row_swap_problem
 from library.flux_models import Flux, FluxParams, block_swap_problem, split_blocks_to_swap
 from library.training.averaging import WeightAverage
 from library.training.run import Models
@@ -209,6 +209,20 @@ def test_limit_of_blocks_to_swap(depths: tuple[int, int], allowed: int) -> None:
     assert double <= max(depths[0] - 2, 0) and single <= max(depths[1] - 2, 0)
     message = block_swap_problem(allowed + 1, *depths)
     assert str(allowed + 1) in message and f"at most {allowed}" in message
+
+
+def test_models_of_clips_keep_one_block_as_known_programs_do() -> None:
+    """38 of HunyuanVideo and FramePack, 39 and 29 of the two sizes of Wan."""
+    from library.framepack_models import HunyuanVideoTransformer3DModelPacked
+    from library.hunyuan_video_models import HYVideoDiffusionTransformer
+    from library.wan_models import WanModel
+
+    for model in (HYVideoDiffusionTransformer, HunyuanVideoTransformer3DModelPacked):
+        assert block_swap_problem(38, 20, 40, model.blocks_that_stay) is None
+        assert "at most 38" in block_swap_problem(39, 20, 40, model.blocks_that_stay)
+    for blocks in (30, 40):
+        assert row_swap_problem(blocks - 1, blocks, WanModel.blocks_that_stay) is None
+        assert f"at most {blocks - 1}" in row_swap_problem(blocks, blocks, WanModel.blocks_that_stay)
 
 
 def test_too_many_blocks_are_refused() -> None:

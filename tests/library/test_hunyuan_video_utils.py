@@ -86,8 +86,20 @@ def test_models_that_are_shown_a_picture(tmp_path: Path, channels: tuple[int, in
         params = hunyuan_video_utils.inspect_hunyuan_video(path).params
         assert (params.in_channels, params.out_channels, params.shown_channels) == (32, 16, 16)
     else:
-        with pytest.raises(CheckpointError, match="33 input channels"):
+        with pytest.raises(CheckpointError, match=r"shown its picture in another way \(33 input channels"):
             hunyuan_video_utils.inspect_hunyuan_video(path)
+
+
+def test_a_folder_says_that_a_picture_is_shown_in_another_way(tmp_path: Path) -> None:
+    save_file_atomic(NAMES.to_diffusers(new_state()), tmp_path / "diffusion_pytorch_model.safetensors")
+    config = hunyuan_video_utils.LAYOUTS.config(PARAMS)
+    for manner in (None, "token_replace"):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "image_condition_type": manner}))
+        if manner is None:
+            assert hunyuan_video_utils.inspect_hunyuan_video(tmp_path).params == PARAMS
+        else:
+            with pytest.raises(CheckpointError, match=r"in another way \(token_replace\)"):
+                hunyuan_video_utils.inspect_hunyuan_video(tmp_path)
 
 
 @pytest.mark.parametrize("prefix", ["", *DENOISER_PREFIXES])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from library.checkpoints.kinds import describe_checkpoint
 from library.core.errors import CheckpointError
@@ -152,3 +153,18 @@ def test_relatives_are_refused(tmp_path, model) -> None:
     save_file_atomic({**model.state_dict(), "vace_blocks.0.norm3.weight": torch.ones(4)}, tmp_path / "vace.safetensors")
     with pytest.raises(CheckpointError, match="vace_blocks.0.norm3.weight"):
         inspect_wan(tmp_path / "vace.safetensors", {"num_heads": 2, "text_len": 8})
+
+
+def test_models_are_rewritten_for_diffusers_and_back(tmp_path) -> None:
+    from library.tiny_models.wan_tiny import build_tiny_wan
+    from tools import convert_model
+
+    diffusers = pytest.importorskip("diffusers")
+    tiny = build_tiny_wan(tmp_path / "tiny", task="flf2v-14B")
+    folder, back = tmp_path / "folder", tmp_path / "back.safetensors"
+    assert convert_model.main([str(tiny.denoiser), str(folder), "--to", "diffusers"]) == 0
+    assert convert_model.main([str(folder), str(back), "--to", "single"]) == 0
+    before, after = load_file(tiny.denoiser), load_file(back)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    assert sum(tensor.numel() for tensor in theirs.parameters()) == sum(tensor.numel() for tensor in before.values())

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.components.wan_vae_utils import load_wan_vae
+from library.core.errors import ConfigError
 from library.core.keyed_random import StepDraws
 from library.core.registry import import_target
 from library.dataset.items import SampleFacts
@@ -171,7 +172,7 @@ def test_single_frames_train_with_the_places_of_their_dataset(tinies: Tinies, tm
     live, cached = work.train("live", "--live_encoding"), work.train("cached")
     assert read_parts(live)[1] == read_parts(cached)[1] == read_parts(work.train("again"))[1]
     (cache, *_) = sorted(tmp_path.glob("images/*_wan.safetensors"))
-    assert {key for key in load_file(cache)} >= {"latents_2x4x4_float32", "latents_image_2x4x4_float32", "f_indices_int32"}
+    assert load_file(cache).keys() >= {"latents_2x4x4_float32", "latents_image_2x4x4_float32", "f_indices_int32"}
     other = WanWork(tmp_path, tinies["i2v-14B"], keys + "9").train("other")
     assert largest_difference(other, cached) > 1e-6
 
@@ -235,8 +236,8 @@ def test_idle_weights_in_main_memory_change_no_byte(tinies: Tinies, tmp_path: Pa
 
 
 def test_each_expert_may_have_an_adapter(tinies: Tinies, tmp_path: Path) -> None:
-    """A step on one side leaves the other adapter's bytes as they are; both files have the names of any adapter; resumed
-    and continued runs know both."""
+    """A step on one side leaves the other adapter as it is; both files have the names of any adapter; resumed and
+    continued runs know both."""
     work = WanWork(tmp_path, tinies["i2v-A14B"])
     options = ["--adapter_per_expert", "--timestep_sampling=uniform", "--save_precision=float", "--max_train_steps=8"]
     run = work.prepare("--live_encoding", *options)
@@ -255,8 +256,8 @@ def test_each_expert_may_have_an_adapter(tinies: Tinies, tmp_path: Path) -> None
     assert largest_difference(whole, whole.with_name("lora_high.safetensors")) > 1e-6
     state = whole.with_name("lora-step00000002-state")
     resumed = work.train("resumed", *options, "--timestep_boundary=0.5", f"--resume={state}")
-    for name in ("lora", "lora_high"):
-        assert fingerprint(resumed.with_name(f"{name}.safetensors")) == fingerprint(whole.with_name(f"{name}.safetensors"))
+    for name in ("lora.safetensors", "lora_high.safetensors"):
+        assert fingerprint(resumed.with_name(name)) == fingerprint(whole.with_name(name))
     assert whole.with_name("lora-step00000002_high.safetensors").is_file()
     again = work.prepare("--live_encoding", *options, f"--network_weights={whole}").trainable.network
     for network, wanted in ((again.first, low), (again.second, high)):
@@ -277,8 +278,9 @@ def test_samples_change_the_expert_at_the_boundary(tinies: Tinies, tmp_path: Pat
     work = WanWork(tmp_path, tinies["i2v-A14B"])
     run, used = work.prepare("--live_encoding"), []
     prompt = SamplePrompt(
-        prompt="a cat", width=32, height=32, frame_count=5, sample_steps=6, seed=1, image_path=str(work.images / "00.png")
-    )
+        prompt="a cat", width=32, height=32, frame_count=5, sample_steps=6, seed=1,
+        image_path=str(work.images / "00.png"),
+    )  # fmt: skip
     complete = run.family.sample_defaults(prompt)
     assert (complete.cfg_scale, complete.cfg_scale_high_noise, complete.discrete_flow_shift) == (3.5, 3.5, 5.0)
     assert complete.negative_prompt.startswith("色调艳丽") and run.family.needs_negative(complete)
@@ -297,8 +299,35 @@ def test_samples_change_the_expert_at_the_boundary(tinies: Tinies, tmp_path: Pat
     assert all(high == (sigma >= 0.9) for high, sigma in used)
     assert {high for high, _ in used} == {True, False}
     counts = [sum(high is side for high, _ in used) for side in (True, False)]
-    sigmas = pipeline.schedule(dataclasses.replace(_request(pipeline, complete)))[:-1]
-    assert counts == [int((sigmas >= 0.9).sum()), 2 * int((sigmas < 0.9).sum())], "one forward without guidance, two with it"
+    high = pipeline.schedule(_request(pipeline, complete))[:-1] >= 0.9
+    assert counts == [int(high.sum()), 2 * int((~high).sum())], "one forward without guidance, two with it"
+
+
+def test_a_single_frame_is_made_among_its_references(tinies: Tinies, tmp_path: Path) -> None:
+    """Three latent frames at the places of the prompt, of which the target alone is decoded."""
+    from library.training.sampling_prompts import SamplePrompt
+
+    work = WanWork(tmp_path, tinies["flf2v-14B"])
+    run, seen = work.prepare("--live_encoding"), []
+    pictures = tuple(str(work.images / f"0{number}.png") for number in (0, 1))
+    prompt = SamplePrompt(
+        prompt="a cat", width=32, height=32, sample_steps=2, seed=1, cfg_scale=1.0, control_image_path=pictures,
+        one_frame="control_index=8;0,target_index=4",
+    )  # fmt: skip
+    complete, forward = run.family.sample_defaults(prompt), run.models.denoiser.forward
+
+    def noting(x, t, *given, **more):
+        seen.append((tuple(x.shape), more["f_indices"].tolist(), more["clip_fea"].shape[1]))
+        return forward(x, t, *given, **more)
+
+    run.models.denoiser.forward = noting
+    texts = {"t5": [torch.randn(3, 24)]}
+    picture = run.family.pipeline(run.models).sample(complete, texts, None)
+    assert set(map(str, seen)) == {str(((1, 16, 3, 4, 4), [[0, 4, 8]], 2 * 257))} and picture.size == (32, 32)
+    with pytest.raises(ConfigError, match="one_frame names 1 control pictures, 2 are given"):
+        run.family.sample_defaults(dataclasses.replace(prompt, one_frame="control_index=0"))
+    with pytest.raises(ConfigError, match="begins with a picture"):
+        run.family.sample_defaults(dataclasses.replace(prompt, one_frame=None))
 
 
 def _request(pipeline, prompt):
@@ -399,6 +428,12 @@ def test_the_known_cache_tools_make_what_a_run_needs(tinies: Tinies, tmp_path: P
     cache_tools.run("text", ["--family=wan", data, f"--t5={tiny.t5}", f"--t5_tokenizer={tiny.tokenizer}"])
     cli.run("wan", "network", without(work.argv("bare"), "vae", "t5", "clip", "t5_tokenizer", "task"))
     assert read_parts(tmp_path / "bare" / "lora.safetensors")[1] == read_parts(work.train("whole"))[1]
+
+    draw_pictures(tmp_path / "control", 3, (32, 32))
+    control = WanWork(tmp_path, tinies["t2v-14B-FC"], f"control_directory = '{tmp_path / 'control'}'")
+    cache_tools.run("latents", ["--family=wan", f"--dataset_config={control.data}", f"--vae={control.tiny.vae}"])
+    (cache, *_) = sorted(control.images.glob("*_wan.safetensors"))
+    assert {name.partition("_1x")[0] for name in load_file(cache)} >= {"latents", "latents_control"}
 
 
 def test_caches_of_the_known_tool_train(tinies: Tinies, tmp_path: Path) -> None:

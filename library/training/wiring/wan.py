@@ -54,8 +54,8 @@ class WanOptions(VideoOptions):
 
     task: str | None = option(
         None, choices=(None, *TASKS),
-        help="what the model does; by the denoiser's file when not given, which tells all but the size of a control model"
-        " and first and last frames from first ones",
+        help="what the model does; by the denoiser's file when not given, which does not tell kinds of control models"
+        " apart",
     )
     t5: str | None = option(None, help="file of the umT5-XXL text encoder (models_t5_umt5-xxl-enc-bf16.pth)")
     t5_tokenizer: str | None = option(None, help="folder or file of the umT5 tokenizer")
@@ -77,19 +77,20 @@ class WanOptions(VideoOptions):
     )
     force_v2_1_time_embedding: bool = equivalent_option(
         False, help="one time embedding for each sample",
-        reason="--force_v2_1_time_embedding: one embedding is made for each distinct time, which needs as little memory",
+        reason="--force_v2_1_time_embedding: one embedding is made for each distinct time, with as little memory",
     )
     dit_high_noise: str | None = option(
         None, help="file of the second expert of Wan 2.2, for much noise; --dit is the one for little, and one adapter"
         " learns with both",
     )
     timestep_boundary: float | None = option(
-        None, convert=number_or_none, help="noise level, 0 to 1 or in thousandths, from which the second expert takes over; that of the task when"
-        " not given",
+        None, convert=number_or_none,
+        help="noise level, 0 to 1 or in thousandths, from which the second expert takes over; that of the task when not"
+        " given",
     )
     adapter_per_expert: bool = option(
-        False, help="learn an adapter for each expert of --dit_high_noise, the second one in a file with _high behind its"
-        " name; without it, one for both",
+        False, help="learn an adapter for each of two experts, the second one in a file with _high behind its name;"
+        " without it, one for both",
     )
     offload_inactive_dit: bool = option(
         False, help="keep the expert that does not compute in main memory; every change of the side moves both"
@@ -99,7 +100,9 @@ class WanOptions(VideoOptions):
         problems = Problems()
         problems.attempt(super().__post_init__)
         if self.timestep_boundary is not None and not 0 < self.timestep_boundary <= 1000:
-            problems.add(f"--timestep_boundary is {self.timestep_boundary}; needed: above 0, at most 1000, e.g. 0.9 or 900")
+            problems.add(
+                f"--timestep_boundary is {self.timestep_boundary}; needed: above 0, at most 1000, e.g. 0.9 or 900"
+            )
         problems.raise_if_any()
 
 
@@ -191,10 +194,10 @@ class WanFamily(VideoFamily):
 
     def _size_problems(self) -> list[str]:
         """Sizes of the files against each other; headers only."""
-        from library.custom_offloading_utils import row_swap_problem
-
         from library.components.llama_clip_utils import add_size_problems
+        from library.custom_offloading_utils import row_swap_problem
         from library.wan_fitting_utils import part_sizes
+        from library.wan_models import WanModel
 
         params, problems, files = self._denoiser_info.params, Problems(), {}
         if not self.lacks("text_encoders"):
@@ -202,7 +205,8 @@ class WanFamily(VideoFamily):
         if not self.lacks("vae"):
             files |= {"vae": self._vae_path, "clip": self.opts.clip if self.task.needs_vision else None}
         add_size_problems(problems, part_sizes(params, **files), self._denoiser_path)
-        swap = row_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.num_layers)
+        asked, staying = self.config[MemoryOptions].blocks_to_swap or 0, WanModel.blocks_that_stay
+        swap = row_swap_problem(asked, params.num_layers, staying)
         return [*problems.messages, swap] if swap else problems.messages
 
     @cached_property
@@ -248,8 +252,8 @@ class WanFamily(VideoFamily):
         problems.attempt(super().check)
         if self.second_adapter and int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
             problems.add(
-                "--adapter_per_expert is set, and several processes are started; needed: one process, or one adapter for"
-                " both experts: processes may be on different sides of the boundary"
+                "--adapter_per_expert is set, and several processes are started; needed: one process, or one adapter"
+                " for both experts: processes may be on different sides of the boundary"
             )
         problems.raise_if_any()
 
@@ -259,13 +263,14 @@ class WanFamily(VideoFamily):
         lines = [f"the task is {self.task.name}", *super()._notices(), *self._expert_notices()]
         if not has_ftfy():
             lines.append(
-                "ftfy is not installed: captions are cleaned of HTML entities and white space alone, not of letters that"
-                " were decoded wrongly (pip install ftfy)"
+                "ftfy is not installed: captions are cleaned of HTML entities and white space alone, not of letters"
+                " that were decoded wrongly (pip install ftfy)"
             )
         return lines
 
     def _expert_notices(self) -> list[str]:
-        """Where one expert of two is trained over noise levels that it never sees in use, or takes the other's place."""
+        """Where one expert of two is trained over noise levels that it never sees in use, or takes the other's
+        place."""
         says_high = "high" in Path(self._denoiser_path).name.lower()
         if self.has_two_experts:
             swapped = (
