@@ -16,7 +16,7 @@ def area_problem(resolution: Size, step: int) -> str | None:
     if min(resolution) > 0 and int(math.sqrt(resolution[0] * resolution[1])) // 2 >= step:
         return None
     return (
-        f"is {resolution[0]}x{resolution[1]}; buckets need the area of {2 * step}x{2 * step} or more (two steps of"
+        f"is {resolution[0]}x{resolution[1]}; buckets need an area of {2 * step}x{2 * step} or more (two steps of"
         f" {step} pixels)"
     )
 

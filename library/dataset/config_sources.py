@@ -4,12 +4,12 @@ them a family has no use for."""
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from library.dataset.architectures import DataArchitecture
+from library.dataset.area_buckets import area_problem
 from library.dataset.clips.settings import ClipSettings, OneFrameSettings
 from library.dataset.config_reading import BAD, ConfigTables, DatasetTables, ProblemList, Scope, Table
 from library.dataset.config_schema import BUCKET_KEYS, KEYS, MEDIA, NOT_FLAT, SOURCE_KEYS
@@ -98,13 +98,10 @@ def video_families() -> list[str]:
 
 def check_area(scope: Scope, architecture: DataArchitecture, problems: ProblemList) -> None:
     """With buckets of one area: there is one, which is two bucket steps wide and high at least."""
-    resolution, step = scope.get("resolution"), architecture.bucket_step
-    if resolution is not BAD and math.isqrt(resolution[0] * resolution[1]) < 2 * step:
-        problems.add(
-            scope.where("resolution"), "out_of_range",
-            f"is {resolution[0]}x{resolution[1]}; buckets of {architecture.name} need an area of {2 * step}x{2 * step}"
-            " or more",
-        )
+    resolution = scope.get("resolution")
+    problem = None if resolution is BAD else area_problem(resolution, architecture.bucket_step)
+    if problem is not None:
+        problems.add(scope.where("resolution"), "out_of_range", f"{problem} for {architecture.name}")
 
 
 def source_settings(scope: Scope, architecture: DataArchitecture) -> dict[str, Any]:

@@ -163,10 +163,10 @@ def lacking_problems(family: ModelFamily, data: DataGroups, strategies: Strategy
             continue
         (item, reason), count = found[part][0], len(found[part])
         what, tool = TOLD[part]
-        options = " and ".join(f"--{name}" for name in family.part_files(part))
+        options = [f"--{name}" for name in family.part_files(part)]
         problems.append(
-            f"{count} {what} (the first is {item.absolute_path}: {reason}), and {options} {'are' if ' and ' in options else 'is'}"
-            f" not given to make them; give it here, or to tools/{tool}.py --family {family.name} beforehand"
+            f"{count} {what} (the first is {item.absolute_path}: {reason}), and {' and '.join(options)}"
+            f" {'are' if len(options) > 1 else 'is'} not given to make them; give it here, or to tools/{tool}.py --family {family.name} beforehand"
         )
     return problems
 

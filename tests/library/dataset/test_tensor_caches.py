@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, TrainingError
 from library.dataset.cache_io import ImageIdentity, LatentArrays, file_content_id
 from library.dataset.caching import plan_latents
 from library.dataset.clips.rates import Conversion
@@ -159,6 +159,37 @@ def test_a_file_has_room_for_one_size_and_one_rate(tmp_path):
     assert len(plan_latents([item, later], strategy)) == 2
 
 
+class OneNan(TensorCaching):
+    """A VAE that gives one number of a sample as NaN."""
+
+    def encode(self, vae, images, seeds):
+        latents = super().encode(vae, images, seeds)
+        latents.view(len(latents), -1)[:, 0] = float("nan")
+        return latents
+
+
+def test_few_nans_are_0_in_files_and_stop_where_latents_stay_in_memory(tmp_path, caplog):
+    strategy = OneNan(True, 2, False)
+    group = group_of(tmp_path, strategy, lengths=(5,))
+    strategy.encode_conditions = lambda vae, parts, images, seeds, _: {"first_frame": torch.zeros(len(images), 4, 4, 4)}
+    fill(group, strategy)
+    path = group.items[0].latents_npz
+    assert f"latents_3x4x4_bfloat16 of {path}: 1 of 192 numbers are NaN and count as 0" in caplog.text
+    latents = strategy.load_latents_from_disk(path, group.items[0].bucket.key)[0]
+    assert latents.view(-1)[0] == 0 and torch.isfinite(latents).all()
+    in_memory = OneNan(False, 2, False)
+    in_memory.encode_conditions = strategy.encode_conditions
+    with pytest.raises(TrainingError, match="not finite"):
+        fill(group_of(tmp_path, in_memory, lengths=(5,)), in_memory)
+
+
+def test_a_size_that_is_none_in_the_header_is_nobodys_trouble(tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    save_file_atomic({"latents_1x4x4_float32": torch.zeros(4, 1, 4, 4)}, path, {"width": "x", "height": "9" * 5000})
+    latents, size, *_ = TensorCaching(True, 2, False).load_latents_from_disk(path, (32, 32))
+    assert size == [0, 0] and latents.shape == (4, 4, 4)
+
+
 def test_a_folder_of_frames_is_known_by_all_of_them(tmp_path):
     (tmp_path / "clip").mkdir()
     frames = [make_image(tmp_path / "clip" / f"{i}.png", seed=i) for i in range(3)]
@@ -284,6 +315,9 @@ def test_stale_outputs_are_noticed_with_or_without_a_record(tmp_path):
     save_file_atomic(changed | {"extra_float32": torch.ones(2)}, path, header)
     text.fill([dataclasses.replace(item, text_encoder_outputs_npz=None, caption="d")], strategy)
     assert set(TensorFile.of(path).keys) == keys, "nothing of another caption stays beside the new one"
+    nans = {key: tensor * float("nan") if tensor.is_floating_point() else tensor for key, tensor in changed.items()}
+    save_file_atomic(nans, path, header)
+    assert "numbers are NaN in" in reason("c")
     save_file_atomic(changed, path, {"architecture": "another", "caption1": "c"})
     assert reason("c") == "made for another, and not for toy_video_of_the_tests"
     Path(path).write_bytes(b"x" * 100)
