@@ -13,13 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError, Problems, did_you_mean
+from library.families.framepack import FAMILY
 
 WINDOW = 9
 """latent frames of a section, as the released models learned it"""
 NEAR, MIDDLE, FAR = 1, 2, 16
 """frames that a section sees as they are, at half and at a quarter of the resolution"""
 HISTORY = NEAR + MIDDLE + FAR
-STRIDE = 4
+STRIDE = FAMILY.latents.temporal_stride
 """frames of a clip in a latent frame"""
 FPS = 30
 """of the clips that the models learned: what `--video_seconds` is counted in"""
@@ -55,12 +56,12 @@ class Section:
 
 def frames_needed(window: int, sections: int = 1) -> int:
     """Frames of the shortest clip of so many sections."""
-    return STRIDE * window * sections + 1
+    return FAMILY.latents.frames_of_sections(sections, window)
 
 
 def sections_in(frames: int, window: int) -> int:
     """Whole sections of a clip; 0 when it is too short for one."""
-    return max((frames - 1) // STRIDE, 0) // window
+    return FAMILY.latents.sections_in(frames, window)
 
 
 def usable_frames(frames: int, window: int) -> int:
@@ -140,11 +141,6 @@ class Step:
 def count_sections(*, seconds: float, sections: int | None, window: int) -> int:
     """Sections of a clip that is made. Halves are rounded to the even number, as known programs do."""
     return sections if sections else max(round(seconds * FPS / (STRIDE * window)), 1)
-
-
-def seconds_of(sections: int, window: int, fps: float) -> float:
-    """How long a clip of so many sections plays."""
-    return frames_needed(window, sections) / fps
 
 
 def steps_of(count: int, window: int, *, is_f1: bool, given: Sequence[int] = ()) -> list[Step]:
