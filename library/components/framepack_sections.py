@@ -13,14 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError, Problems, did_you_mean
-from library.families.framepack import FAMILY
 
 WINDOW = 9
 """latent frames of a section, as the released models learned it"""
 NEAR, MIDDLE, FAR = 1, 2, 16
 """frames that a section sees as they are, at half and at a quarter of the resolution"""
 HISTORY = NEAR + MIDDLE + FAR
-STRIDE = FAMILY.latents.temporal_stride
+STRIDE = 4
 """frames of a clip in a latent frame"""
 FPS = 30
 """of the clips that the models learned: what `--video_seconds` is counted in"""
@@ -56,12 +55,12 @@ class Section:
 
 def frames_needed(window: int, sections: int = 1) -> int:
     """Frames of the shortest clip of so many sections."""
-    return FAMILY.latents.frames_of_sections(sections, window)
+    return STRIDE * window * sections + 1
 
 
 def sections_in(frames: int, window: int) -> int:
     """Whole sections of a clip; 0 when it is too short for one."""
-    return FAMILY.latents.sections_in(frames, window)
+    return max((frames - 1) // STRIDE, 0) // window
 
 
 def usable_frames(frames: int, window: int) -> int:
