@@ -166,7 +166,8 @@ def lacking_problems(family: ModelFamily, data: DataGroups, strategies: Strategy
         options = [f"--{name}" for name in family.part_files(part)]
         problems.append(
             f"{count} {what} (the first is {item.absolute_path}: {reason}), and {' and '.join(options)}"
-            f" {'are' if len(options) > 1 else 'is'} not given to make them; give it here, or to tools/{tool}.py --family {family.name} beforehand"
+            f" {'are' if len(options) > 1 else 'is'} not given to make them; give it here, or to tools/{tool}.py"
+            f" --family {family.name} beforehand"
         )
     return problems
 

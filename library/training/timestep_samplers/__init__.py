@@ -73,8 +73,8 @@ class TimestepOptions:
     discrete_flow_shift: float = option(3.0, help="shift of the modes sigma and shift; 1 = none")
     sigma_table: str = option(
         "rising", choices=SIGMA_TABLES,
-        help="how mode sigma reads its table of 1000 levels: rising, a larger number of the density is a noisier sample,"
-        " as in the paper; falling, a cleaner one, at whole timesteps, as known trainers of video models do",
+        help="how mode sigma reads its table of 1000 levels: rising, a larger number of the density is a noisier"
+        " sample, as in the paper; falling, a cleaner one, at whole timesteps, as known trainers of video models do",
     )
     min_timestep: int | None = option(None, help="smallest timestep, 0 to 999 (default 0)")
     max_timestep: int | None = option(None, help="end of the range of timesteps, 1 to 1000 (default 1000)")
