@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from library.checkpoints.denoisers import DenoiserInfo
     from library.dataset.batch import Batch
     from library.dataset.items import ImageItem
     from library.dataset.latent_cache import LatentCache
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from library.training.run import DiTOutput, Models
     from library.training.sampling_prompts import SamplePrompt
     from library.training.timestep_samplers import TimestepSampler
-    from library.wan_utils import WanInfo
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class WanFamily(VideoFamily):
         )
 
     @cached_property
-    def _denoiser_info(self) -> WanInfo:
+    def _denoiser_info(self) -> DenoiserInfo:
         from library.wan_utils import inspect_wan
 
         return inspect_wan(self._denoiser_path)
