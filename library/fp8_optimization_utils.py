@@ -86,9 +86,9 @@ def _forward_scaled(self: nn.Linear, x: Tensor) -> Tensor:
 
 def scaled_fp8(weight: Tensor, block: int | None = None) -> tuple[Tensor, Tensor]:
     """(weight [out, in] in 8 bits, scales [out] float32): each row divided by its largest absolute value / 448, so that
-    rows of any size use the whole range. With `block` each run of so many inputs of a row has a scale of its own, [out, in
-    / block], where the inputs are a multiple of it. Scales stay float32: in a format of fewer digits all numbers of a block
-    would be off by the same share."""
+    rows of any size use the whole range. With `block` each run of so many inputs of a row has a scale of its own,
+    [out, in / block], where the inputs are a multiple of it. Scales stay float32: in a format of fewer digits all
+    numbers of a block would be off by the same share."""
     full = weight.detach().float()
     if block is None or full.shape[1] % block:
         scale = full.abs().amax(dim=1).clamp_min(1e-12) / LARGEST_FP8

@@ -5,37 +5,28 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from library.checkpoints.loading import (
-    CheckpointFiles,
-    Transform,
-    assign_state,
-    build_on_meta,
-    build_params,
-    check_marks,
-    check_state,
-    config_metadata,
-    count_blocks,
-    find_prefix,
-    is_blob,
-    open_checkpoint,
-    part_of,
-    size_of,
-    strip_prefix,
+from library.checkpoints.denoisers import (
+    DenoiserInfo,
+    DenoiserKind,
+    SizeOf,
+    inspect_denoiser,
+    load_denoiser,
+    save_denoiser,
+    state_of_denoiser,
 )
+from library.checkpoints.loading import Transform, count_blocks
 from library.components.hunyuan_stream_utils import DENOISER_PREFIXES
 from library.components.llama_clip_utils import WIDTH, add_size_problems, encoder_sizes
 from library.components.siglip_utils import inspect_siglip
 from library.core.errors import Problems
 from library.custom_offloading_utils import stream_swap_problem
-from library.fp8_optimization_utils import FP8_BLOCK, FP8_STORAGE, scaled_fp8, store_linears_in_fp8, use_scales
+from library.fp8_optimization_utils import FP8_BLOCK
 from library.framepack_models import FramePackParams, HunyuanVideoTransformer3DModelPacked
-from library.safetensors_utils import cast_all, save_file_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -43,55 +34,10 @@ DENOISER_ROOTS = (
     "x_embedder", "clean_x_embedder", "context_embedder", "image_projection", "time_text_embed", "transformer_blocks",
     "single_transformer_blocks", "norm_out", "proj_out",
 )  # fmt: skip
-CLASS_NAME = "HunyuanVideoTransformer3DModelPacked"
 
 
-@dataclass(frozen=True)
-class FramePackInfo:
-    """What the headers of a denoiser checkpoint tell. `dtypes`: types of the stored weights."""
-
-    source: CheckpointFiles
-    prefix: str
-    params: FramePackParams
-    dtypes: frozenset[torch.dtype]
-
-    @property
-    def keys(self) -> list[str]:
-        """Those of the denoiser, as the file has them."""
-        named = [key for key in self.source.shapes if key.startswith(self.prefix)]
-        return [key for key in named if key[len(self.prefix) :].split(".")[0] in DENOISER_ROOTS]
-
-
-def inspect_framepack(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> FramePackInfo:
-    """Recognise a FramePack denoiser from headers alone; `config` overrides hyper-parameters by the names of
-    FramePackParams.
-
-    CheckpointError when the file is damaged or no such denoiser.
-    """
-    source = open_checkpoint(path, "transformer")
-    prefix = find_prefix(source.shapes, DENOISER_PREFIXES, DENOISER_ROOTS, source.path, "denoiser")
-    own = part_of(source.shapes, (prefix,), DENOISER_ROOTS)
-    shapes = {key: tensor for key, tensor in own.items() if not is_blob(key)}
-    marks = ("clean_x_embedder.proj_2x.weight", "image_projection.up.weight", "transformer_blocks.0.attn.to_q.weight")
-    check_marks(shapes, marks, source.path, "FramePack denoiser")
-    given = {**_config_of_folder(source.config), **source.model_config, **(config or {})}
-    params = build_params(FramePackParams, _infer(shapes, given, source.path), given, source.path)
-    check_state(build_on_meta(lambda: HunyuanVideoTransformer3DModelPacked(params)), shapes, source.path)
-    dtypes = frozenset(tensor.dtype for key, tensor in shapes.items() if key.endswith(".weight"))
-    return FramePackInfo(source, prefix, params, dtypes)
-
-
-def _config_of_folder(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json beside the file says that shapes do not."""
-    return {name: config[name] for name in ("rope_theta", "rope_axes_dim") if name in config}
-
-
-def _infer(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _infer(size: SizeOf, shapes: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """Hyper-parameters from shapes; head size h gives the rotary axes (h/8, 7h/16, 7h/16)."""
-
-    def size(key: str, dim: int) -> int:
-        return size_of(shapes, key, dim, path, CLASS_NAME)
-
     hidden, head_dim = size("x_embedder.proj.weight", 0), size("transformer_blocks.0.attn.norm_q.weight", 0)
     inferred: dict[str, Any] = {
         "in_channels": size("x_embedder.proj.weight", 1),
@@ -114,6 +60,35 @@ def _infer(shapes: Mapping[str, Tensor], given: Mapping[str, Any], path: str) ->
     return inferred
 
 
+def takes_scale(path: str) -> bool:
+    """Whether the layer of this path is stored in scaled 8 bits: the matrices of the double and single blocks but those
+    of the norms."""
+    return path.startswith(("transformer_blocks.", "single_transformer_blocks.")) and "norm" not in path
+
+
+KIND = DenoiserKind(
+    title="FramePack",
+    model=HunyuanVideoTransformer3DModelPacked,
+    params=FramePackParams,
+    prefixes=DENOISER_PREFIXES,
+    roots=DENOISER_ROOTS,
+    marks=("clean_x_embedder.proj_2x.weight", "image_projection.up.weight", "transformer_blocks.0.attn.to_q.weight"),
+    infer=_infer,
+    takes_scale=takes_scale,
+    scale_block=FP8_BLOCK,
+    of_config={"rope_theta": "rope_theta", "rope_axes_dim": "rope_axes_dim"},
+)
+
+
+def inspect_framepack(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> DenoiserInfo:
+    """Recognise a FramePack denoiser from headers alone; `config` overrides hyper-parameters by the names of
+    FramePackParams.
+
+    CheckpointError when the file is damaged or no such denoiser.
+    """
+    return inspect_denoiser(KIND, path, config)
+
+
 def load_framepack(
     path: str | os.PathLike,
     dtype: torch.dtype | None,
@@ -124,41 +99,13 @@ def load_framepack(
     fp8_scaled: bool = False,
     transform: Transform | None = None,
 ) -> HunyuanVideoTransformer3DModelPacked:
-    """Load a denoiser; its sizes come from the file.
-
-    `fp8_scaled` keeps the large matrices of the blocks in 8 bits, each 64 inputs of a row with a scale of their own;
-    `dtype` float8_e4m3fn the weights of all linear layers, without scales, and the rest in bfloat16; None keeps the
-    file's own types. `transform` may change the tensors as they are read. CheckpointError when the file does not fit.
-    """
+    """Load a denoiser; its sizes come from the file. As `load_denoiser` otherwise."""
     info = inspect_framepack(path, config)
     params = info.params
     logger.info(
         "loading FramePack from %s (%d double and %d single blocks)", path, params.num_layers, params.num_single_layers
     )
-    store = info.source.storing(torch.bfloat16 if fp8_scaled and dtype == FP8_STORAGE else dtype, info.keys)
-    scales: dict[str, Tensor] = {}
-
-    def cast(key: str, tensor: Tensor) -> Tensor:
-        name = key[len(info.prefix) :]
-        if fp8_scaled and name.endswith(".weight") and tensor.ndim == 2 and takes_scale(name.removesuffix(".weight")):
-            weight, scales[name.removesuffix(".weight")] = scaled_fp8(tensor, FP8_BLOCK)
-            return weight
-        return store(key, tensor)
-
-    state = strip_prefix(info.source.tensors(device, disable_mmap, info.keys, transform, cast), info.prefix)
-    model = build_on_meta(lambda: HunyuanVideoTransformer3DModelPacked(params))
-    check_state(model, state, os.fspath(path))
-    assign_state(model, state)
-    store_linears_in_fp8(model)
-    for layer, scale in scales.items():
-        use_scales(model.get_submodule(layer), scale)
-    return model
-
-
-def takes_scale(path: str) -> bool:
-    """Whether the layer of this path is stored in scaled 8 bits: the matrices of the double and single blocks but those
-    of the norms."""
-    return path.startswith(("transformer_blocks.", "single_transformer_blocks.")) and "norm" not in path
+    return load_denoiser(info, dtype, device, disable_mmap, fp8_scaled=fp8_scaled, transform=transform)
 
 
 def fitting_problems(
@@ -190,7 +137,7 @@ def fitting_problems(
 
 def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The denoiser's entries of a checkpoint's state under the names of the module tree."""
-    return part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
+    return state_of_denoiser(KIND, state)
 
 
 def save_framepack(
@@ -200,12 +147,4 @@ def save_framepack(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a denoiser. Hyper-parameters that its shapes do not tell go into `model_config`."""
-    state = cast_all({key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}, dtype)
-    save_file_atomic(state, path, {"format": "pt", **(metadata or {}), **model_config_metadata(model)})
-
-
-def model_config_metadata(model: HunyuanVideoTransformer3DModelPacked) -> dict[str, str]:
-    """{"model_config": JSON} for a model whose hyper-parameters do not follow from its shapes, else nothing."""
-    return config_metadata(
-        model.params, lambda: build_params(FramePackParams, _infer(model.state_dict(), {}, ""), {}, "")
-    )
+    save_denoiser(KIND, model, path, dtype, metadata)

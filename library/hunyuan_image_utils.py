@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from library.checkpoints import hunyuan_image_convert
+from library.checkpoints.denoisers import (
+    DenoiserInfo,
+    inspect_denoiser,
+    load_denoiser,
+    save_denoiser,
+    state_of_denoiser,
+)
 from library.checkpoints.hunyuan_convert import comfy_rules, rows_of
 from library.checkpoints.layout_rules import DenoiserLayouts
 from library.checkpoints.loading import Transform
-from library.components.hunyuan_stream_utils import (
-    StreamInfo,
-    StreamKind,
-    inspect_streams,
-    load_streams,
-    save_streams,
-    stream_state,
-)
+from library.components.hunyuan_stream_utils import stream_kind
 from library.components.ldm_models import AutoEncoderParams
 from library.components.ldm_utils import (
     AutoEncoderInfo,
@@ -52,30 +52,29 @@ VAE_WANTED = Wanted(
     ),
     marks=("decoder.up.0.upsample.conv.weight",), model_class=HunyuanVAE2D,
 )  # fmt: skip
-KIND = StreamKind(
-    title="HunyuanImage 2.1",
-    model=HYImageDiffusionTransformer,
-    params=HYImageParams,
-    names=hunyuan_image_convert.NAMES,
-    roots=hunyuan_image_convert.ROOTS,
-    marks=("byt5_in.fc1.weight", "double_blocks.0.img_attn_qkv.weight"),
+KIND = stream_kind(
+    "HunyuanImage 2.1",
+    HYImageDiffusionTransformer,
+    HYImageParams,
+    hunyuan_image_convert.NAMES,
+    hunyuan_image_convert.ROOTS,
+    mark="byt5_in.fc1.weight",
     sizes=lambda size, shapes: {
         "byt5_dim": size("byt5_in.fc1.weight", 1),
         "byt5_mid": size("byt5_in.fc1.weight", 0),
         "mean_flow": any(key.startswith("time_r_in.") for key in shapes),
     },
     axes=lambda head_dim: (head_dim // 2, head_dim // 2),
-    of_diffusers={"rope_axes_dim": "rope_dim_list", "rope_theta": "rope_theta"},
 )
 
 
-def inspect_hunyuan_image(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> StreamInfo:
+def inspect_hunyuan_image(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> DenoiserInfo:
     """Recognise a HunyuanImage 2.1 denoiser from headers alone; `config` overrides hyper-parameters by the names of
     HYImageParams.
 
     CheckpointError when the file is damaged or no such denoiser.
     """
-    return inspect_streams(KIND, path, config)
+    return inspect_denoiser(KIND, path, config)
 
 
 def load_hunyuan_image(
@@ -88,14 +87,14 @@ def load_hunyuan_image(
     fp8_scaled: bool = False,
     transform: Transform | None = None,
 ) -> HYImageDiffusionTransformer:
-    """Load a denoiser in any layout; its sizes come from the file. As `load_streams` otherwise."""
+    """Load a denoiser in any layout; its sizes come from the file. As `load_denoiser` otherwise."""
     info = inspect_hunyuan_image(path, config)
     params = info.params
     logger.info(
         "loading HunyuanImage 2.1%s from %s (%d double and %d single blocks)",
         " (distilled)" if params.guidance_embed or params.mean_flow else "", path, params.depth, params.depth_single,
     )  # fmt: skip
-    return load_streams(info, dtype, device, disable_mmap, fp8_scaled=fp8_scaled, transform=transform)
+    return load_denoiser(info, dtype, device, disable_mmap, fp8_scaled=fp8_scaled, transform=transform)
 
 
 def load_encoders(
@@ -119,7 +118,7 @@ def load_encoders(
 
 def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The denoiser's entries of a checkpoint's state under the names of the module tree."""
-    return stream_state(KIND, state)
+    return state_of_denoiser(KIND, state)
 
 
 def fitting_problems(
@@ -162,7 +161,7 @@ def save_hunyuan_image(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a denoiser in the original layout. Hyper-parameters that its shapes do not tell go into `model_config`."""
-    save_streams(KIND, model, path, dtype, metadata)
+    save_denoiser(KIND, model, path, dtype, metadata)
 
 
 def _config_of_diffusers(params: HYImageParams) -> dict[str, Any]:
@@ -180,7 +179,7 @@ def _config_of_diffusers(params: HYImageParams) -> dict[str, Any]:
 
 
 LAYOUTS = DenoiserLayouts(
-    inspect_hunyuan_image, KIND.names.rules, _config_of_diffusers,
+    inspect_hunyuan_image, hunyuan_image_convert.NAMES.rules, _config_of_diffusers,
     rows_of=lambda params: rows_of(params.hidden_size), further=comfy_rules,
 )  # fmt: skip
 

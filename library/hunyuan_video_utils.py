@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from library.checkpoints import hunyuan_video_convert
+from library.checkpoints.denoisers import (
+    DenoiserInfo,
+    SizeOf,
+    inspect_denoiser,
+    load_denoiser,
+    save_denoiser,
+    state_of_denoiser,
+)
 from library.checkpoints.hunyuan_convert import comfy_rules, rows_of
 from library.checkpoints.layout_rules import DenoiserLayouts
 from library.checkpoints.loading import Transform
-from library.components.hunyuan_stream_utils import (
-    StreamInfo,
-    StreamKind,
-    inspect_streams,
-    load_streams,
-    save_streams,
-    stream_state,
-)
+from library.components.hunyuan_stream_utils import stream_kind
 from library.components.llama_clip_utils import add_size_problems, encoder_sizes
 from library.core.errors import CheckpointError, Problems
 from library.custom_offloading_utils import stream_swap_problem
@@ -30,7 +31,7 @@ from library.hunyuan_video_models import HYVideoDiffusionTransformer, HYVideoPar
 logger = logging.getLogger(__name__)
 
 
-def _sizes(size: Callable[[str, int], int], shapes: Mapping[str, Tensor]) -> dict[str, Any]:
+def _sizes(size: SizeOf, shapes: Mapping[str, Tensor]) -> dict[str, Any]:
     patch = tuple(size("img_in.proj.weight", dim) for dim in (2, 3, 4))
     places = patch[0] * patch[1] * patch[2]
     return {
@@ -40,26 +41,25 @@ def _sizes(size: Callable[[str, int], int], shapes: Mapping[str, Tensor]) -> dic
     }
 
 
-KIND = StreamKind(
-    title="HunyuanVideo",
-    model=HYVideoDiffusionTransformer,
-    params=HYVideoParams,
-    names=hunyuan_video_convert.NAMES,
-    roots=hunyuan_video_convert.ROOTS,
-    marks=("vector_in.in_layer.weight", "double_blocks.0.img_attn_qkv.weight"),
+KIND = stream_kind(
+    "HunyuanVideo",
+    HYVideoDiffusionTransformer,
+    HYVideoParams,
+    hunyuan_video_convert.NAMES,
+    hunyuan_video_convert.ROOTS,
+    mark="vector_in.in_layer.weight",
     sizes=_sizes,
     axes=lambda head_dim: (head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
-    of_diffusers={"rope_axes_dim": "rope_dim_list", "rope_theta": "rope_theta"},
 )
 
 
-def inspect_hunyuan_video(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> StreamInfo:
+def inspect_hunyuan_video(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> DenoiserInfo:
     """Recognise a HunyuanVideo or SkyReels V1 denoiser from headers alone; `config` overrides hyper-parameters by the
     names of HYVideoParams.
 
     CheckpointError when the file is damaged, no such denoiser, or one that is shown its first frame in another way.
     """
-    info = inspect_streams(KIND, path, config)
+    info = inspect_denoiser(KIND, path, config)
     params, manner = info.params, info.source.config.get("image_condition_type")
     if params.in_channels == 2 * params.out_channels + 1:
         manner = f"{params.in_channels} input channels, a mask beside the latents of the picture"
@@ -81,19 +81,19 @@ def load_hunyuan_video(
     fp8_scaled: bool = False,
     transform: Transform | None = None,
 ) -> HYVideoDiffusionTransformer:
-    """Load a denoiser in any layout; its sizes come from the file. As `load_streams` otherwise."""
+    """Load a denoiser in any layout; its sizes come from the file. As `load_denoiser` otherwise."""
     info = inspect_hunyuan_video(path, config)
     params = info.params
     logger.info(
         "loading HunyuanVideo%s from %s (%d double and %d single blocks)",
         " (image to video)" if params.shown_channels else "", path, params.depth, params.depth_single,
     )  # fmt: skip
-    return load_streams(info, dtype, device, disable_mmap, fp8_scaled=fp8_scaled, transform=transform)
+    return load_denoiser(info, dtype, device, disable_mmap, fp8_scaled=fp8_scaled, transform=transform)
 
 
 def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The denoiser's entries of a checkpoint's state under the names of the module tree."""
-    return stream_state(KIND, state)
+    return state_of_denoiser(KIND, state)
 
 
 def save_hunyuan_video(
@@ -103,7 +103,7 @@ def save_hunyuan_video(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a denoiser in the original layout. Hyper-parameters that its shapes do not tell go into `model_config`."""
-    save_streams(KIND, model, path, dtype, metadata)
+    save_denoiser(KIND, model, path, dtype, metadata)
 
 
 def _config_of_diffusers(params: HYVideoParams) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _config_of_diffusers(params: HYVideoParams) -> dict[str, Any]:
 
 
 LAYOUTS = DenoiserLayouts(
-    inspect_hunyuan_video, KIND.names.rules, _config_of_diffusers,
+    inspect_hunyuan_video, hunyuan_video_convert.NAMES.rules, _config_of_diffusers,
     rows_of=lambda params: rows_of(params.hidden_size), further=comfy_rules,
 )  # fmt: skip
 

@@ -19,8 +19,6 @@ from library.components.framepack_sections import (
     Frames,
     OneFrame,
     one_frame,
-    places_after,
-    places_before,
     sections_of,
 )
 from library.components.siglip_utils import encode_pictures

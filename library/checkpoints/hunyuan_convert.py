@@ -124,10 +124,6 @@ class StreamNames:
         """The rules by which these names become the original ones; none where they are."""
         return list(self.rules(keys) if self.is_diffusers(keys) else comfy_rules(keys))
 
-    def to_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Denoiser weights of any layout under the original names. Names outside the tables stay as they are."""
-        return layout_rules.to_original(state, self.rules_of_names(state))
-
     def to_diffusers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Denoiser weights from the original names to those of diffusers."""
         return layout_rules.from_original(state, self.rules(state), rows_of(state["img_in.proj.weight"].shape[0]))
@@ -148,6 +144,7 @@ def comfy_rules(keys: Mapping[str, object]) -> Iterator[Rule]:
 
 
 def is_comfy_denoiser(keys: Mapping[str, object]) -> bool:
+    """Whether names are those inside of ComfyUI."""
     return "double_blocks.0.img_attn.qkv.weight" in keys
 
 

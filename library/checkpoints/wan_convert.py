@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from torch import Tensor
-
-from library.checkpoints import layout_rules
 from library.checkpoints.layout_rules import Rule, placed, with_kinds
 from library.checkpoints.loading import count_blocks
 
@@ -61,9 +58,5 @@ def denoiser_rules(keys: Mapping[str, object]) -> Iterator[Rule]:
 
 
 def is_diffusers_denoiser(keys: Mapping[str, object]) -> bool:
+    """Whether names are those of diffusers."""
     return "condition_embedder.time_proj.weight" in keys
-
-
-def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Denoiser weights of either layout under the original names. Names outside the table stay as they are."""
-    return layout_rules.to_original(state, denoiser_rules(state)) if is_diffusers_denoiser(state) else dict(state)

@@ -50,8 +50,8 @@ def should_sample_images(args: Any, steps: int, epoch: int | None = None) -> boo
 
 
 class collator_class:
-    """`collate_fn` of a DataLoader over batches: tells the dataset, in whichever process it is, the epoch, and takes the
-    one batch. `epoch` has a `value`."""
+    """`collate_fn` of a DataLoader over batches: tells the dataset, in whichever process it is, the epoch, and takes
+    the one batch. `epoch` has a `value`."""
 
     def __init__(self, epoch: Any, dataset: Any) -> None:
         self.current_epoch, self.dataset = epoch, dataset

@@ -142,11 +142,6 @@ def count_sections(*, seconds: float, sections: int | None, window: int) -> int:
     return sections if sections else max(round(seconds * FPS / (STRIDE * window)), 1)
 
 
-def seconds_of(sections: int, window: int, fps: float) -> float:
-    """How long a clip of so many sections plays."""
-    return frames_needed(window, sections) / fps
-
-
 def steps_of(count: int, window: int, *, is_f1: bool, given: Sequence[int] = ()) -> list[Step]:
     """Sections in the order in which they are made; `given`: further paddings of the plain model (see `paddings`)."""
     if is_f1:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.core.errors import Problems
+from library.core.errors import Problems, problems_of
 from library.core.options import Config
 from library.families.registry import record_of
 from library.generation.adapter_files import MergedModelOptions
@@ -325,9 +325,7 @@ class VideoScript(LatentScript[VideoRequest]):
         if self.is_without_prompts(config):
             return []
         named = list(self.named_files(request))
-        found = [
-            f"--{name} is {path}: there is no such file" for name, path in named if not Path(path).exists()
-        ]
+        found = [problem for name, path in named if (problem := unreadable(name, path))]
         if named and not self._needs_vae(config):
             found.append(f"--{named[0][0]} is encoded by the autoencoder; --vae is not given")
         return found
@@ -354,6 +352,22 @@ class VideoScript(LatentScript[VideoRequest]):
         if options.negative_prompt and scale == 1.0 and not config[SessionOptions].from_file:
             found.append("--negative_prompt has no effect: --guidance_scale is 1, which takes no second forward")
         return found
+
+
+CLIPS = frozenset({"video_path", "control_path"})
+"""options that name clips; the others name pictures"""
+
+
+def unreadable(name: str, path: str) -> str | None:
+    """Why the file, or the folder of frames, of an option cannot be read; None when it can."""
+    from library.dataset.clips.video_files import look_at_video
+    from library.dataset.media_utils import image_extensions, image_size
+
+    if not Path(path).exists():
+        return f"--{name} is {path}: there is no such file"
+    is_picture = name not in CLIPS or (Path(path).suffix.lower() in image_extensions() and not Path(path).is_dir())
+    found = problems_of(lambda: image_size(path) if is_picture else look_at_video(path))
+    return f"--{name}: {found[0]}" if found else None
 
 
 def device_of(options: VideoModelOptions) -> torch.device:

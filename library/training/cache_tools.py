@@ -68,10 +68,14 @@ class T5FormatOptions:
     )
 
 
-@functools.cache
 def family_switches() -> type:
     """An option group with a switch for every family: `--NAME` is `--family NAME`."""
-    switches = {name: option(False, help=f"the same as --family {name}") for name in FAMILIES}
+    return _switches_of(tuple(FAMILIES))
+
+
+@functools.cache
+def _switches_of(families: tuple[str, ...]) -> type:
+    switches = {name: option(False, help=f"the same as --family {name}") for name in families}
     group = dataclasses.make_dataclass(
         "FamilySwitches", [(name, bool, switch) for name, switch in switches.items()], frozen=True, kw_only=True
     )

@@ -136,7 +136,7 @@ def _idle_memory(config: Config) -> Iterator[tuple[str, str]]:
     if memory.torch_compile and memory.dynamo_backend == "no":
         yield "torch_compile", "has no effect with --dynamo_backend no"
     if memory.torch_compile and memory.blocks_to_swap:
-        yield "torch_compile", "has no effect with --blocks_to_swap: blocks whose weights change places are not compiled"
+        yield "torch_compile", "has no effect with --blocks_to_swap, whose blocks change places and are not compiled"
     settings = {
         "dynamo_backend": memory.dynamo_backend not in ("inductor", "no"), "dynamo_mode": memory.dynamo_mode,
         "dynamo_fullgraph": memory.dynamo_fullgraph, "dynamo_dynamic": memory.dynamo_dynamic is not None,

@@ -168,8 +168,8 @@ class MetadataOptions:
         help="resolution that the file tells of, one number or width,height; that of the data when not given",
     )
     metadata_arch: str | None = option(
-        None, help="architecture that the file tells of, in the place of the model's; what is trained stands behind a / of it"
-        " unless it has one",
+        None, help="architecture that the file tells of, in the place of the model's; what is trained stands behind a /"
+        " of it unless it has one",
     )
     training_comment: str | None = option(None, help="any text, written to ss_training_comment")
     no_metadata: bool = option(False, help="write no training metadata into the file")
@@ -282,7 +282,8 @@ class MemoryOptions:
         None, help="whether --torch_compile compiles for sizes that change; found out while training when not given"
     )
     dynamo_cache_size_limit: int | None = option(
-        None, help="most versions of a block that --torch_compile keeps; room for the sizes of all blocks when not given",
+        None, help="most versions of a block that --torch_compile keeps; room for the sizes of all blocks when not"
+        " given",
         convert=count_or_none,
     )
     cuda_allow_tf32: bool = option(

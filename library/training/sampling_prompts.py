@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,9 @@ from typing import Any, TypeVar
 
 from library.core.console import storable
 from library.core.errors import ConfigError, Problems, did_you_mean
-from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_STEPS, LARGEST_WHOLE, number_problem, shortened
+from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_STEPS, LARGEST_WHOLE, number_problem
 from library.core.text_files import parse_json, parse_toml
 from library.core.text_files import read_text as read_text_file
-from library.dataset.media_utils import ImageFileError, decode_image
 from library.families.record import SampleDefaults
 from library.families.registry import by_family
 
@@ -248,31 +246,6 @@ def _checked(field: str, value: Any) -> Any:
         if INFERENCE_SAMPLERS.problem(value) is not None:
             raise ValueError(f"unknown sampler{did_you_mean(value, SAMPLER_NAMES) or '.'} Known: {', '.join(SAMPLER_NAMES)}")
     return value
-
-
-def check_files(
-    prompt: SamplePrompt, options: Mapping[str, LineOption], first_frames: Callable[[str], Iterable[str]]
-) -> None:
-    """ConfigError that names every picture of a video prompt that cannot be read, and a control clip that is not there.
-    `first_frames`: the files of an `image_path`, which may name one for each section."""
-    paths = {
-        "image_path": first_frames(prompt.image_path) if prompt.image_path else (),
-        "end_image_path": filter(None, [prompt.end_image_path]), "control_image_path": prompt.control_image_path or (),
-    }  # fmt: skip
-    letters = {entry.field: letter for letter, entry in options.items()}
-    problems = []
-    for field, path in ((field, path) for field, given in paths.items() for path in dict.fromkeys(given)):
-        try:
-            decode_image(path)
-        except ImageFileError as error:
-            problems.append((field, str(error)))
-    if prompt.control_video_path and not os.path.exists(prompt.control_video_path):
-        problems.append(("control_video_path", f"{prompt.control_video_path} does not exist"))
-    if problems:
-        told = shortened(prompt.prompt)
-        raise ConfigError(
-            [f"the sample prompt '{told}': --{letters.get(field, field)}: {problem}" for field, problem in problems]
-        )
 
 
 def load_prompts(

@@ -52,7 +52,8 @@ from library.training.run import Models, Run
 from library.training.run_lock import claimed_output
 from library.training.run_record import RunRecord
 from library.training.run_settings import settings_of
-from library.training.sampling_prompts import SamplePrompt, check_files, holds_no_prompt, load_prompts
+from library.training.prompt_files import check_files
+from library.training.sampling_prompts import SamplePrompt, holds_no_prompt, load_prompts
 from library.training.schedulers import SchedulerOptions
 from library.training.start_page import print_start
 from library.training.state import check_hook_weights, local_state_folder, resume

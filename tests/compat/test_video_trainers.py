@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -48,6 +49,18 @@ def test_a_trainer_gives_the_bytes_of_the_script(work):
     assert tensors(train(work, hv.NetworkTrainer(), "plain")) == plain
     mine = type("Mine", (hv.HunyuanVideoNetworkTrainer,), {name: passing(name) for name in names})
     assert tensors(train(work, mine(), "mine")) == plain and set(called) == set(names)
+
+
+@pytest.mark.parametrize(
+    ("family", "script", "name"),
+    [("wan", "wan", "WanNetworkTrainer"), ("framepack", "fpack", "FramePackNetworkTrainer")],
+)
+def test_the_others_give_the_bytes_of_theirs(family, script, name, tmp_path_factory, tmp_path):
+    made, module = Tinies(tmp_path_factory).work(family, tmp_path), importlib.import_module(f"{script}_train_network")
+    parser = getattr(module, f"{script}_setup_parser")(hv.setup_parser_common())
+    getattr(module, name)().train(parser.parse_args([*made.argv("mine"), "--max_train_steps=1"]))
+    plain = made.train("script", "--max_train_steps=1")
+    assert tensors(tmp_path / "mine" / "lora.safetensors") == tensors(plain)
 
 
 def test_what_a_trainer_changes_counts(work):

@@ -10,6 +10,7 @@ from library.checkpoints import layout_rules
 from library.checkpoints.hunyuan_image_convert import NAMES, autoencoder_rules, autoencoder_to_original
 from library.components.ldm_models import AutoEncoderParams
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
+from library.hunyuan_image_utils import denoiser_state
 from library.hunyuan_image_vae import TILES, HunyuanVAE2D
 
 diffusers = pytest.importorskip("diffusers")
@@ -36,7 +37,7 @@ def test_denoiser(guidance: bool, mean_flow: bool, depths: tuple[int, int], size
         rope_dim_list=(12, 12), guidance_embed=guidance, mean_flow=mean_flow,
     )  # fmt: skip
     ours = HYImageDiffusionTransformer(params)
-    ours.load_state_dict(NAMES.to_original(theirs.state_dict()))
+    ours.load_state_dict(denoiser_state(theirs.state_dict()))
     again = NAMES.to_diffusers(ours.state_dict())
     assert again.keys() == theirs.state_dict().keys()
     assert all(torch.equal(tensor, again[key]) for key, tensor in theirs.state_dict().items())

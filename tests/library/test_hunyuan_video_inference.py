@@ -130,6 +130,7 @@ def test_adapters_are_merged_hooked_left_out_and_written(tiny, adapter, tmp_path
     made = latent(tiny, tmp_path / "merged", *lora)
     assert not torch.equal(plain, made)
     assert torch.allclose(made, latent(tiny, tmp_path / "hooked", *lora, "--no-merge_lora_weights"), atol=1e-4)
+    assert torch.allclose(made, latent(tiny, tmp_path / "lycoris", *lora, "--lycoris"), atol=1e-4)
     assert torch.allclose(plain, latent(tiny, tmp_path / "none", *lora, "--lora_multiplier=0"), atol=1e-5)
     double = latent(tiny, tmp_path / "double", *lora, "--exclude_single_blocks")
     assert torch.equal(double, latent(tiny, tmp_path / "pattern", *lora, "--include_patterns", "double"))

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from library.checkpoints import layout_rules
-from library.checkpoints.wan_convert import denoiser_rules, to_original
+from library.checkpoints.wan_convert import denoiser_rules
 from library.safetensors_utils import save_file_atomic
 from library.wan_clip_utils import MEAN, STD, load_vision, vision_states
 from library.wan_models import WanModel, WanParams
+from library.wan_utils import denoiser_state
 
 diffusers = pytest.importorskip("diffusers")
 HEADS, HEAD, TEXT, VISION, PICTURE_TOKENS = 2, 24, 20, 16, 5
@@ -41,7 +42,7 @@ def both(in_dim: int, *, vision: bool = False, positions: int = 0, layers: int =
         )
     ).eval()
     state = theirs.state_dict()
-    ours.load_state_dict(to_original(state))
+    ours.load_state_dict(denoiser_state(state))
     again = layout_rules.from_original(ours.state_dict(), denoiser_rules(ours.state_dict()))
     assert again.keys() == state.keys() and all(torch.equal(again[key], tensor) for key, tensor in state.items())
     return theirs, ours

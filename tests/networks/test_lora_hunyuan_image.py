@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from library.checkpoints.hunyuan_image_convert import NAMES
 from library.checkpoints.loading import build_on_meta
 from library.core.registry import import_target
 from library.generation.adapter_files import AdapterFile
 from library.generation.adapters import merging
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
-from library.hunyuan_image_utils import load_hunyuan_image
+from library.hunyuan_image_utils import denoiser_state, load_hunyuan_image
 from library.safetensors_utils import save_file_atomic
 from networks.files.file_names import names_of_family
 from networks.files.lora_conversion import to_diffusers, to_dotted, to_kohya
@@ -93,7 +92,7 @@ def twin_models() -> tuple[nn.Module, HYImageDiffusionTransformer]:
         in_channels=8, hidden_size=32, num_heads=2, depth=2, depth_single=2, text_dim=12, byt5_dim=10,
         rope_dim_list=(8, 8),
     ))  # fmt: skip
-    ours.load_state_dict(NAMES.to_original(theirs.state_dict()))
+    ours.load_state_dict(denoiser_state(theirs.state_dict()))
     return theirs, ours.eval()
 
 

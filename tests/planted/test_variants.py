@@ -75,9 +75,6 @@ class SecondFamily(FluxFamily):
 @pytest.fixture
 def second(monkeypatch):
     plant(monkeypatch, RECORD)
-    cache_tools.family_switches.cache_clear()
-    yield
-    cache_tools.family_switches.cache_clear()
 
 
 def test_without_variants_the_family_is_itself():

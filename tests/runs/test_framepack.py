@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -11,11 +12,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from library.dataset.items import SampleFacts
+from library.dataset.latent_cache import LatentCache
+from library.families.framepack import FAMILY
+from library.families.latents import SampleKind
+from library.strategy_framepack import FramePackLatentEncoder
 from library.tiny_models.framepack_tiny import TinyFramePack, build_tiny_framepack
 from library.training import cli
 from tests.library.dataset.clips.videos import write_video
-from tests.runs.conftest import read_parts
+from tests.runs.conftest import losses_of, read_parts
 from tests.runs.families import refused_run
+from tests.tiny_clips import write_moving_shapes
 
 VIDEOS = """
 [general]
@@ -172,6 +179,30 @@ def test_sections_that_the_known_tool_cached_train_by_themselves(work: SectionWo
     before = {path: path.stat().st_mtime_ns for path in caches.glob("*.safetensors")}
     assert read_parts(work.train("known", VIDEOS, files=False))[1]
     assert before == {path: path.stat().st_mtime_ns for path in caches.glob("*.safetensors")}
+
+
+def test_the_loss_on_held_out_sections_of_a_moving_shape_falls_beside_pictures(work: SectionWork) -> None:
+    """Videos and pictures in one run. Noise and noise levels of the measurement are fixed, and its videos are not
+    trained on."""
+    work.pictures()
+    write_moving_shapes(work.folder / "moving", 8, frames=13)
+    data = VIDEOS.replace("{folder}", str(work.folder / "moving")) + "validation_split = 0.25\n"
+    beside = PICTURES[PICTURES.index("[[datasets]]") :].replace("{caches}", "{caches}2")
+    data += beside.replace("{folder}", str(work.folder))
+    options = ["--max_train_steps=32", "--validate_every_n_epochs=8", "--network_dim=4"]
+    losses = losses_of(work.train("out", data, *options), "validation")
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
+def test_masks_of_sections_are_those_of_their_frames() -> None:
+    """Nine frames in two sections of one latent frame each: the first frame is in neither."""
+    cache = LatentCache(FAMILY.architecture, FramePackLatentEncoder(), to_disk=False)
+    mask = np.arange(9, dtype=np.float32)[:, None, None]
+    found = [
+        cache.learned_mask(SimpleNamespace(facts=SampleFacts(SampleKind(section_frames=frames), section)), mask)
+        for frames, section in ((1, 0), (1, 1), (2, 0))
+    ]
+    assert [part.ravel().tolist() for part in found] == [[2.5], [6.5], [2.5, 6.5]]
 
 
 def test_clips_and_single_frames_as_samples(work: SectionWork, caplog: pytest.LogCaptureFixture) -> None:

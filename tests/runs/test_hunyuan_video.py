@@ -9,7 +9,8 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from library.checkpoints.hunyuan_video_convert import NAMES
 from library.core.errors import ConfigError
@@ -84,6 +85,36 @@ def test_clips_and_pictures_of_one_run_live_and_cached_give_the_same_bytes(work:
     ]  # fmt: skip
     cli.run(CASE.family, "network", alone)
     assert read_parts(work.folder / "alone" / "lora.safetensors")[1] == live
+
+
+def as_known_tools_write(path: Path) -> None:
+    """A cache file in float16, with no more in its header than the known video tool writes."""
+    known = ("architecture", "width", "height", "format_version", "frame_count", "caption1")
+    with safe_open(path, "pt") as file:
+        header = {name: text for name, text in file.metadata().items() if name in known}
+    tensors = load_file(path)
+    assert header["architecture"] == "hunyuan_video" and header["format_version"] == "1.0.1"
+    halves = {
+        key.replace("float32", "float16"): tensor.half() if tensor.is_floating_point() else tensor
+        for key, tensor in tensors.items()
+    }
+    save_file(halves, path, header)
+
+
+def test_caches_of_the_known_tool_train(work: ClipWork) -> None:
+    """Clips and pictures, without the files that made them."""
+    data, options = work.clips(), ["--max_train_steps=4"]
+    own = losses_of(work.train("own", *options, *CASE.caches(on_disk=True), dataset=data))
+    files = sorted(work.folder.rglob("*_hv*.safetensors"))
+    assert len(files) == 3 * 4 + 2 * 2
+    for path in files:
+        as_known_tools_write(path)
+    alone = [
+        word for word in work.argv("alone", *options, dataset=data)
+        if not word.startswith(("--vae", "--text_encoder", "--live"))
+    ]  # fmt: skip
+    cli.run(CASE.family, "network", alone)
+    assert losses_of(work.folder / "alone" / "lora.safetensors") == pytest.approx(own, rel=1e-2)
 
 
 def test_a_run_of_clips_goes_on_where_it_was_stopped(work: ClipWork) -> None:
@@ -245,7 +276,7 @@ def test_files_of_pytorch_and_folders_of_diffusers_train_the_same(tmp_path: Path
     expected = read_parts(work.train("plain", "--max_train_steps=2", f"--dit={plain}"))[1]
     for file in (states, folder, tmp_path):
         assert read_parts(work.train("other", "--max_train_steps=2", f"--dit={file}"))[1] == expected, file
-    assert work.trainer("pt", f"--vae={autoencoder}").family._slot_problems("vae") == []
+    assert work.trainer("pt", f"--vae={autoencoder}").family.part_problems("vae") == []
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------

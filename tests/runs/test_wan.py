@@ -395,6 +395,10 @@ def test_notices_name_the_range_of_one_expert_and_the_cleaning(tinies: Tinies, t
     swapped = WanWork(tmp_path, dataclasses.replace(tiny, denoiser=high, high=tiny.denoiser))
     assert any("whose name says much noise" in line for line in swapped.family()._notices())
     assert any("ftfy is not installed" in line for line in one.family()._notices())
+    buckets = WanWork(tmp_path, tiny).family("--num_timestep_buckets=4", "--timestep_sampling=uniform")
+    assert any("--num_timestep_buckets" in line for line in buckets._notices())
+    drawn = buckets.timestep_sampler(buckets.objective()).sample((2, 16, 1, 4, 4), StepDraws(1, 0, (0, 1)))
+    assert len({float(time) >= 0.9 for time in drawn}) == 1
     idle = {item.written for item in one.family("--offload_inactive_dit", "--guidance_scale=3").idle()}
     assert idle == {"--offload_inactive_dit", "--guidance_scale"}
 

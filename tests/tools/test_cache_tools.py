@@ -188,9 +188,6 @@ def test_the_family_may_be_left_out_where_another_option_tells_it(tmp_path):
 @pytest.fixture
 def second_family(monkeypatch):
     plant(monkeypatch, dataclasses.replace(record_of("flux"), name="second"))
-    cache_tools.family_switches.cache_clear()
-    yield
-    cache_tools.family_switches.cache_clear()
 
 
 def test_one_of_several_families_must_be_named_but_not_for_help(second_family, capsys):

@@ -7,12 +7,14 @@ import dataclasses
 import logging
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from library.core.errors import ConfigError
+from library.dataset import fill_caches
 from library.dataset.tensor_cache_io import TensorFile
 from library.families.record import CacheNames, ClipFacts
 from library.generation.video_files import read_video
@@ -21,7 +23,7 @@ from library.training import cache_tools, parser_common
 from library.training.cache_preview import as_characters
 from tests.musubi import known_options
 from tests.planted import plant
-from tests.toy_video.clips import draw_clip, draw_clips
+from tests.toy_video.clips import draw_clips
 from tests.toy_video.family import ToyLatentsCaching, ToyTextCaching, ToyVideoFamily
 from tests.toy_video.record import FAMILY
 
@@ -78,8 +80,6 @@ def work(tmp_path) -> Work:
 def test_options_of_the_known_tools_work(work, monkeypatch, caplog):
     """Batches, threads, device and cuDNN are as they were asked for."""
     caplog.set_level(logging.INFO)
-    from library.dataset import fill_caches
-
     seen, encode = {}, fill_caches.encode_latents
 
     def watched(jobs, strategy, vae, **settings):
@@ -230,8 +230,6 @@ def test_samples_as_files_beside_the_caches(work):
 
 
 def test_samples_in_a_window_need_one(work, monkeypatch):
-    import cv2
-
     shown = []
     monkeypatch.setattr(cv2, "imshow", lambda title, pixels: shown.append(pixels.shape))
     monkeypatch.setattr(cv2, "waitKey", lambda delay: ord("q"))

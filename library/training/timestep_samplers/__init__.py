@@ -73,14 +73,15 @@ class TimestepOptions:
     discrete_flow_shift: float = option(3.0, help="shift of the modes sigma and shift; 1 = none")
     sigma_table: str = option(
         "rising", choices=SIGMA_TABLES,
-        help="how mode sigma reads its table of 1000 levels: rising, a larger number of the density is a noisier sample, as in"
-        " the paper; falling, a cleaner one, at whole timesteps, as known trainers of video models do",
+        help="how mode sigma reads its table of 1000 levels: rising, a larger number of the density is a noisier"
+        " sample, as in the paper; falling, a cleaner one, at whole timesteps, as known trainers of video models do",
     )
     min_timestep: int | None = option(None, help="smallest timestep, 0 to 999 (default 0)")
     max_timestep: int | None = option(None, help="end of the range of timesteps, 1 to 1000 (default 1000)")
     preserve_distribution_shape: bool = option(
         False,
-        help="cut the distribution to the range of --min_timestep and --max_timestep, where it is squeezed into it otherwise",
+        help="cut the distribution to the range of --min_timestep and --max_timestep, where it is squeezed into it"
+        " otherwise",
     )
     num_timestep_buckets: int | None = option(
         None, convert=buckets_or_none,
@@ -88,7 +89,8 @@ class TimestepOptions:
     )
     show_timesteps: str | None = option(
         None, choices=(None, *SHOWN_AS),
-        help="show which noise levels would be drawn instead of training: console, as text, or image, a PNG in --output_dir",
+        help="show which noise levels would be drawn instead of training: console, as text, or image, a PNG in"
+        " --output_dir",
     )
     show_timesteps_resolution: tuple[int, int] | None = option(
         None, convert=parse_resolution, metavar="W,H", most=LARGEST_SIDE,
@@ -146,8 +148,8 @@ def notices(options: TimestepOptions) -> list[str]:
     if options.sigma_table == "falling":  # families whose known trainers do the same, but for the range
         if options.timestep_sampling == "sigma" and is_limited(options):
             lines.append(
-                "--min_timestep/--max_timestep bound the noise levels of --timestep_sampling sigma (known trainers of videos"
-                " bound places in a falling table: 200 and 900 train 101 to 800)"
+                "--min_timestep/--max_timestep bound the noise levels of --timestep_sampling sigma (known trainers of"
+                " videos bound places in a falling table: 200 and 900 train 101 to 800)"
             )
         return lines
     if options.timestep_sampling == "sigma" and options.weighting_scheme in ("logit_normal", "mode"):
@@ -191,9 +193,10 @@ def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> li
         if getattr(options, name) != getattr(default, name) and (explicit is None or name in explicit)
     ]
     how = f"neither --timestep_sampling {mode} nor --weighting_scheme {scheme} uses it"
-    found = without_effect([name for name in changed if not used[name] and not (falls and name.startswith("disc"))], how)
-    if falls and "discrete_flow_shift" in changed:
-        found += without_effect(["discrete_flow_shift"], "the falling table of --timestep_sampling sigma has no shift")
+    reasons = {"discrete_flow_shift": "the falling table of --timestep_sampling sigma has no shift"} if falls else {}
+    found = [
+        item for name in changed if not used[name] for item in without_effect([name], reasons.get(name, how))
+    ]
     if mode not in DENSITY_MODES and scheme in ("logit_normal", "mode"):
         found += without_effect(["weighting_scheme"], f"{scheme} shapes the sigmas only with --timestep_sampling sigma")
     return found + _idle_shapes(options, explicit)

@@ -1,5 +1,5 @@
-"""Laws of noise levels: each mode of --timestep_sampling that has one as a rising or falling function of one random number, with
-its inverse, so that a law can be drawn from evenly spread numbers and be cut to a range exactly."""
+"""Laws of noise levels: each mode of --timestep_sampling that has one as a rising or falling function of one random
+number, with its inverse, so that a law can be drawn from evenly spread numbers and be cut to a range exactly."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def sigmas_from_uniform(
     options: TimestepOptions, u: Tensor, chooser: Tensor, latent_hw: tuple[int, int]
 ) -> Tensor:
     """Sigmas float64 of the chosen mode from uniform numbers of any shape, in its range: squeezed into it, or with
-    --preserve_distribution_shape cut to it. `chooser`: further uniform numbers of that shape, which choose the part of a
-    mixture."""
+    --preserve_distribution_shape cut to it. `chooser`: further uniform numbers of that shape, which choose the part of
+    a mixture."""
     u, laws = u.double(), laws_of(options, latent_hw)
     low, high = (limit / timesteps.NUM_TIMESTEPS for limit in timesteps.timestep_range(
         options.min_timestep, options.max_timestep

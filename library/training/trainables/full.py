@@ -180,8 +180,8 @@ class FullTrainable(WeightsTrainable):
         if not groups and self.opts.trainable_modules and not self._text:
             first = next(name for name, _ in denoiser.named_parameters())
             raise ConfigError(
-                f"--trainable_modules is {' '.join(self.opts.trainable_modules)}; no parameter has that in its path (the"
-                f" first path: {first}), so that nothing would learn"
+                f"--trainable_modules is {' '.join(self.opts.trainable_modules)}; no parameter has that in its path"
+                f" (the first path: {first}), so that nothing would learn"
             )
         for number, encoder in self._text.items():
             unused = tuple(self.family.unused_text_layers(number, encoder))

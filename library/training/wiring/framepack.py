@@ -19,10 +19,10 @@ from library.training.wiring.video_llama_clip import LlamaClipFamily, LlamaClipO
 if TYPE_CHECKING:
     import torch
 
+    from library.checkpoints.denoisers import DenoiserInfo
     from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import Conditioning
-    from library.framepack_utils import FramePackInfo
     from library.generation.pipeline import PicturePipeline
     from library.training.accelerator_setup import Runtime
     from library.training.objective import NoisyLatents
@@ -95,7 +95,7 @@ class FramePackFamily(LlamaClipFamily):
         )  # fmt: skip
 
     @cached_property
-    def _denoiser_info(self) -> FramePackInfo:
+    def _denoiser_info(self) -> DenoiserInfo:
         from library.framepack_utils import inspect_framepack
 
         return inspect_framepack(self._denoiser_path)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from library.components.hunyuan_stream_utils import StreamInfo
+    from library.checkpoints.denoisers import DenoiserInfo
     from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import Conditioning, StrategySet
@@ -187,7 +187,7 @@ class HunyuanImageFamily(FlowFamily):
         return self.config[MemoryOptions].blocks_to_swap or 0
 
     @cached_property
-    def _denoiser_info(self) -> StreamInfo:
+    def _denoiser_info(self) -> DenoiserInfo:
         from library.hunyuan_image_utils import inspect_hunyuan_image
 
         return inspect_hunyuan_image(self._denoiser_path)

@@ -17,7 +17,7 @@ from library.training.wiring.video_llama_clip import LlamaClipFamily, LlamaClipO
 if TYPE_CHECKING:
     import torch
 
-    from library.components.hunyuan_stream_utils import StreamInfo
+    from library.checkpoints.denoisers import DenoiserInfo
     from library.dataset.batch import Batch
     from library.dataset.latent_cache import LatentCache
     from library.dataset.strategies import Conditioning
@@ -88,7 +88,7 @@ class HunyuanVideoFamily(LlamaClipFamily):
         return without_effect(unread, "only distilled models have embedded guidance, and this file is none")
 
     @cached_property
-    def _denoiser_info(self) -> StreamInfo:
+    def _denoiser_info(self) -> DenoiserInfo:
         from library.hunyuan_video_utils import inspect_hunyuan_video
 
         return inspect_hunyuan_video(self._denoiser_path)

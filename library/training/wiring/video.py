@@ -54,7 +54,8 @@ class VideoFamily(FlowFamily):
         "lowram": _PLACES,
         "highvram": _PLACES,
         "mem_eff_attn": "an option of scripts for pictures; attention is computed by torch (--sdpa)",
-        "skip_until_initial_step": "an option of scripts for pictures; a run goes on at the exact batch of its first step",
+        "skip_until_initial_step": "an option of scripts for pictures; a run goes on at the exact batch of its first"
+        " step",
         "max_token_length": "it counts CLIP tokens of Stable Diffusion; video models have lengths of their own",
     }
 
@@ -129,7 +130,8 @@ class VideoFamily(FlowFamily):
 
     def idle(self) -> list[Ignored]:
         given = ["img_in_txt_in_offloading"] if self.opts.img_in_txt_in_offloading and not self.embedders_wait else []
-        return without_effect(given, "the known script takes it and does nothing with it; --blocks_to_swap saves memory")
+        how = "the known script takes it and does nothing with it; --blocks_to_swap saves memory"
+        return without_effect(given, how)
 
     def _notices(self) -> list[str]:
         return ["the time reaches the network in float32, as 1000 sigma (known trainers add 1)"]

@@ -1,5 +1,5 @@
-"""Options that the training scripts of all video families have, under the names of the known scripts, and what they stand
-for among the options of every script."""
+"""Options that the training scripts of all video families have, under the names of the known scripts, and what they
+stand for among the options of every script."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from library.core.errors import Problems
 from library.core.options import equivalent_option, option, refused_option
 
-_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention, which takes the fastest way there is"
+_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention, which takes the fastest way it has"
 _SWAP = "swapped blocks change places in the background, in one way for all settings, with the same result"
 
 DTYPES = {
@@ -49,8 +49,8 @@ class VideoOptions:
     )
     live_encoding: bool = option(
         False,
-        help="encode clips and captions in every step; without it, and without --cache_*, both are cached on the disk, and"
-        " neither VAE nor text encoders are needed where the caches are complete",
+        help="encode clips and captions in every step; without it, and without --cache_*, both are cached on the disk,"
+        " and neither VAE nor text encoders are needed where the caches are complete",
     )
     guidance_scale: float = option(1.0, help="embedded guidance that models distilled for it are trained with")
     fp8_scaled: bool = option(
@@ -77,7 +77,8 @@ class VideoOptions:
     )
     flash3: bool = equivalent_option(False, help="attention of flash-attn 3", reason=f"--flash3: {_ATTENTION}")
     sage_attn: bool = refused_option(
-        False, help="attention of SageAttention", reason="SageAttention has no backward pass; use --sdpa or --flash_attn"
+        False, help="attention of SageAttention",
+        reason="SageAttention has no backward pass; use --sdpa or --flash_attn",
     )
     split_attn: bool = equivalent_option(
         False, help="one attention call for each sample", reason=f"--split_attn: {_ATTENTION}, which needs no splitting"
@@ -124,8 +125,8 @@ DEFAULTS: Mapping[str, object] = {"discrete_flow_shift": 1.0, "weighting_scheme"
 
 
 def following_defaults(values: Mapping[str, object]) -> dict[str, object]:
-    """The precision of `accelerate launch`, and caches on the disk, for clips and captions each, unless something is said
-    of them."""
+    """The precision of `accelerate launch`, and caches on the disk, for clips and captions each, unless something is
+    said of them."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
     found: dict[str, object] = {"mixed_precision": launched} if launched in ("fp16", "bf16") else {}
     if values.get("live_encoding") or values.get("dataset_class"):

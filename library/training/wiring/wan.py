@@ -17,7 +17,7 @@ from library.core.options import Ignored, equivalent_option, number_or_none, opt
 from library.families.wan import FAMILY
 from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, boundary_of, task_of_caches
 from library.training.option_groups import MemoryOptions, ModelOptions
-from library.training.timestep_samplers import TimestepOptions
+from library.training.timestep_samplers import TimestepOptions, build
 from library.training.wiring.base import tokenizer_problems
 from library.training.wiring.video import VideoFamily
 from library.training.wiring.video_options import VideoOptions
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from library.checkpoints.denoisers import DenoiserInfo
     from library.dataset.batch import Batch
     from library.dataset.items import ImageItem
     from library.dataset.latent_cache import LatentCache
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from library.training.run import DiTOutput, Models
     from library.training.sampling_prompts import SamplePrompt
     from library.training.timestep_samplers import TimestepSampler
-    from library.wan_utils import WanInfo
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class WanFamily(VideoFamily):
         )
 
     @cached_property
-    def _denoiser_info(self) -> WanInfo:
+    def _denoiser_info(self) -> DenoiserInfo:
         from library.wan_utils import inspect_wan
 
         return inspect_wan(self._denoiser_path)
@@ -271,17 +271,19 @@ class WanFamily(VideoFamily):
     def _expert_notices(self) -> list[str]:
         """Where one expert of two is trained over noise levels that it never sees in use, or takes the other's
         place."""
-        says_high = "high" in Path(self._denoiser_path).name.lower()
+        says_high, times = "high" in Path(self._denoiser_path).name.lower(), self.config[TimestepOptions]
         if self.has_two_experts:
             swapped = (
                 f"--dit is {Path(self._denoiser_path).name}, whose name says much noise; it is the expert for little,"
                 " and --dit_high_noise the other one"
             )
-            return [swapped] if says_high else [
+            lines = [swapped] if says_high else [
                 f"two experts: each step learns on one side of the noise level {self.boundary:g}, drawn by the share of"
                 " the noise levels that lie there"
             ]
-        ranges, times = self.task.ranges(), self.config[TimestepOptions]
+            uneven = "--num_timestep_buckets: noise levels on the other side are drawn anew, so that no epoch is even"
+            return [*lines, uneven] if times.num_timestep_buckets else lines
+        ranges = self.task.ranges()
         given = (times.min_timestep or WHOLE_RANGE[0], times.max_timestep or WHOLE_RANGE[1])
         if ranges is None or given != WHOLE_RANGE:
             return []
@@ -400,7 +402,11 @@ class WanFamily(VideoFamily):
             return law
         from library.wan_train_utils import OneSide
 
-        return OneSide(law, self.boundary)
+        times = self.config[TimestepOptions]
+        if times.num_timestep_buckets is None:
+            return OneSide(law, self.boundary)
+        plain = build(dataclasses.replace(times, num_timestep_buckets=None))  # what replaces a draw is in no bucket
+        return OneSide(law, self.boundary, plain)
 
     def predict(
         self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object

@@ -210,6 +210,12 @@ def test_problems_are_told_together_before_a_model_is_loaded(run, monkeypatch, t
     assert "--blocks_to_swap and --compile" in told
     with pytest.raises(ConfigError, match="--video_path is none.mp4: there is no such file"):
         run("--video_path=none.mp4")
+    (tmp_path / "sound.mp4").write_bytes(b"\0" * 100)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="--video_path: .*sound.mp4"):
+        run(f"--video_path={tmp_path / 'sound.mp4'}")
+    with pytest.raises(ConfigError, match="--video_path: .*empty holds no pictures"):
+        run(f"--video_path={tmp_path / 'empty'}")
     with pytest.raises(ConfigError, match="--save_path is not given; needed: the folder for the videos"):
         ToyScript().run(["--prompt=a"])
     with pytest.raises(ConfigError, match="use --output_type video or images"):

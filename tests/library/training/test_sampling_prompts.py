@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from library.core.errors import ConfigError
+from library.training.prompt_files import check_files
 from library.training.sampling_prompts import (
     SAMPLE_DEFAULTS,
     VIDEO_LINE_OPTIONS,
     SamplePrompt,
-    check_files,
     is_sample_due,
     load_prompts,
     parse_line,
