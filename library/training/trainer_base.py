@@ -48,11 +48,11 @@ from library.training.optimizers import OptimizerOptions
 from library.training.option_groups import LoopOptions, MemoryOptions, ResumeOptions, SamplingOptions, SavingOptions
 from library.training.own_hooks import make_hooks, names_never_called
 from library.training.progress import Progress
+from library.training.prompt_files import check_files
 from library.training.run import Models, Run
 from library.training.run_lock import claimed_output
 from library.training.run_record import RunRecord
 from library.training.run_settings import settings_of
-from library.training.prompt_files import check_files
 from library.training.sampling_prompts import SamplePrompt, holds_no_prompt, load_prompts
 from library.training.schedulers import SchedulerOptions
 from library.training.start_page import print_start
