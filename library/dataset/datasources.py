@@ -27,6 +27,7 @@ from library.dataset.clips.cutting import Cutter
 from library.dataset.clips.video_files import VIDEO_EXTENSIONS
 from library.dataset.discovery import discover
 from library.dataset.file_checks import check_files, files_of, take_check
+from library.dataset.folders import NAME_VIDEOS, has_extension
 from library.dataset.info_cache import info_entry, known_image, read_info, write_info
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
 from library.dataset.media_utils import ImageCheck
@@ -504,6 +505,8 @@ def _why_empty(subset: SubsetParams, dataset: DatasetParams, scanner: Scanner) -
         )
     if any(os.path.splitext(name)[1].lower() in extensions for name in os.listdir(folder)):
         return f"no {medium} in {folder} can be used"
+    if any(has_extension(name, frozenset(VIDEO_EXTENSIONS)) for name in os.listdir(folder)):
+        return f"the folder {folder} holds videos and no {subset.medium}; {NAME_VIDEOS}"
     inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     hint = f"; it has sub-folders ({listed(inner)}): give each its own subset" if inner else ""
     return f"the folder {folder} holds no {subset.medium} ({', '.join(sorted(extensions))}){hint}"

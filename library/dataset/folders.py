@@ -14,6 +14,8 @@ from library.dataset.control_files import control_pictures, control_videos, laye
 from library.dataset.items import SubsetParams
 from library.dataset.scanner import FoundImage, Scanner
 
+NAME_VIDEOS = "video_directory of a dataset or subset reads videos"
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -81,6 +83,8 @@ def _of_medium(listing: Listing, subset: SubsetParams, scanner: Scanner) -> list
         )
         names = [name for name in names if _is_plain(os.path.splitext(name)[1])]
     if subset.clips is None:
+        videos = [name for name in listing.files if has_extension(name, frozenset(VIDEO_EXTENSIONS))]
+        scanner.summary_warning(videos, f"videos in the folder of {subset.label} are no part of it; {NAME_VIDEOS}")
         return names
     return sorted([*names, *_frame_folders(listing, subset)])
 

@@ -120,6 +120,7 @@ class FramePackScript(LlamaClipScript):
                 request = dataclasses.replace(request, width=width, height=height)
         else:
             count = sections.count_sections(seconds=request.seconds, sections=request.sections, window=window)
+            tell_effects(request, count)
             frames = sections.frames_needed(window, count)
         return super().completed(
             dataclasses.replace(request, frames=frames, sections=count, magcache=request.own_magcache), maker
@@ -180,6 +181,17 @@ class FramePackScript(LlamaClipScript):
                 "--video_sections counts sections whatever --fps is (known scripts make others where it is not 30)"
             )
         return found
+
+
+def tell_effects(request: FramePackRequest, count: int) -> None:
+    """Warn of what a clip of so many sections is made without: a first picture, and texts and pictures of sections
+    that it does not have."""
+    if not request.image_path:
+        logger.warning("there is no --image_path; the clip begins with zeros, in the place of a picture")
+    for option, text in (("prompt", request.prompt), ("image_path", request.image_path or "")):
+        if unused := sections.unused_texts(text, count):
+            numbers = ", ".join(map(str, unused))
+            logger.warning("--%s: what is given for %s has no effect, of %d sections", option, numbers, count)
 
 
 def section_paths(text: str) -> list[str]:

@@ -134,6 +134,18 @@ def test_empty_folder_beside_a_filled_one(tmp_path):
     assert "holds no images" in "".join(problems(tmp_path, config(folder(tmp_path / "b"))))
 
 
+def test_videos_among_pictures_are_told(tmp_path):
+    """They are no data of a folder of pictures, and nobody would notice."""
+    image(tmp_path / "a" / "a.png")
+    for where in ("a", "b"):
+        (tmp_path / where).mkdir(exist_ok=True)
+        (tmp_path / where / "clip.MP4").write_bytes(b"x")
+    result = scan(tmp_path, config(folder(tmp_path / "a")))
+    assert any("clip.MP4" in line and "video_directory" in line for line in result.warnings)
+    alone = "".join(problems(tmp_path, config(folder(tmp_path / "b"))))
+    assert "holds videos and no images" in alone and "video_directory" in alone
+
+
 def test_captions(tmp_path):
     image(tmp_path / "a" / "own.png", caption="own")
     image(tmp_path / "a" / "none.png", caption=None)

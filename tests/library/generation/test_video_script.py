@@ -232,6 +232,8 @@ def test_problems_are_told_together_before_a_model_is_loaded(run, monkeypatch, t
         run(f"--video_path={tmp_path / 'empty'}")
     with pytest.raises(ConfigError, match="--save_path is not given; needed: the folder for the videos"):
         ToyScript().run(["--prompt=a"])
+    with pytest.raises(ConfigError, match="--save_path is .*sound.mp4; files cannot be written there"):
+        run(folder="sound.mp4")
     with pytest.raises(ConfigError, match="use --output_type video or images"):
         run("--latent_path=x", "--output_type=both", prompt=False)
 
