@@ -189,7 +189,9 @@ def _way_out(path: str | os.PathLike, found: CheckpointKind, wanted: set[str], f
         return ""
     script = script_of_kind(found.kind, for_pictures=for_pictures) or "no script here"
     script += "".join(f" without --{option}" for option in options_away_from(found.kind, wanted))
-    return f"; {script} {'makes images with' if for_pictures else 'trains'} such a model"
+    is_video = any(record.clips and found.kind in record.kinds for record in records().values())
+    does = f"makes {'videos' if is_video else 'images'} with" if for_pictures else "trains"
+    return f"; {script} {does} such a model"
 
 
 def check_adapter(path: str | os.PathLike, slot: str, owner: str) -> str | None:

@@ -114,6 +114,7 @@ PART_KINDS: tuple[ModelKind, ...] = (
     ),
     ModelKind(
         name="siglip", role="text_encoder",
+        wanted="a SigLIP image encoder (sigclip_vision_patch14_384.safetensors, or its folder)",
         signatures=(Signature(title="a SigLIP image encoder", has=("vision_model.head.probe",)),)
     ),
     ModelKind(

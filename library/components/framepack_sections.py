@@ -183,6 +183,14 @@ def section_texts(text: str) -> dict[int, str]:
     return texts
 
 
+def unused_texts(text: str, count: int) -> list[int]:
+    """Indices of `section_texts` whose text none of so many sections has."""
+    texts = section_texts(text)
+    used = {index_for(section, count, texts) for section in range(count)}
+    shown = {texts[index] for index in used}
+    return sorted(index for index in texts.keys() - used if texts[index] not in shown)
+
+
 # -- one frame ---------------------------------------------------------------------------------------------------------
 
 

@@ -107,6 +107,12 @@ def unwritable(folder: str | os.PathLike[str]) -> str | None:
         return error.strerror or str(error)
 
 
+def unwritable_problem(option: str, folder: str) -> str | None:
+    """`unwritable` of the folder that an option names, in words."""
+    reason = unwritable(folder)
+    return f"--{option} is {folder}; files cannot be written there ({reason})" if reason else None
+
+
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file."""
     with atomic_path(path) as temporary:

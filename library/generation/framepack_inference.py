@@ -47,6 +47,11 @@ class FramePackScript(LlamaClipScript):
     texts = {"flow-shift": "flow_shift", "guidance": "embedded_guidance_scale"}
     request_class = FramePackRequest
     request_groups = (OneFrameOptions, MagCacheOptions)
+    needs = {
+        **LlamaClipScript.needs, "control_image_path": "one_frame_inference",
+        "one_frame_auto_resize": "control_image_path", "rope_scaling_factor": "rope_scaling_timestep_threshold",
+        **{f"magcache_{name}": "magcache_mag_ratios" for name in ("retention_ratio", "threshold", "k")},
+    }  # fmt: skip
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -115,6 +120,7 @@ class FramePackScript(LlamaClipScript):
                 request = dataclasses.replace(request, width=width, height=height)
         else:
             count = sections.count_sections(seconds=request.seconds, sections=request.sections, window=window)
+            tell_effects(request, count)
             frames = sections.frames_needed(window, count)
         return super().completed(
             dataclasses.replace(request, frames=frames, sections=count, magcache=request.own_magcache), maker
@@ -164,6 +170,8 @@ class FramePackScript(LlamaClipScript):
 
     def notices(self, config: Config) -> list[str]:
         found, options, single = super().notices(config), config[self.pictures], config[OneFrameOptions]
+        if "embedded_cfg_scale" in config.explicit and not self._params(config).guidance_embeds:
+            found.append("--embedded_cfg_scale has no effect: the file is of a model without embedded guidance")
         if options.end_image_path and (config[self.models].f1 or single.one_frame_inference is not None):
             found.append("--end_image_path has no effect with --f1 and --one_frame_inference")
         if options.latent_paddings and config[self.models].f1:
@@ -173,6 +181,17 @@ class FramePackScript(LlamaClipScript):
                 "--video_sections counts sections whatever --fps is (known scripts make others where it is not 30)"
             )
         return found
+
+
+def tell_effects(request: FramePackRequest, count: int) -> None:
+    """Warn of what a clip of so many sections is made without: a first picture, and texts and pictures of sections
+    that it does not have."""
+    if not request.image_path:
+        logger.warning("there is no --image_path; the clip begins with zeros, in the place of a picture")
+    for option, text in (("prompt", request.prompt), ("image_path", request.image_path or "")):
+        if unused := sections.unused_texts(text, count):
+            numbers = ", ".join(map(str, unused))
+            logger.warning("--%s: what is given for %s has no effect, of %d sections", option, numbers, count)
 
 
 def section_paths(text: str) -> list[str]:

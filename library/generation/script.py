@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
+from library.core.atomic_file import unwritable_problem
 from library.core.console import utf8_text
 from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems, problems_of
 from library.core.options import Config
@@ -340,9 +341,17 @@ class ImageScript(ABC, Generic[Request]):
         for problem in refused_problems(config):
             problems.add(problem)
         found = problems_of(lambda: self.check(config))
+        for problem in self._folder_problems(config):
+            problems.add(problem)
         for problem in [*found, *self._word_problems(config, has_model=not found)]:
             problems.add(problem)
         problems.raise_if_any()
+
+    def _folder_problems(self, config: Config) -> list[str]:
+        pictures = config[self.pictures]
+        option = "save_path" if hasattr(pictures, "save_path") else "output_dir"
+        problem = pictures.output_dir and unwritable_problem(option, pictures.output_dir)
+        return [problem] if problem else []
 
     def _word_problems(self, config: Config, has_model: bool) -> list[str]:
         """What is wrong with files of textual inversions; for the text encoders where there are such."""

@@ -169,6 +169,14 @@ def _pixels(path: str) -> Tensor:
     return (values / 127.5 - 1).permute(2, 0, 1)[None].contiguous()
 
 
+def unread_files(task: WanTask, request: WanRequest) -> list[str]:
+    """Fields of a request that name a file which its task, or a single frame, does not look at."""
+    clip = not request.one_frame
+    pictures = clip and (task.takes_picture or task.fun_control)
+    reads = {"image_path": pictures, "end_image_path": pictures, "control_path": clip and task.fun_control}
+    return [name for name, is_read in reads.items() if getattr(request, name) and not is_read]
+
+
 def condition_problem(task: WanTask, request: Any) -> str | None:
     """What a clip lacks that its task is conditioned on, or None. `request`: a WanRequest, or a sample prompt, whose
     fields have other names."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.core.atomic_file import unwritable
+from library.core.atomic_file import unwritable_problem
 from library.core.errors import AtelierError, ConfigError, Problems, problems_of
 from library.core.file_limits import cut_name, name_length, name_limit
 from library.core.options import Config, MissingGroup
@@ -117,10 +117,8 @@ def output_problems(config: Config) -> list[str]:
         return []
     if not output_dir:
         return ["--output_dir is not given; needed: the folder for the trained files"]
-    reason = unwritable(output_dir)
-    return (
-        [f"--output_dir is {output_dir}; files cannot be written there ({reason})"] if reason else name_problems(config)
-    )
+    problem = unwritable_problem("output_dir", output_dir)
+    return [problem] if problem else name_problems(config)
 
 
 def make_output_folder(config: Config) -> None:
@@ -313,8 +311,8 @@ def logging_problems(config: Config) -> list[str]:
             "tensorboard", "--logging_dir" if logs.log_with is None else f"--log_with {logs.log_with}", "tensorboard"
         )
     if logs.logging_dir:
-        reason = unwritable(logs.logging_dir)
-        problems += [f"--logging_dir is {logs.logging_dir}; files cannot be written there ({reason})"] if reason else []
+        problem = unwritable_problem("logging_dir", logs.logging_dir)
+        problems += [problem] if problem else []
     if logs.log_with in ("wandb", "all"):
         problems += _package_problems("wandb", f"--log_with {logs.log_with}", "atelier[wandb]")
     if logs.log_tracker_config is not None:

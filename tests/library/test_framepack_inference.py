@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 
 from library.core.errors import ConfigError
 from library.generation import framepack_inference
+from library.generation.framepack_requests import FramePackRequest
 from library.safetensors_utils import save_file_atomic
+from library.tiny_models import build_tiny
 from library.tiny_models.framepack_tiny import build_tiny_framepack
 from tests.tiny import video_words
 
@@ -107,6 +109,16 @@ def test_settings_change_the_video(tiny, tmp_path):
     assert torch.equal(made[0], latent(tiny, tmp_path / "k", *one, "--magcache_mag_ratios=0", "--magcache_k=0"))
 
 
+def test_a_clip_tells_what_it_is_made_without(caplog):
+    request = FramePackRequest(width=32, height=32, prompt="0:a;;;7:b", image_path="2-3:none.png;;;0:first.png", sections=2)
+    framepack_inference.tell_effects(request, 2)
+    assert "--prompt: what is given for 7 has no effect, of 2 sections" in caplog.text
+    assert "--image_path: what is given for 2, 3 has no effect" in caplog.text and "zeros" not in caplog.text
+    caplog.clear()
+    framepack_inference.tell_effects(FramePackRequest(width=32, height=32, prompt="-1:a;;;0-1:b"), 2)
+    assert caplog.messages == ["there is no --image_path; the clip begins with zeros, in the place of a picture"]
+
+
 def test_calibration_prints_ratios_that_can_be_given(tiny, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         latent(tiny, tmp_path / "a", "--video_sections=1", "--magcache_calibration")
@@ -177,6 +189,10 @@ def test_what_is_missing_or_wrong_is_told_at_once(tiny, pictures, tmp_path, monk
         "--control_image_mask_path has 1 files for 0", "--video_sections is 0",
     ):
         assert part in told, part
+    with pytest.raises(ConfigError, match="needed: a SigLIP image encoder"):
+        run(tiny, tmp_path, f"--image_encoder={tiny.vae}")
+    with pytest.raises(ConfigError, match="hv_generate_video.py makes videos with such a model"):
+        run(tiny, tmp_path, f"--dit={build_tiny('hunyuan_video', tmp_path / 'other').denoiser}")
     with pytest.raises(ConfigError, match="the sections 3-1 of a prompt run backwards"):
         run(tiny, tmp_path, prompt="3-1:x;;;0:y")
     with pytest.raises(ConfigError) as caught:

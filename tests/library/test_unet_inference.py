@@ -214,6 +214,9 @@ def test_wrong_lines_are_told_together_with_their_numbers(tiny, tmp_path):
 def test_refused_options_say_why(tiny, tmp_path):
     with pytest.raises(ConfigError, match="--clip_vision_strength .*CLIP or VGG"):
         made(tiny["sd1"], tmp_path, "--prompt", "a", "--clip_vision_strength=0.5")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match="--outdir is .*file; files cannot be written there"):
+        made(tiny["sd1"], tmp_path / "file", "--prompt", "a")
     with pytest.raises(ConfigError, match="leave --v2 out"):
         made(tiny["sd1"], tmp_path, "--prompt", "a", "--v2")
     with pytest.raises(ConfigError, match="CLIP guidance"):

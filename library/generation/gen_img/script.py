@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.core.atomic_file import unwritable_problem
 from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems, problems_of
 from library.core.options import Config
 from library.dataset.architectures import ARCHITECTURES
@@ -141,6 +142,8 @@ def all_problems(config: Config) -> list[str]:
         config[GenerationControlOptions], model.family,
         lambda: None if model_found else pipeline_class(model.family).inspect(model)[0],
     )  # fmt: skip
+    folder_problem = unwritable_problem("outdir", config[GenerationPictureOptions].outdir)
+    found += [folder_problem] if folder_problem else []
     found += format_problems({"--fp16" if model.fp16 else "--bf16": model.dtype})
     found += word_problems(model, networks, has_model=not model_found)
     if config[GenerationPictureOptions].use_original_file_name and not sources.image_path:

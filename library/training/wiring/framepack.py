@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from library.core.errors import ConfigError, Problems
-from library.core.options import option, shortened
+from library.core.options import Ignored, option, shortened, without_effect
 from library.families.framepack import FAMILY
 from library.training.option_groups import MemoryOptions
 from library.training.wiring.video_llama_clip import LlamaClipFamily, LlamaClipOptions
@@ -93,6 +93,13 @@ class FramePackFamily(LlamaClipFamily):
             lambda: self._denoiser_info.params, **text, **pictures, model=self._denoiser_path,
             blocks_to_swap=self.config[MemoryOptions].blocks_to_swap or 0,
         )  # fmt: skip
+
+    def idle(self) -> list[Ignored]:
+        reads = "guidance_scale" not in self.config.explicit or self._denoiser_info.params.guidance_embeds
+        return [
+            *super().idle(),
+            *without_effect([] if reads else ["guidance_scale"], "this file is of a model without embedded guidance"),
+        ]
 
     @cached_property
     def _denoiser_info(self) -> DenoiserInfo:

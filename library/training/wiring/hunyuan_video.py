@@ -85,7 +85,8 @@ class HunyuanVideoFamily(LlamaClipFamily):
     def idle(self) -> list[Ignored]:
         given = [name for name in ("guidance_scale", "guidance_unscaled") if name in self.config.explicit]
         unread = [] if self._denoiser_info.params.guidance_embed else given
-        return without_effect(unread, "only distilled models have embedded guidance, and this file is none")
+        reason = "only distilled models have embedded guidance, and this file is none"
+        return [*super().idle(), *without_effect(unread, reason)]
 
     @cached_property
     def _denoiser_info(self) -> DenoiserInfo:

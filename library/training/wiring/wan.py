@@ -296,7 +296,7 @@ class WanFamily(VideoFamily):
         ]
 
     def idle(self) -> list[Ignored]:
-        found = []
+        found = super().idle()
         if not self.has_two_experts:
             given = [name for name in EXPERT_OPTIONS if name in self.config.explicit]
             found += without_effect(given, "it is about two experts, and --dit_high_noise is not given")
