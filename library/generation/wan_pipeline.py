@@ -186,8 +186,8 @@ def condition_problem(task: WanTask, request: Any) -> str | None:
         controls, _ = parse_one_frame(request.one_frame, "one_frame")
         if len(given) != len(controls):
             return (
-                f"one_frame names {len(controls)} control pictures, {len(given)} are given; needed: one control image"
-                " (--ci) for each"
+                f"one_frame names {len(controls)} control pictures, {len(given)} are given; needed: one for each"
+                " (--control_image_path, in a prompt line --ci)"
             )
         return None if task.takes_picture else f"the task {task.name} has no place for control pictures (one_frame)"
     if task.takes_picture and not request.image_path:
