@@ -191,7 +191,10 @@ def condition_problem(task: WanTask, request: Any) -> str | None:
             )
         return None if task.takes_picture else f"the task {task.name} has no place for control pictures (one_frame)"
     if task.takes_picture and not request.image_path:
-        return f"the task {task.name} begins with a picture, and none is given; needed: the first frame (--i FILE)"
+        return (
+            f"the task {task.name} begins with a picture, and none is given; needed: the first frame (--image_path"
+            " FILE, in a prompt line --i FILE)"
+        )
     if task.fun_control and not control:
-        return f"the task {task.name} follows a clip, and none is given; needed: the control clip (--cn FILE)"
+        return f"the task {task.name} follows a clip, and none is given; needed: the control clip (--control_path FILE, in a prompt line --cn FILE)"
     return None

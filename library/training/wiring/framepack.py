@@ -181,6 +181,10 @@ class FramePackFamily(LlamaClipFamily):
 
         return list(section_texts(text).values())
 
+    def first_frames(self, text: str) -> list[str]:
+        """One for each section."""
+        return self.prompt_rows(text)
+
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """With the frames of whole sections. ConfigError for a clip that is too short for one, and for settings of a
         single frame that cannot be read."""
