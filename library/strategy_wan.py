@@ -166,7 +166,7 @@ class WanLatentEncoder(LatentEncoder):
             return super().encode_with_facts(vae, parts, images, seeds, pictures, facts)
         references = [pictures[name] for name in self.pictures_for(bucket)]
         latents, y = one_frame_conditions(vae.encode, layout, images, references)
-        places = torch.tensor([layout.f_indices] * len(images), dtype=torch.int32, device=latents.device)
+        places = torch.tensor([layout.f_indices] * len(images), dtype=torch.int32)
         made = {"latents_image": y, "f_indices": places}
         if self.vision_shape is not None:
             made[VISION] = torch.stack([vision_states(parts[VISION], picture) for picture in references], dim=1)
