@@ -140,12 +140,14 @@ def _dataset(dataset: Dataset | CustomDataset, data: DataGroups) -> DatasetSumma
         batch_size=params.batch_size,
         num_images=sum(not item.is_reg for item in dataset.items),
         num_samples=dataset.num_train_images,
+        num_clips=sum(item.clip is not None and not item.is_reg for item in dataset.items),
         num_reg_images=sum(item.is_reg for item in dataset.items),
         num_validation_images=sum(len(d.items) for d in held_out),
         buckets=tuple(
             BucketSummary(
                 width=b.bucket[0],
                 height=b.bucket[1],
+                frames=dataset.items[b.samples[0]].frames if b.samples else 1,
                 num_images=len(b.samples),
                 num_batches=-(-len(b.samples) // b.batch_size),
             )

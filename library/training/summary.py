@@ -10,17 +10,19 @@ MAX_BUCKETS_SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class BucketSummary:
-    """One bucket: size in pixels, images with repeats, batches of one process."""
+    """One bucket: size in pixels and frames, images or clips with repeats, batches of one process."""
 
     width: int
     height: int
+    frames: int = 1
     num_images: int
     num_batches: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSummary:
-    """One dataset. `num_images` counts files, `num_samples` counts with repeats."""
+    """One dataset. `num_images` counts images and clips, `num_clips` the clips among them, `num_samples` counts with
+    repeats."""
 
     name: str
     resolution: tuple[int, int]
@@ -28,9 +30,21 @@ class DatasetSummary:
     batch_size: int
     num_images: int
     num_samples: int
+    num_clips: int = 0
     num_reg_images: int = 0
     num_validation_images: int = 0
     buckets: tuple[BucketSummary, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """What it holds, in words."""
+        return kind_of(self.num_images, self.num_clips)
+
+
+def kind_of(samples: int, clips: int) -> str:
+    """What these samples are, clips or images."""
+    return "image" if not clips else "clip" if clips == samples else "sample"
+
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +126,8 @@ def _batch(run: StartSummary) -> str:
     if run.gradient_accumulation_steps > 1:
         text += f", {run.gradient_accumulation_steps} batches per step"
     totals = [n * run.num_processes * run.gradient_accumulation_steps for n in sizes]
-    return f"{text}: {' or '.join(map(str, totals)) or '0'} images per step"
+    kind = kind_of(sum(d.num_images for d in run.datasets), sum(d.num_clips for d in run.datasets))
+    return f"{text}: {' or '.join(map(str, totals)) or '0'} {kind}s per step"
 
 
 def _rates(rates: Mapping[str, float | None]) -> str:
@@ -129,28 +144,28 @@ def _rate(rate: float | None) -> str:
 
 def _dataset_lines(dataset: DatasetSummary) -> list[tuple[str, str]]:
     width, height = dataset.resolution
-    text = f"{_count(dataset.num_images, 'image')}, {dataset.num_samples} per epoch, {width}x{height}"
+    text = f"{_count(dataset.num_images, dataset.kind)}, {dataset.num_samples} per epoch, {width}x{height}"
     if dataset.num_reg_images:
         text += f", {_count(dataset.num_reg_images, 'regularisation image')}"
     if dataset.num_validation_images:
         text += f", {dataset.num_validation_images} held out"
     lines = _line(dataset.name, text)
-    if len(dataset.buckets) > 1:
+    if len(dataset.buckets) > 1 or any(bucket.frames > 1 for bucket in dataset.buckets):
         shown = sorted(dataset.buckets, key=lambda bucket: -bucket.num_images)
+        width_of_sizes = 22 if dataset.num_clips else 10
         for bucket in shown[:MAX_BUCKETS_SHOWN]:
-            size = f"{bucket.width}x{bucket.height}"
-            lines += _line(
-                "",
-                f"  {size:<10} {_column(bucket.num_images, 'image')} {_column(bucket.num_batches, 'batch', 'batches')}",
-            )
+            size = f"{bucket.width}x{bucket.height}" + (f", {bucket.frames} frames" if bucket.frames > 1 else "")
+            lines += _line("", f"  {size:<{width_of_sizes}} {_counts(bucket.num_images, bucket.num_batches, dataset.kind)}")
         rest = shown[MAX_BUCKETS_SHOWN:]
         if rest:
             total = sum(bucket.num_images for bucket in rest)
             batches = sum(bucket.num_batches for bucket in rest)
-            lines += _line(
-                "", f"  {f'{len(rest)} others':<10} {_column(total, 'image')} {_column(batches, 'batch', 'batches')}"
-            )
+            lines += _line("", f"  {f'{len(rest)} others':<{width_of_sizes}} {_counts(total, batches, dataset.kind)}")
     return lines
+
+
+def _counts(samples: int, batches: int, kind: str) -> str:
+    return f"{_column(samples, kind)} {_column(batches, 'batch', 'batches')}"
 
 
 def _column(number: int, one: str, several: str | None = None) -> str:

@@ -223,7 +223,7 @@ class SampleHook(Hook):
         made.sort(key=lambda file: file.enum)
         if runtime.is_main_process:
             self._tried("the overview of the samples could not be written", lambda: self._present(run, at, made))
-            logger.info("made %d sample images in %.1f s", len(made), time.perf_counter() - started)
+            logger.info("made %d samples in %.1f s", len(made), time.perf_counter() - started)
         return made
 
     @staticmethod

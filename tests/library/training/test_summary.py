@@ -37,6 +37,17 @@ def test_many_buckets_are_summed():
     assert "640x64" in page and "2 others" in page and "192x64" in page and "128x64" not in page
 
 
+def test_clips_are_told_with_their_lengths():
+    buckets = tuple(BucketSummary(width=80, height=48, frames=n, num_images=2, num_batches=1) for n in (1, 25))
+    clips = dataclasses.replace(RUN.datasets[0], num_images=4, num_clips=4, buckets=buckets)
+    page = start_summary(dataclasses.replace(RUN, datasets=[clips]))
+    assert "4 clips, 55 per epoch" in page and "12 clips per step" in page
+    assert "80x48                       2 clips" in page and "80x48, 25 frames            2 clips" in page
+    (one,) = buckets[1:]
+    page = start_summary(dataclasses.replace(RUN, datasets=[dataclasses.replace(clips, buckets=(one,)), *RUN.datasets]))
+    assert "80x48, 25 frames" in page and "10 images" in page and "12 samples per step" in page
+
+
 def test_other_cases():
     page = start_summary(
         dataclasses.replace(
