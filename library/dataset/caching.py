@@ -112,7 +112,9 @@ def plan_latents(
     reasons = check_jobs(jobs, strategy, index)
     missing = [job for job, reason in zip(jobs, reasons) if reason is not None]
     counts = dict(Counter(reason for reason in reasons if reason is not None))
-    logger.info("latents: %d images cached, %d to encode %s", len(jobs) - len(missing), len(missing), counts or "")
+    logger.info(
+        "latents: %d %ss cached, %d to encode %s", len(jobs) - len(missing), _word(jobs), len(missing), counts or ""
+    )
     subsets = [item.subset for job in missing for item in job.items]
     check_cache_folders((job.item.latents_npz for job in missing), subsets)
     return _sorted(missing)
@@ -153,6 +155,12 @@ def _jobs_of(items: Iterable[ImageItem], strategy: LatentCache) -> list[LatentsJ
         )  # fmt: skip
         jobs.setdefault(key, LatentsJob()).add(item)
     return list(jobs.values())
+
+
+def _word(jobs: Iterable[LatentsJob]) -> str:
+    """What the jobs encode: images, clips, or samples of both kinds."""
+    has_clips = {job.item.clip is not None for job in jobs}
+    return "sample" if len(has_clips) > 1 else "clip" if True in has_clips else "image"
 
 
 def _sorted(jobs: Iterable[LatentsJob]) -> list[LatentsJob]:
@@ -222,7 +230,7 @@ def encode_latents(
         return []
     bad: list[tuple[LatentsJob, BaseException]] = []
     threads = num_threads or min(os.cpu_count() or 1, 8)
-    bar = tqdm(total=len(jobs), desc="caching latents", unit="image", disable=not show_progress)
+    bar = tqdm(total=len(jobs), desc="caching latents", unit=_word(jobs), disable=not show_progress)
     with bar, BackgroundWriter() as writer:
         for batch in _batches(_decoded(jobs, threads, strategy, bad), strategy.batch_size):
             for decoded, encoded in zip(batch, encode_batch(strategy, vae, batch, parts)):

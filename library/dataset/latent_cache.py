@@ -258,12 +258,13 @@ class LatentCache:
         questions: dict[tuple, str] = {}  # many images ask the same
 
         def question(item: ImageItem, *needs: bool) -> str:
-            made = self.record_of(item)
+            made, conditions = self.record_of(item), self.encoder.condition_shapes(item.bucket)
             return (
                 f"{type(self.encoder).__qualname__} {self.architecture.name} {item.bucket.key} {needs} {made.model} "
                 f"{made.latent_space} {made.manner}{'' if made.pieces is None else f' {made.pieces}'}"
                 f" {made.resized} {made.interpolation} {made.exif} {made.version}"
                 f"{f' {made.made_with} {made.frame_count}' if item.clip is not None else ''}"
+                f"{f' {sorted(conditions.items())}' if conditions else ''}"
             )
 
         def problem_of(item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:

@@ -104,12 +104,13 @@ def plan_text(
         return TextPlan(_jobs_of(item for item in items if item.text_encoder_outputs is None), {})
     by_file = _name_files(items, strategy)
     mine = sorted(by_file)[process_index::num_processes]
-    missing, reasons = [], Counter()
-    for item, reason in _find_all([by_file[path] for path in mine], strategy, index):
-        missing.append(item)
-        reasons[reason] += 1
-    cached = sum(len(by_file[path]) for path in mine) - len(missing)
-    logger.info("text encoder outputs: %d captions cached, %d to encode %s", cached, len(missing), dict(reasons) or "")
+    found = _find_all([by_file[path] for path in mine], strategy, index)
+    missing, lacking = [item for item, _ in found], _one_each(found)
+    wanted = sum(len({cached_caption(item) for item in by_file[path]}) for path in mine)
+    reasons = dict(Counter(reason for _, reason in lacking))
+    logger.info(
+        "text encoder outputs: %d captions cached, %d to encode %s", wanted - len(lacking), len(lacking), reasons or ""
+    )
     check_cache_folders((item.text_encoder_outputs_npz for item in missing), [item.subset for item in missing])
     written = {item.text_encoder_outputs_npz for item in missing}
     in_use = {path: frozenset(text_cache_io.caption_hash(cached_caption(i)) for i in by_file[path]) for path in written}
@@ -119,8 +120,17 @@ def plan_text(
 def uncached_captions(
     items: Sequence[ImageItem], strategy: TextCache, index: CacheIndex | None = None
 ) -> list[tuple[ImageItem, str]]:
-    """Items whose caption no file on the disk has outputs of, with the reason: what `plan_text` would have encoded."""
-    return _find_all(list(_name_files(items, strategy).values()), strategy, index)
+    """An item of each caption that no file on the disk has outputs of, with the reason: what `plan_text` would have
+    encoded."""
+    return _one_each(_find_all(list(_name_files(items, strategy).values()), strategy, index))
+
+
+def _one_each(found: Sequence[tuple[ImageItem, str]]) -> list[tuple[ImageItem, str]]:
+    """The first item of each caption of a file: clips of one video have one caption and one file."""
+    first: dict[tuple[str, str], tuple[ImageItem, str]] = {}
+    for item, reason in found:
+        first.setdefault((item.text_encoder_outputs_npz, cached_caption(item)), (item, reason))
+    return list(first.values())
 
 
 def _name_files(items: Sequence[ImageItem], strategy: TextCache) -> dict[str, list[ImageItem]]:

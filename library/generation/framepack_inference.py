@@ -47,6 +47,11 @@ class FramePackScript(LlamaClipScript):
     texts = {"flow-shift": "flow_shift", "guidance": "embedded_guidance_scale"}
     request_class = FramePackRequest
     request_groups = (OneFrameOptions, MagCacheOptions)
+    needs = {
+        **LlamaClipScript.needs, "control_image_path": "one_frame_inference",
+        "one_frame_auto_resize": "control_image_path", "rope_scaling_factor": "rope_scaling_timestep_threshold",
+        **{f"magcache_{name}": "magcache_mag_ratios" for name in ("retention_ratio", "threshold", "k")},
+    }  # fmt: skip
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -165,6 +170,8 @@ class FramePackScript(LlamaClipScript):
 
     def notices(self, config: Config) -> list[str]:
         found, options, single = super().notices(config), config[self.pictures], config[OneFrameOptions]
+        if "embedded_cfg_scale" in config.explicit and not self._params(config).guidance_embeds:
+            found.append("--embedded_cfg_scale has no effect: the file is of a model without embedded guidance")
         if options.end_image_path and (config[self.models].f1 or single.one_frame_inference is not None):
             found.append("--end_image_path has no effect with --f1 and --one_frame_inference")
         if options.latent_paddings and config[self.models].f1:

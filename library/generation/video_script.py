@@ -49,6 +49,10 @@ NAMED_FILES: Mapping[str, str] = {
     "control_mask_paths": "control_image_mask_path",
 }  # fmt: skip
 """fields of a request that name files -> their option"""
+GUIDED = (
+    "negative_prompt", "split_uncond", "cfg_skip_mode", "cfg_apply_ratio", "slg_mode", "guidance_rescale",
+)  # fmt: skip
+"""options of the second forward of guidance"""
 
 
 class VideoScript(LatentScript[VideoRequest]):
@@ -62,6 +66,12 @@ class VideoScript(LatentScript[VideoRequest]):
     """groups that say fields of a request, where the script has them"""
     size_step = 16
     kind = "video"
+    needs: ClassVar[Mapping[str, str]] = {
+        "strength": "video_path", "v2v_pad_mode": "video_path", "cfg_skip_mode": "cfg_apply_ratio",
+        **dict.fromkeys(("slg_layers", "slg_scale", "slg_start", "slg_end"), "slg_mode"),
+        **{f"compile_{name}": "compile" for name in ("backend", "mode", "dynamic", "fullgraph", "cache_size_limit")},
+    }  # fmt: skip
+    """option -> the one without which it has no effect"""
 
     # -- what a family says --------------------------------------------------------------------------------------------
 
@@ -348,9 +358,21 @@ class VideoScript(LatentScript[VideoRequest]):
         if options.output_type in ("video", "both"):
             notice = encoder_of(f".{options.container}").notice
             found += [notice] if notice else []
-        scale = self.base_request(config).cfg_scale
-        if options.negative_prompt and scale == 1.0 and not config[SessionOptions].from_file:
-            found.append("--negative_prompt has no effect: --guidance_scale is 1, which takes no second forward")
+        return found + self._idle(config)
+
+    def _idle(self, config: Config) -> list[str]:
+        """Lines about options that were written and change nothing; lines of prompts may yet ask for what they need."""
+        if config[SessionOptions].from_file or config[SessionOptions].interactive:
+            return []
+        found = [
+            f"--{name} has no effect without --{needed}"
+            for name, needed in self.needs.items()
+            if name in config.explicit and not config.value(needed)
+        ]
+        if self.base_request(config).negative_text is None:
+            given = [name for name in GUIDED if name in config.explicit and config.value(name) not in (None, "none")]
+            reason = "--guidance_scale is 1, which takes no second forward"
+            found += [f"--{name} has no effect: {reason}" for name in given]
         return found
 
 

@@ -50,6 +50,13 @@ class WanScript(VideoScript):
     line_options = LINE_OPTIONS
     vae_kinds = frozenset({"vae_wan"})
     request_class = WanRequest
+    needs = {
+        **VideoScript.needs, "control_image_path": "one_frame_inference",
+        **dict.fromkeys(
+            ("timestep_boundary", "offload_inactive_dit", "lazy_loading", "guidance_scale_high_noise"),
+            "dit_high_noise",
+        ),
+    }  # fmt: skip
     texts = {"flow-shift": "flow_shift", "sampler": "sampler", "scale-high-noise": "cfg_scale_high_noise"}
 
     # -- the task ------------------------------------------------------------------------------------------------------
@@ -95,6 +102,12 @@ class WanScript(VideoScript):
 
     def completed(self, request: WanRequest, maker: PictureMaker[VideoRequest]) -> WanRequest:
         """With a first frame the clip has its shape, at the area that is asked for."""
+        from library.generation.wan_pipeline import unread_files
+
+        task = maker.pipeline.task
+        for name in unread_files(task, request):
+            logger.warning("%s %s has no effect: the task %s reads none", name, getattr(request, name), task.name)
+            request = dataclasses.replace(request, **{name: None})
         if request.image_path and not request.one_frame:
             from library.generation.control_pictures import open_picture
             from library.wan_conditioning_utils import size_beside
@@ -282,9 +295,6 @@ class WanScript(VideoScript):
             )
         if "video_path" in config.explicit:
             found.append("--video_path is what the video starts from (known scripts take it and do not read it)")
-        given = [name for name in ("timestep_boundary", "offload_inactive_dit") if name in config.explicit]
-        if given and options.dit_high_noise is None:
-            found.append(f"--{' and --'.join(given)}: no effect; --dit_high_noise is not given")
         if options.dit_high_noise is not None and "high" in Path(options.dit).name.lower():
             found.append("--dit has a name that says much noise; it is the expert for little noise")
         return found

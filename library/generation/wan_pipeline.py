@@ -169,6 +169,14 @@ def _pixels(path: str) -> Tensor:
     return (values / 127.5 - 1).permute(2, 0, 1)[None].contiguous()
 
 
+def unread_files(task: WanTask, request: WanRequest) -> list[str]:
+    """Fields of a request that name a file which its task, or a single frame, does not look at."""
+    clip = not request.one_frame
+    pictures = clip and (task.takes_picture or task.fun_control)
+    reads = {"image_path": pictures, "end_image_path": pictures, "control_path": clip and task.fun_control}
+    return [name for name, is_read in reads.items() if getattr(request, name) and not is_read]
+
+
 def condition_problem(task: WanTask, request: Any) -> str | None:
     """What a clip lacks that its task is conditioned on, or None. `request`: a WanRequest, or a sample prompt, whose
     fields have other names."""
@@ -183,7 +191,10 @@ def condition_problem(task: WanTask, request: Any) -> str | None:
             )
         return None if task.takes_picture else f"the task {task.name} has no place for control pictures (one_frame)"
     if task.takes_picture and not request.image_path:
-        return f"the task {task.name} begins with a picture, and none is given; needed: the first frame (--i FILE)"
+        return (
+            f"the task {task.name} begins with a picture, and none is given; needed: the first frame (--image_path"
+            " FILE, in a prompt line --i FILE)"
+        )
     if task.fun_control and not control:
-        return f"the task {task.name} follows a clip, and none is given; needed: the control clip (--cn FILE)"
+        return f"the task {task.name} follows a clip, and none is given; needed: the control clip (--control_path FILE, in a prompt line --cn FILE)"
     return None

@@ -37,10 +37,10 @@ Loaded = TypeVar("Loaded")
 logger = logging.getLogger(__name__)
 
 TOLD = {
-    "vae": ("samples have no latents in the cache", "cache_latents"),
-    "text_encoders": ("captions have no text encoder outputs in the cache", "cache_text_encoder_outputs"),
+    "vae": ("sample", "latents", "cache_latents"),
+    "text_encoders": ("caption", "text encoder outputs", "cache_text_encoder_outputs"),
 }
-"""part -> what a cache lacks, and the tool that makes it"""
+"""part -> of what a cache lacks what, and the tool that makes it"""
 SHEETS = ("dataset.png", "dataset_validation.png")
 
 
@@ -162,12 +162,15 @@ def lacking_problems(family: ModelFamily, data: DataGroups, strategies: Strategy
         if part not in found:
             continue
         (item, reason), count = found[part][0], len(found[part])
-        what, tool = TOLD[part]
-        options = [f"--{name}" for name in family.part_files(part)]
+        kind, what, tool = TOLD[part]
+        have = f"{kind} has" if count == 1 else f"{kind}s have"
+        path = item.latents_npz if part == "vae" else item.text_encoder_outputs_npz
+        names = [f"--{name}" for name in family.part_files(part)]
+        are, them = ("is", "it") if len(names) == 1 else ("are", "them")
         problems.append(
-            f"{count} {what} (the first is {item.absolute_path}: {reason}), and {' and '.join(options)}"
-            f" {'are' if len(options) > 1 else 'is'} not given to make them; give it here, or to tools/{tool}.py"
-            f" --family {family.name} beforehand"
+            f"{count} {have} no {what} in the cache (the first is {item.absolute_path}; cache file {path}: {reason}),"
+            f" and {' and '.join(names)} {are} not given to make what is missing; give {them} here, or to"
+            f" tools/{tool}.py --family {family.name} beforehand"
         )
     return problems
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from library.core.options import option_fields
 from library.dataset import CachingOptions
+from library.families.latents import Bucket
 from library.training import schedulers
 from library.training.data_phase import DataGroups
 from library.training.formula_checks import formula_notices, formula_warnings
@@ -29,6 +30,7 @@ from library.training.summary import BucketSummary, DatasetSummary, StartSummary
 if TYPE_CHECKING:
     from library.dataset.custom import CustomDataset
     from library.dataset.dataset import Dataset
+    from library.dataset.plan import BucketList
 
 logger = logging.getLogger(__name__)
 
@@ -134,25 +136,28 @@ def _dataset(dataset: Dataset | CustomDataset, data: DataGroups) -> DatasetSumma
     held_out = (
         [d for d in data.validation.datasets if d.params.label == params.label] if data.validation is not None else []
     )
+    own = [item for item in dataset.items if not item.is_reg]
     return DatasetSummary(
         name=params.label or "dataset",
         resolution=params.resolution,
         batch_size=params.batch_size,
-        num_images=sum(not item.is_reg for item in dataset.items),
+        num_images=sum(item.clip is None for item in own),
+        num_clips=sum(item.clip is not None for item in own),
+        num_videos=len({item.absolute_path for item in own if item.clip is not None}),
         num_samples=dataset.num_train_images,
-        num_clips=sum(item.clip is not None and not item.is_reg for item in dataset.items),
         num_reg_images=sum(item.is_reg for item in dataset.items),
         num_validation_images=sum(len(d.items) for d in held_out),
-        buckets=tuple(
-            BucketSummary(
-                width=b.bucket[0],
-                height=b.bucket[1],
-                frames=dataset.items[b.samples[0]].frames if b.samples else 1,
-                num_images=len(b.samples),
-                num_batches=-(-len(b.samples) // b.batch_size),
-            )
-            for b in dataset.buckets
-        ),
+        buckets=tuple(_bucket(dataset, bucket) for bucket in dataset.buckets),
+    )
+
+
+def _bucket(dataset: Dataset, bucket: BucketList) -> BucketSummary:
+    is_clip = {dataset.items[sample].clip is not None for sample in bucket.samples}
+    width, height, frames = Bucket(*bucket.bucket)[:3]
+    return BucketSummary(
+        width=width, height=height, frames=frames if True in is_clip or frames > 1 else None,
+        num_images=len(bucket.samples), num_batches=-(-len(bucket.samples) // bucket.batch_size),
+        word="sample" if len(is_clip) > 1 else "clip" if True in is_clip else "image",
     )
 
 

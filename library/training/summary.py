@@ -10,19 +10,21 @@ MAX_BUCKETS_SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class BucketSummary:
-    """One bucket: size in pixels and frames, images or clips with repeats, batches of one process."""
+    """One bucket: size in pixels, samples with repeats, batches of one process. `frames`: of clips; None of pictures
+    alone. `word`: what the samples are called."""
 
     width: int
     height: int
-    frames: int = 1
     num_images: int
     num_batches: int
+    frames: int | None = None
+    word: str = "image"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSummary:
-    """One dataset. `num_images` counts images and clips, `num_clips` the clips among them, `num_samples` counts with
-    repeats."""
+    """One dataset. `num_images` counts pictures and `num_clips` clips, of `num_videos` files; `num_samples` counts both
+    with repeats."""
 
     name: str
     resolution: tuple[int, int]
@@ -31,20 +33,10 @@ class DatasetSummary:
     num_images: int
     num_samples: int
     num_clips: int = 0
+    num_videos: int = 0
     num_reg_images: int = 0
     num_validation_images: int = 0
     buckets: tuple[BucketSummary, ...] = ()
-
-    @property
-    def kind(self) -> str:
-        """What it holds, in words."""
-        return kind_of(self.num_images, self.num_clips)
-
-
-def kind_of(samples: int, clips: int) -> str:
-    """What these samples are, clips or images."""
-    return "image" if not clips else "clip" if clips == samples else "sample"
-
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +118,8 @@ def _batch(run: StartSummary) -> str:
     if run.gradient_accumulation_steps > 1:
         text += f", {run.gradient_accumulation_steps} batches per step"
     totals = [n * run.num_processes * run.gradient_accumulation_steps for n in sizes]
-    kind = kind_of(sum(d.num_images for d in run.datasets), sum(d.num_clips for d in run.datasets))
-    return f"{text}: {' or '.join(map(str, totals)) or '0'} {kind}s per step"
+    word = "samples" if any(dataset.num_clips for dataset in run.datasets) else "images"
+    return f"{text}: {' or '.join(map(str, totals)) or '0'} {word} per step"
 
 
 def _rates(rates: Mapping[str, float | None]) -> str:
@@ -144,28 +136,43 @@ def _rate(rate: float | None) -> str:
 
 def _dataset_lines(dataset: DatasetSummary) -> list[tuple[str, str]]:
     width, height = dataset.resolution
-    text = f"{_count(dataset.num_images, dataset.kind)}, {dataset.num_samples} per epoch, {width}x{height}"
+    text = f"{_contents(dataset)}, {dataset.num_samples} per epoch, {width}x{height}"
     if dataset.num_reg_images:
-        text += f", {_count(dataset.num_reg_images, 'regularisation image')}"
+        what = "sample" if dataset.num_clips else "image"
+        text += f", {_count(dataset.num_reg_images, f'regularisation {what}')}"
     if dataset.num_validation_images:
         text += f", {dataset.num_validation_images} held out"
     lines = _line(dataset.name, text)
-    if len(dataset.buckets) > 1 or any(bucket.frames > 1 for bucket in dataset.buckets):
-        shown = sorted(dataset.buckets, key=lambda bucket: -bucket.num_images)
-        width_of_sizes = 22 if dataset.num_clips else 10
-        for bucket in shown[:MAX_BUCKETS_SHOWN]:
-            size = f"{bucket.width}x{bucket.height}" + (f", {bucket.frames} frames" if bucket.frames > 1 else "")
-            lines += _line("", f"  {size:<{width_of_sizes}} {_counts(bucket.num_images, bucket.num_batches, dataset.kind)}")
-        rest = shown[MAX_BUCKETS_SHOWN:]
-        if rest:
-            total = sum(bucket.num_images for bucket in rest)
-            batches = sum(bucket.num_batches for bucket in rest)
-            lines += _line("", f"  {f'{len(rest)} others':<{width_of_sizes}} {_counts(total, batches, dataset.kind)}")
+    if len(dataset.buckets) > 1 or dataset.num_clips:
+        lines += _bucket_lines(sorted(dataset.buckets, key=lambda bucket: -bucket.num_images))
     return lines
 
 
-def _counts(samples: int, batches: int, kind: str) -> str:
-    return f"{_column(samples, kind)} {_column(batches, 'batch', 'batches')}"
+def _contents(dataset: DatasetSummary) -> str:
+    """What the files of a dataset give: "3 images and 7 clips of 4 videos"."""
+    clips = f"{_count(dataset.num_clips, 'clip')} of {_count(dataset.num_videos, 'video')}"
+    if not dataset.num_clips:
+        return _count(dataset.num_images, "image")
+    return f"{_count(dataset.num_images, 'image')} and {clips}" if dataset.num_images else clips
+
+
+def _bucket_lines(buckets: Sequence[BucketSummary]) -> list[tuple[str, str]]:
+    """The largest buckets, one in a line, and the sum of the others. Sizes of clips end with the number of frames."""
+    sizes = [
+        f"{bucket.width}x{bucket.height}" + (f"x{bucket.frames}" if bucket.frames else "")
+        for bucket in buckets[:MAX_BUCKETS_SHOWN]
+    ]
+    rows = [(size, bucket.num_images, bucket.word, bucket.num_batches) for size, bucket in zip(sizes, buckets)]
+    if rest := buckets[MAX_BUCKETS_SHOWN:]:
+        words = {bucket.word for bucket in rest}
+        word = words.pop() if len(words) == 1 else "sample"
+        total, batches = sum(bucket.num_images for bucket in rest), sum(bucket.num_batches for bucket in rest)
+        rows.append((f"{len(rest)} others", total, word, batches))
+    width = max((10, *map(len, sizes)))
+    return [
+        ("", f"  {size:<{width}} {_column(samples, word)} {_column(batches, 'batch', 'batches')}")
+        for size, samples, word, batches in rows
+    ]
 
 
 def _column(number: int, one: str, several: str | None = None) -> str:

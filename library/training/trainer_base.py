@@ -48,6 +48,7 @@ from library.training.optimizers import OptimizerOptions
 from library.training.option_groups import LoopOptions, MemoryOptions, ResumeOptions, SamplingOptions, SavingOptions
 from library.training.own_hooks import make_hooks, names_never_called
 from library.training.progress import Progress
+from library.training.prompt_files import check_files
 from library.training.run import Models, Run
 from library.training.run_lock import claimed_output
 from library.training.run_record import RunRecord
@@ -210,6 +211,7 @@ class Trainer:
             try:
                 complete = self.family.sample_defaults(prompt)
                 prompt = self.trainable.sample_prompt(prompt)
+                check_files(complete, self.family.prompt_options(), self.family.first_frames)
             except ConfigError as error:
                 left_out += error.problems
                 continue

@@ -77,7 +77,7 @@ def test_a_video_has_the_asked_size_rate_and_frames_and_its_seed_the_same_bytes(
     assert cv2.VideoCapture(str(trimmed)).get(cv2.CAP_PROP_FRAME_COUNT) == 3
 
 
-def test_settings_change_the_video(tiny, tmp_path):
+def test_settings_change_the_video(tiny, picture, tmp_path, caplog):
     ways = {
         "plain": [], "unguided": ["--guidance_scale=1"], "text": ["--negative_prompt=a dog"],
         "shift": ["--flow_shift=1"], "dpm": ["--sample_solver=dpm++"], "vanilla": ["--sample_solver=vanilla"],
@@ -86,7 +86,12 @@ def test_settings_change_the_video(tiny, tmp_path):
     }  # fmt: skip
     made = [latent(tiny, tmp_path / name, *words) for name, words in ways.items()]
     assert all(not torch.equal(a, b) for n, a in enumerate(made) for b in made[:n])
-    assert torch.equal(made[0], latent(tiny, tmp_path / "swap", "--blocks_to_swap=1", "--vae_cache_cpu"))
+    assert "has no effect" not in caplog.text
+    idle = ["--lazy_loading", f"--image_path={picture}", f"--control_image_path={picture}"]
+    assert torch.equal(made[0], latent(tiny, tmp_path / "swap", "--blocks_to_swap=1", "--vae_cache_cpu", *idle))
+    assert "--lazy_loading has no effect without --dit_high_noise" in caplog.text
+    assert "--control_image_path has no effect without --one_frame_inference" in caplog.text
+    assert f"image_path {picture} has no effect: the task t2v-" in caplog.text
     together = latent(tiny, tmp_path / "together", "--no-split_uncond")
     assert torch.allclose(together, made[0], atol=1e-3)
 

@@ -109,8 +109,11 @@ def work(tiny, tmp_path) -> ClipWork:
 CLIPS = [f"{name}_{start:05d}-005_0128x0064_hv.safetensors" for name in CAPTIONS for start in (0, 5)]
 
 
-def test_a_run_needs_no_more_than_what_the_tools_made(work):
-    """However the VAE computed them."""
+def test_a_run_needs_no_more_than_what_the_tools_made(work, caplog, monkeypatch, capsys):
+    """However the VAE computed them. Captions are counted by video, latents by clip."""
+    message = refused_run("hunyuan_video", work.argv("lacking"), monkeypatch, capsys)
+    assert "4 samples have no latents" in message and "2 captions have no text encoder outputs" in message
+    caplog.set_level("INFO")
     work.tool("latents", "--vae_dtype=fp16", "--batch_size=2", "--vae_spatial_tile_sample_min_size=32")
     assert work.names() == CLIPS
     with safe_open(work.caches / CLIPS[0], "pt") as file:
@@ -120,6 +123,7 @@ def test_a_run_needs_no_more_than_what_the_tools_made(work):
     latents = load_safetensors(work.caches / CLIPS[0])
     assert {key: list(tensor.shape) for key, tensor in latents.items()} == {"latents_2x4x8_float16": [16, 2, 4, 8]}
     work.tool("text", "--text_encoder_dtype=bf16")
+    assert "0 clips cached, 4 to encode" in caplog.text and "0 captions cached, 2 to encode" in caplog.text
     assert work.names() == sorted([*CLIPS, "a_hv_te.safetensors", "b_hv_te.safetensors"])
     text = load_safetensors(work.caches / "a_hv_te.safetensors")
     assert sorted(text) == ["clipL_bfloat16", "clipL_mask", "llm_bfloat16", "llm_mask"]

@@ -31,10 +31,12 @@ def tinies(tmp_path_factory: pytest.TempPathFactory) -> Tinies:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_options_of_the_known_scripts(name: str, tinies: Tinies, tmp_path: Path):
+def test_options_of_the_known_scripts(name: str, tinies: Tinies, tmp_path: Path, capfd, caplog):
     work = tinies.work(name, tmp_path)
     plain = work.train("plain", "--max_train_steps=1")
     saving = [*SAVING.split(), *(COMPILING.split() if name == "wan" else ())]
     assert largest_difference(plain, work.train("saving", "--max_train_steps=1", *saving)) < 1e-4
+    told = "".join(capfd.readouterr()) + caplog.text
+    assert ("--img_in_txt_in_offloading: has no effect" in told) == (name != "hunyuan_video")
     losses = losses_of(work.train("changed", "--max_train_steps=1", *CHANGING.split()))
     assert all(0 < loss < 100 for loss in losses) and losses != losses_of(plain)

@@ -144,14 +144,15 @@ class Cutter:
             if video.rate is not None and differs_from(video.rate, taken_for)
         ]
         if others and source is None:
+            have = "1 video has" if len(others) == 1 else f"{len(others)} videos have"
             return (
-                f"{len(others)} videos have another frame rate than the {target:g} fps of {self.architecture.name};"
+                f"{have} another frame rate than the {target:g} fps of {self.architecture.name};"
                 f" every frame is used, so that movements get another speed: {listed(others)}. source_fps = \"auto\""
                 " converts them by their own times"
             )
         if others:
             return (
-                f"source_fps is {source:g}, and {len(others)} videos say otherwise: {listed(others)}. source_fps ="
+                f"source_fps is {source:g}, and {'1 video says' if len(others) == 1 else f'{len(others)} videos say'} otherwise: {listed(others)}. source_fps ="
                 " \"auto\" goes by what they say"
             )
         if source is not None and exact_rate(source) < exact_rate(target):

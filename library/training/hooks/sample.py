@@ -223,7 +223,8 @@ class SampleHook(Hook):
         made.sort(key=lambda file: file.enum)
         if runtime.is_main_process:
             self._tried("the overview of the samples could not be written", lambda: self._present(run, at, made))
-            logger.info("made %d samples in %.1f s", len(made), time.perf_counter() - started)
+            kinds = "clip" if made and all(file.video for file in made) else "image"
+            logger.info("made %s in %.1f s", counted(len(made), f"sample {kinds}"), time.perf_counter() - started)
         return made
 
     @staticmethod

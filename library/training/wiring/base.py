@@ -311,6 +311,10 @@ class ModelFamily(ABC):
             return complete
         return dataclasses.replace(complete, frame_count=self.architecture.latents.usable_frames(complete.frame_count))
 
+    def first_frames(self, text: str) -> list[str]:
+        """The picture files that the --i of a sample prompt names."""
+        return [text]
+
     def idle(self) -> list[Ignored]:
         """Options of the family, or read by it, that have no effect in this run."""
         return []

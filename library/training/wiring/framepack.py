@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from library.core.errors import ConfigError, Problems
-from library.core.options import option, shortened
+from library.core.options import Ignored, option, shortened, without_effect
 from library.families.framepack import FAMILY
 from library.training.option_groups import MemoryOptions
 from library.training.wiring.video_llama_clip import LlamaClipFamily, LlamaClipOptions
@@ -94,6 +94,13 @@ class FramePackFamily(LlamaClipFamily):
             blocks_to_swap=self.config[MemoryOptions].blocks_to_swap or 0,
         )  # fmt: skip
 
+    def idle(self) -> list[Ignored]:
+        reads = "guidance_scale" not in self.config.explicit or self._denoiser_info.params.guidance_embeds
+        return [
+            *super().idle(),
+            *without_effect([] if reads else ["guidance_scale"], "this file is of a model without embedded guidance"),
+        ]
+
     @cached_property
     def _denoiser_info(self) -> DenoiserInfo:
         from library.framepack_utils import inspect_framepack
@@ -136,19 +143,9 @@ class FramePackFamily(LlamaClipFamily):
         return {IMAGE_ENCODER: load_siglip(self.opts.image_encoder, dtype, runtime.device, self._disable_mmap)}
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
-        """On the device, or with block swap spread over device and main memory."""
         from library.framepack_utils import load_framepack
 
-        swap = self.config[MemoryOptions].blocks_to_swap or 0
-        scaled = self.opts.fp8_scaled
-        denoiser = load_framepack(
-            self._denoiser_path, runtime.weight_dtype if scaled else runtime.denoiser_dtype,
-            "cpu" if swap else runtime.device, self._disable_mmap, fp8_scaled=scaled, transform=self.transform,
-        )  # fmt: skip
-        if swap:
-            denoiser.enable_block_swap(swap, runtime.device)
-            denoiser.move_to_device_except_swap_blocks(runtime.device)
-        return denoiser
+        return self.placed_denoiser(load_framepack, self._denoiser_path, runtime)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """They are cached with the scale; a single frame is a clip of one frame."""
@@ -183,6 +180,10 @@ class FramePackFamily(LlamaClipFamily):
         from library.components.framepack_sections import section_texts
 
         return list(section_texts(text).values())
+
+    def first_frames(self, text: str) -> list[str]:
+        """One for each section."""
+        return self.prompt_rows(text)
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """With the frames of whole sections. ConfigError for a clip that is too short for one, and for settings of a

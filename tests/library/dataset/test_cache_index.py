@@ -132,6 +132,25 @@ def test_another_caption_model_or_setting_is_noticed(folder):
     assert start(folder, caption="a dog", latents=latents, text=SmallTextCaching(True, mask=True)) == (3, 0)
 
 
+def test_a_file_without_a_condition_that_is_wanted_now_is_noticed(folder):
+    """Two settings of one encoder may ask for other things beside the same latents."""
+
+    class WithMore(SmallLatentsCaching):
+        wanted = ("first",)
+
+        def condition_shapes(self, bucket):
+            return {name: (1,) for name in self.wanted}
+
+        def encode_conditions(self, vae, parts, images, seeds, pictures):
+            return {name: images.new_zeros(len(images), 1) for name in self.wanted}
+
+    assert start(folder, latents=WithMore(FLUX, True))[0] == 3
+    age(folder)
+    assert start(folder, latents=WithMore(FLUX, True))[0] == 0
+    WithMore.wanted = ("first", "last")
+    assert start(folder, latents=WithMore(FLUX, True))[0] == 3
+
+
 @pytest.mark.parametrize("damage", ["cut", "inside", "gone", "swapped"])
 def test_a_changed_cache_file_is_noticed(folder, damage, caplog):
     """Also when size and time are as before."""

@@ -182,6 +182,20 @@ def test_a_video_starts_from_another(run, tmp_path):
     assert torch.equal(load_file(by_line)["latent"], load_file(kept)["latent"])
 
 
+def test_options_that_change_nothing_are_told(run, caplog, tmp_path):
+    words = ["--strength=0.5", "--slg_layers=1", "--cfg_skip_mode=early", "--compile_mode=default", "--negative_prompt=a"]
+    run(*words)
+    for name, needed in (("strength", "video_path"), ("slg_layers", "slg_mode"), ("compile_mode", "compile")):
+        assert f"--{name} has no effect without --{needed}\n" in caplog.text
+    assert "--negative_prompt has no effect: --guidance_scale is 1" in caplog.text
+    assert "--cfg_skip_mode has no effect without --cfg_apply_ratio" in caplog.text
+    caplog.clear()
+    (tmp_path / "lines.txt").write_text("a red cat\n", encoding="utf-8")
+    run("--strength=0.5", f"--from_file={tmp_path / 'lines.txt'}", prompt=False)  # lines may name a --v
+    run("--slg_layers=1", "--slg_mode=uncond", "--guidance_scale=2", folder="guided")
+    assert "has no effect" not in caplog.text
+
+
 def test_frames_are_rounded_down_with_a_word(run, caplog):
     (path,) = run("--video_length=6")
     assert looked_at(path)[3] == 5 and "6 frames are asked for; made 5, 2 n + 1" in caplog.text

@@ -5,10 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from library.core.errors import ConfigError
+from library.training.prompt_files import check_files
 from library.training.sampling_prompts import (
     SAMPLE_DEFAULTS,
+    VIDEO_LINE_OPTIONS,
     SamplePrompt,
     is_sample_due,
     load_prompts,
@@ -115,3 +118,21 @@ def test_bad_prompts_can_be_left_out_while_one_is_good(tmp_path):
 def test_an_interval_of_none_or_less_makes_no_samples(at, interval):
     options = SimpleNamespace(sample_at_first=False, sample_every_n_steps=interval, sample_every_n_epochs=interval)
     assert not is_sample_due(options, at, 4, 2)
+
+
+def test_pictures_and_clips_of_prompts_are_looked_at_before_the_run(tmp_path):
+    """Each that cannot be read, by its letter; of a first frame for each section too."""
+    good = tmp_path / "good.png"
+    Image.new("RGB", (8, 8)).save(good)
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    text = f"a cat --i {good};;;{tmp_path}/none.png --ei {bad} --ci {good} --ci {tmp_path}/gone.png --cn {tmp_path}/no.mp4"
+    prompt = parse_line(text, options=VIDEO_LINE_OPTIONS)
+    with pytest.raises(ConfigError) as caught:
+        check_files(prompt, VIDEO_LINE_OPTIONS, lambda paths: paths.split(";;;"))
+    told = caught.value.problems
+    for message, words in zip(told, ("--i: ", "--ei: ", "--ci: ", "--cn: "), strict=True):
+        assert message.startswith(f"the sample prompt 'a cat': {words}{tmp_path}")
+    assert "none.png does not exist" in told[0] and "bad.png is not an image" in told[1]
+    check_files(parse_line(f"a cat --i {good}", options=VIDEO_LINE_OPTIONS), VIDEO_LINE_OPTIONS, lambda path: [path])
+    check_files(parse_line("a cat", options=VIDEO_LINE_OPTIONS), VIDEO_LINE_OPTIONS, lambda path: [path])

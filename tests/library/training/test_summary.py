@@ -37,15 +37,25 @@ def test_many_buckets_are_summed():
     assert "640x64" in page and "2 others" in page and "192x64" in page and "128x64" not in page
 
 
-def test_clips_are_told_with_their_lengths():
-    buckets = tuple(BucketSummary(width=80, height=48, frames=n, num_images=2, num_batches=1) for n in (1, 25))
-    clips = dataclasses.replace(RUN.datasets[0], num_images=4, num_clips=4, buckets=buckets)
-    page = start_summary(dataclasses.replace(RUN, datasets=[clips]))
-    assert "4 clips, 55 per epoch" in page and "12 clips per step" in page
-    assert "80x48                       2 clips" in page and "80x48, 25 frames            2 clips" in page
-    (one,) = buckets[1:]
-    page = start_summary(dataclasses.replace(RUN, datasets=[dataclasses.replace(clips, buckets=(one,)), *RUN.datasets]))
-    assert "80x48, 25 frames" in page and "10 images" in page and "12 samples per step" in page
+def test_clips_are_called_so_and_their_buckets_tell_frames():
+    buckets = [
+        BucketSummary(width=1280, height=720, num_images=1, num_batches=1, frames=129, word="clip"),
+        BucketSummary(width=64, height=64, num_images=6, num_batches=3, frames=9, word="clip"),
+        BucketSummary(width=64, height=64, num_images=5, num_batches=3, frames=1, word="sample"),
+    ]
+    mixed = DatasetSummary(
+        name="d", resolution=(64, 64), batch_size=2, num_images=3, num_clips=9, num_videos=4, num_samples=12,
+        buckets=tuple(buckets),
+    )
+    page = start_summary(dataclasses.replace(RUN, datasets=[mixed]))
+    for words in (
+        "3 images and 9 clips of 4 videos, 12 per epoch, 64x64", "64x64x9 6 clips 3 batches",
+        "64x64x1 5 samples 3 batches", "1280x720x129 1 clip 1 batch", "12 samples per step",
+    ):
+        assert " ".join(words.split()) in " ".join(page.split()), (words, page)
+    alone = dataclasses.replace(mixed, num_images=0, buckets=tuple(buckets[1:2]))
+    page = start_summary(dataclasses.replace(RUN, datasets=[alone]))
+    assert "9 clips of 4 videos, 12" in page and "64x64x9" in page
 
 
 def test_other_cases():

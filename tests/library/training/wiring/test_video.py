@@ -54,13 +54,13 @@ def test_what_the_caches_lack_is_told_at_once(work):
         train(work, "out")
     latents, text = error.value.problems
     assert "3 samples have no latents in the cache" in latents and "--vae is not given" in latents
-    assert "tools/cache_latents.py --family toy_video" in latents
+    assert "tools/cache_latents.py --family toy_video" in latents and "_toy.npz: no file)" in latents
     assert "3 captions" in text and "--toy_text" in text and "tools/cache_text_encoder_outputs.py" in text
     train(work, "made", *MODELS)
     next(work.clips.glob("*_toy_te.npz")).unlink()
     with pytest.raises(ConfigError) as error:
         train(work, "out", "--on_existing=overwrite")
-    assert len(error.value.problems) == 1 and "1 captions" in str(error.value)
+    assert len(error.value.problems) == 1 and "1 caption has no text encoder outputs" in str(error.value)
     assert CachedToyFamily.loaded == []
     train(work, "out", "--toy_text=text.safetensors", "--on_existing=overwrite")
     assert CachedToyFamily.loaded == ["text_encoders"]
