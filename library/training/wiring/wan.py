@@ -415,7 +415,10 @@ class WanFamily(VideoFamily):
         from library.generation.wan_pipeline import condition_problem
 
         complete = super().sample_defaults(prompt)
-        problem = condition_problem(self.task, complete)
+        problem = condition_problem(
+            self.task, image=complete.image_path, control=complete.control_video_path, one_frame=complete.one_frame,
+            controls=complete.control_image_path or (),
+        )  # fmt: skip
         if problem:
             raise ConfigError(f"the sample prompt '{prompt.prompt}': {problem}")
         given = complete.guidance_scale if complete.cfg_scale is None else complete.cfg_scale
