@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.components.clip_tokens import needed_text, times_of_tokens
 from library.framepack_models import CleanFrames
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
@@ -42,11 +43,11 @@ def predict_velocity(
     `inputs` the result is (velocity, tokens [B, L, D] after that block).
     """
     device = noisy_latents.device
-    states, mask = needed_text(conditioning)
+    states, mask = needed_text(conditioning["llama_vec"], conditioning["llama_attention_mask"].bool())
     scales = torch.full((len(noisy_latents),), guidance * NUM_TRAIN_TIMESTEPS, device=device, dtype=torch.float32)
     tokens = noisy_latents[0, 0].numel() // (denoiser.params.patch[1] * denoiser.params.patch[2])
     return denoiser(
-        noisy_latents, of_tokens(timesteps.float(), noisy_latents.shape[2], tokens), states.to(device),
+        noisy_latents, times_of_tokens(timesteps.float(), noisy_latents.shape[2], tokens), states.to(device),
         None if mask is None else mask.to(device), conditioning["clip_l_pooler"].to(device),
         conditions[IMAGE_EMBEDDINGS].to(device), conditions[LATENT_INDICES],
         clean_frames(conditions, noisy_latents), guidance=scales, **inputs,
@@ -66,21 +67,3 @@ def clean_frames(conditions: Mapping[str, Tensor], noisy_latents: Tensor) -> Cle
             frames = noisy_latents.new_zeros(batch, channels, places.shape[1], height, width)
         parts[part] = (frames.to(noisy_latents), places)
     return CleanFrames(**parts)
-
-
-def of_tokens(times: Tensor, frames: int, tokens: int) -> Tensor:
-    """Times [B] or one per token as they are; one per frame [B, F] for each token of the frame: [B, L]."""
-    if times.ndim == 1 or times.shape[1] == tokens or times.shape[1] != frames:
-        return times
-    return times.repeat_interleave(tokens // frames, dim=1)
-
-
-def needed_text(conditioning: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """(states [B, T, D], their mask [B, T]) without places where no caption has a token, and without a mask that hides
-    nothing, where that can be seen without waiting for a device: attention is faster without them."""
-    states, mask = conditioning["llama_vec"], conditioning["llama_attention_mask"].bool()
-    if mask.device.type != "cpu":
-        return states, mask
-    longest = max(1, int(mask.sum(dim=1).max()))
-    states, mask = states[:, :longest], mask[:, :longest]
-    return states, None if bool(mask.all()) else mask

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.components.clip_tokens import needed_text, times_of_tokens
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
 if TYPE_CHECKING:
@@ -38,11 +39,12 @@ def predict_velocity(
         if first_frame is None:
             raise ValueError("first_frame is None; a model from image to video is shown the latents of a first frame")
         given = torch.cat((noisy_latents, shown_latents(first_frame.to(noisy_latents), noisy_latents.shape[2])), dim=1)
-    states, mask = needed_text(conditioning)
+    states, mask = needed_text(conditioning["llm"], conditioning["llm_mask"])
+    frames, height, width = (size // step for size, step in zip(given.shape[2:], params.patch_size))
+    times = times_of_tokens(timesteps.float(), frames, frames * height * width)
     scales = torch.full((len(given),), guidance * guidance_factor, device=device, dtype=torch.float32)
     return denoiser(
-        given, of_tokens(timesteps.float(), given.shape[2:], params.patch_size), states.to(device),
-        None if mask is None else mask.to(device), conditioning["clipL"].to(device),
+        given, times, states.to(device), None if mask is None else mask.to(device), conditioning["clipL"].to(device),
         guidance=scales if params.guidance_embed else None, **inputs,
     )  # fmt: skip
 
@@ -51,24 +53,3 @@ def shown_latents(first_frame: Tensor, frames: int) -> Tensor:
     """Latents of a first frame [B, C, 1, h, w] with zeros in the place of all others: [B, C, F, h, w]."""
     batch, channels, _, height, width = first_frame.shape
     return torch.cat((first_frame, first_frame.new_zeros(batch, channels, frames - 1, height, width)), dim=2)
-
-
-def of_tokens(times: Tensor, size: torch.Size, patch: tuple[int, ...]) -> Tensor:
-    """Times [B] or one per token as they are; one per frame [B, F] of latents of a size (F, h, w) for each token of the
-    frame: [B, L]."""
-    frames = size[0] // patch[0]
-    tokens = frames * (size[1] // patch[1]) * (size[2] // patch[2])
-    if times.ndim == 1 or times.shape[1] == tokens or times.shape[1] != frames:
-        return times
-    return times.repeat_interleave(tokens // frames, dim=1)
-
-
-def needed_text(conditioning: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """(states [B, T, D], their mask [B, T]) without places where no caption has a token, and without a mask that hides
-    nothing, where that can be seen without waiting for a device: attention is faster without them."""
-    states, mask = conditioning["llm"], conditioning["llm_mask"]
-    if mask.device.type != "cpu":
-        return states, mask
-    longest = max(1, int(mask.sum(dim=1).max()))
-    states, mask = states[:, :longest], mask[:, :longest]
-    return states, None if bool(mask.all()) else mask

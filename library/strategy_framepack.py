@@ -18,6 +18,7 @@ from library.components.framepack_sections import (
     WINDOW,
     Frames,
     OneFrame,
+    Section,
     one_frame,
     sections_of,
 )
@@ -27,8 +28,8 @@ from library.dataset.batch import CONDITIONING_ALPHA, CONDITIONING_IMAGES, numbe
 from library.dataset.items import SampleFacts
 from library.dataset.latent_cache import LatentEncoder
 from library.families.framepack import FAMILY
-from library.families.latents import Bucket
-from library.strategy_base import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy, TextEncodingStrategy
+from library.families.latents import Bucket, SampleKind
+from library.strategy_base import TextEncodingStrategy
 from library.strategy_llama_clip import LlamaClipTokenizeStrategy, llama_states, padded, pooled_clip
 
 TEXT_LENGTH = 512
@@ -101,7 +102,7 @@ class FramePackLatentEncoder(LatentEncoder):
         tiled = self.tile_size is not None and max(bucket[:2]) > self.tile_size
         return f"in tiles of {self.tile_size} pixels" if tiled else ""
 
-    def one_frame(self, kind: Any) -> OneFrame:
+    def one_frame(self, kind: SampleKind) -> OneFrame:
         """Places of a single frame and its control pictures."""
         return one_frame(
             len(kind.controls), WINDOW, target=kind.target_index, control=kind.clean_indices or (),
@@ -173,7 +174,7 @@ class FramePackLatentEncoder(LatentEncoder):
             last = self._last = _LastClip(seed, clip, self.encode(vae, clip[None], [seed])[0])
         return last.latents
 
-    def _section(self, latents: Tensor, section: Any) -> dict[str, Tensor]:
+    def _section(self, latents: Tensor, section: Section) -> dict[str, Tensor]:
         """What a step gets of a section of a clip with these latents [C, F', h, w]."""
         clean = {"": section.near, "_2x": section.middle, "_4x": section.far}
         places = section.places
@@ -233,17 +234,3 @@ def indices_of(
         "clean_latent_4x_indices": far,
     }  # fmt: skip
     return {name: torch.tensor(places) for name, places in named.items() if places}
-
-
-class FramePackLatentsCachingStrategy(FramePackLatentEncoder, LatentsCachingStrategy):
-    architecture = FAMILY.architecture
-
-    def __init__(self, cache_to_disk: bool, batch_size: int, skip_disk_cache_validity_check: bool) -> None:
-        FramePackLatentEncoder.__init__(self)
-        LatentsCachingStrategy.__init__(self, cache_to_disk, batch_size, skip_disk_cache_validity_check)
-
-
-class FramePackTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
-    """States of LLaMA with their mask, and CLIP-L's of the caption as a whole."""
-
-    architecture = FAMILY.architecture

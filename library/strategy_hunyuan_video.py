@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from library.dataset.latent_cache import LatentEncoder
-from library.families.hunyuan_video import FAMILY
-from library.strategy_base import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy, TextEncodingStrategy
+from library.strategy_base import TextEncodingStrategy
 from library.strategy_llama_clip import (
     TEXT_LENGTH,
     LlamaClipTokenizeStrategy,
@@ -54,13 +53,3 @@ class HunyuanVideoLatentEncoder(LatentEncoder):
 
     def encode(self, vae: Any, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return vae.encode_raw(images, seeds)
-
-
-class HunyuanVideoLatentsCachingStrategy(HunyuanVideoLatentEncoder, LatentsCachingStrategy):
-    architecture = FAMILY.architecture
-
-
-class HunyuanVideoTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
-    """States of LLaMA with their mask, and CLIP-L's of the caption as a whole."""
-
-    architecture = FAMILY.architecture

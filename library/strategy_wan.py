@@ -22,8 +22,6 @@ from library.families.latents import Bucket
 from library.families.wan import FAMILY
 from library.families.wan_tasks import LATENT_CHANNELS, MASK_CHANNELS, TASKS, WanTask
 from library.strategy_base import (
-    LatentsCachingStrategy,
-    TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
     TokenizeStrategy,
 )
@@ -166,7 +164,7 @@ class WanLatentEncoder(LatentEncoder):
             return super().encode_with_facts(vae, parts, images, seeds, pictures, facts)
         references = [pictures[name] for name in self.pictures_for(bucket)]
         latents, y = one_frame_conditions(vae.encode, layout, images, references)
-        places = torch.tensor([layout.f_indices] * len(images), dtype=torch.int32, device=latents.device)
+        places = torch.tensor([layout.f_indices] * len(images), dtype=torch.int32)
         made = {"latents_image": y, "f_indices": places}
         if self.vision_shape is not None:
             made[VISION] = torch.stack([vision_states(parts[VISION], picture) for picture in references], dim=1)
@@ -216,17 +214,3 @@ class WanLatentEncoder(LatentEncoder):
             if self.task.takes_last:
                 made[f"{VISION}_end"] = vision_states(parts[VISION], last)
         return made
-
-
-class WanLatentsCachingStrategy(WanLatentEncoder, LatentsCachingStrategy):
-    architecture = FAMILY.architecture
-
-    def __init__(self, cache_to_disk: bool, batch_size: int, skip_disk_cache_validity_check: bool) -> None:
-        LatentsCachingStrategy.__init__(self, cache_to_disk, batch_size, skip_disk_cache_validity_check)
-        WanLatentEncoder.__init__(self)
-
-
-class WanTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
-    """The states of a caption, as many as it has tokens."""
-
-    architecture = FAMILY.architecture

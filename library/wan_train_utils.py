@@ -76,9 +76,14 @@ def predict_velocity(
     more = {"skip_block_indices": skip_layers, "feature_layer": feature_layer}
 
     def forward(rows: slice | Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        given = {"y": y, "clip_fea": vision, "f_indices": f_indices}
-        beside = {name: None if tensor is None else tensor[rows].to(device) for name, tensor in given.items()}
-        return denoiser(noisy_latents[rows], timesteps[rows].float(), states[rows], **beside, **more)
+        def of_rows(tensor: Tensor) -> Tensor:
+            return tensor[rows if isinstance(rows, slice) else rows.to(tensor.device)]
+
+        given = {"y": y, "clip_fea": vision}
+        beside = {name: None if tensor is None else of_rows(tensor).to(device) for name, tensor in given.items()}
+        places = None if f_indices is None else of_rows(f_indices)  # read as numbers, so they stay where they are
+        times = of_rows(timesteps).float()
+        return denoiser(of_rows(noisy_latents), times, of_rows(states), f_indices=places, **beside, **more)
 
     if denoiser.experts is None or boundary is None:
         return forward(slice(None))
@@ -88,7 +93,7 @@ def predict_velocity(
     made = []
     for side in sides:
         denoiser.experts.use(high_noise=side)
-        made.append(forward(slice(None) if len(sides) == 1 else torch.nonzero(high == side)[:, 0].to(device)))
+        made.append(forward(slice(None) if len(sides) == 1 else torch.nonzero(high == side)[:, 0]))
     if len(sides) == 1:
         return made[0]
     back = torch.argsort(torch.cat([torch.nonzero(high == side)[:, 0] for side in sides])).to(device)

@@ -105,7 +105,8 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy with all tensors on `device`, but for the network multipliers, which are read as numbers."""
+        """A copy with all tensors on `device`, but for what is read as numbers, which a device would have to be waited
+        for: the network multipliers, and conditions of whole numbers (places in time)."""
         waits = (
             torch.device(device).type != "cuda"
         )  # elsewhere a copy that is not waited for may be read before it is there
@@ -113,8 +114,12 @@ class Batch:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=not waits)
 
-        names = [f.name for f in dataclasses.fields(self) if f.name != "network_multipliers"]
-        return dataclasses.replace(self, **{name: on_tensors(move, getattr(self, name)) for name in names})
+        def move_values(tensor: torch.Tensor) -> torch.Tensor:
+            return move(tensor) if tensor.is_floating_point() else tensor
+
+        movers = {f.name: move for f in dataclasses.fields(self) if f.name != "network_multipliers"}
+        movers["conditions"] = move_values
+        return dataclasses.replace(self, **{name: on_tensors(by, getattr(self, name)) for name, by in movers.items()})
 
     def pin_memory(self) -> Batch:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -27,7 +27,8 @@ def control_pictures(
     lacking = [picture for picture, controls in found.items() if len(controls) < (count or 1)]
     if lacking:
         number = f"{count} control pictures each" if count and count > 1 else "a control picture"
-        problems.append(f"{len(lacking)} pictures lack {number}: {listed(lacking)}")
+        told = [f"{picture} ({len(found[picture])} there)" if found[picture] else picture for picture in lacking]
+        problems.append(f"{len(lacking)} pictures lack {number}: {listed(told)}")
     if problems:
         raise ConfigError(problems)
     return {picture: controls[:count] for picture, controls in found.items()}

@@ -161,10 +161,3 @@ def picture_tensors(pictures: Mapping[str, np.ndarray], flipped: bool = False) -
         return mask_tensor(pictures[name], flipped)[None] if is_alpha else image_tensor(pictures[name], flipped)
 
     return {name: tensor(name) for name in pictures}
-
-
-def conditioning_tensor(item: ImageItem, geometry: Geometry, flipped: bool = False) -> torch.Tensor:
-    """The mask or control picture of a sample, [3, H, W] or [3, F, H, W] in -1..1: scaled, cropped and mirrored exactly
-    like its image."""
-    pictures = read_pictures(item, geometry, (CONDITIONING_IMAGES,))
-    return picture_tensors(pictures, flipped)[CONDITIONING_IMAGES]

@@ -177,7 +177,7 @@ class FramePackPipeline(VideoPipeline):
         noise = noise.to(self.denoiser.device)
         patch = self.denoiser.params.patch
         tokens = noise[0, 0].numel() / (patch[1] * patch[2])
-        sigmas = section_schedule(request.steps, tokens, request.flow_shift).to(noise.device)
+        sigmas = section_schedule(request.steps, tokens, request.flow_shift)  # read as numbers: not on the device
         velocity = self.guided(request, {**text, **seen}, None if negative is None else {**negative, **seen})
         return unipc_clean(lambda latents, sigma: latents - sigma * velocity(latents, sigma), noise, sigmas)
 

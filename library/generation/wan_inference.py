@@ -119,11 +119,11 @@ class WanScript(VideoScript):
         return super().completed(request, maker)
 
     def request_problems(self, config: Config, request: WanRequest) -> list[str]:
-        from library.generation.wan_pipeline import condition_problem
+        from library.generation.wan_pipeline import request_problem
 
         found = super().request_problems(config, request)
         if not self.is_without_prompts(config):
-            found += problems_of(lambda: _raise(condition_problem(self.task(config), request)))
+            found += problems_of(lambda: _raise(request_problem(self.task(config), request)))
         return found
 
     def kept_frames(self, config: Config, frames: list[Image.Image]) -> list[Image.Image]:
@@ -261,12 +261,11 @@ class WanScript(VideoScript):
 
     def fitting_problems(self, config: Config) -> list[str]:
         """The task against the denoiser, both experts and sizes of the files against each other; from headers."""
+        from library.components.llama_clip_utils import add_size_problems
         from library.custom_offloading_utils import row_swap_problem
+        from library.wan_fitting_utils import check_second_expert, check_task, part_sizes
         from library.wan_models import WanModel
         from library.wan_text_encoder_utils import inspect_umt5
-
-        from library.components.llama_clip_utils import add_size_problems
-        from library.wan_fitting_utils import check_second_expert, check_task, part_sizes
 
         options, problems, params = config[self.models], Problems(), self._params(config)
         task = self.task(config)

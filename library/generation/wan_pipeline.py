@@ -117,7 +117,7 @@ class WanPipeline(VideoPipeline):
 
     @torch.no_grad()
     def _condition(self, request: WanRequest) -> WanCondition:
-        problem = condition_problem(self.task, request)
+        problem = request_problem(self.task, request)
         if problem:
             raise ConfigError(problem)
         device = self.denoiser.device
@@ -177,24 +177,35 @@ def unread_files(task: WanTask, request: WanRequest) -> list[str]:
     return [name for name, is_read in reads.items() if getattr(request, name) and not is_read]
 
 
-def condition_problem(task: WanTask, request: Any) -> str | None:
-    """What a clip lacks that its task is conditioned on, or None. `request`: a WanRequest, or a sample prompt, whose
-    fields have other names."""
-    control = getattr(request, "control_path", None) or getattr(request, "control_video_path", None)
-    if request.one_frame:
-        given = getattr(request, "control_image_paths", None) or getattr(request, "control_image_path", None) or ()
-        controls, _ = parse_one_frame(request.one_frame, "one_frame")
-        if len(given) != len(controls):
+def request_problem(task: WanTask, request: WanRequest) -> str | None:
+    """As `condition_problem`, of a request."""
+    return condition_problem(
+        task, image=request.image_path, control=request.control_path, one_frame=request.one_frame,
+        controls=request.control_image_paths,
+    )  # fmt: skip
+
+
+def condition_problem(
+    task: WanTask, *, image: str | None, control: str | None, one_frame: str | None, controls: Sequence[str]
+) -> str | None:
+    """What a clip lacks that its task is conditioned on, or None, by the files that are given: a first frame, a control
+    clip, and the control pictures of a single frame with these settings. ConfigError when these cannot be read."""
+    if one_frame:
+        places, _ = parse_one_frame(one_frame, "one_frame")
+        if len(controls) != len(places):
             return (
-                f"one_frame names {len(controls)} control pictures, {len(given)} are given; needed: one for each"
+                f"one_frame names {len(places)} control pictures, {len(controls)} are given; needed: one for each"
                 " (--control_image_path, in a prompt line --ci)"
             )
         return None if task.takes_picture else f"the task {task.name} has no place for control pictures (one_frame)"
-    if task.takes_picture and not request.image_path:
+    if task.takes_picture and not image:
         return (
             f"the task {task.name} begins with a picture, and none is given; needed: the first frame (--image_path"
             " FILE, in a prompt line --i FILE)"
         )
     if task.fun_control and not control:
-        return f"the task {task.name} follows a clip, and none is given; needed: the control clip (--control_path FILE, in a prompt line --cn FILE)"
+        return (
+            f"the task {task.name} follows a clip, and none is given; needed: the control clip (--control_path FILE, in"
+            " a prompt line --cn FILE)"
+        )
     return None

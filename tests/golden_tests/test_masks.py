@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from library.dataset.batch import Batch
+from library.dataset.batch import CONDITIONING_IMAGES, Batch
 from library.dataset.bucket import BucketSelector
 from library.dataset.collate import Sample, collate
 from library.dataset.items import ImageItem, SubsetParams
 from library.dataset.media_utils import alpha_to_mask, decode_image
 from library.dataset.plan import BatchRequest
-from library.dataset.samples import Geometry, conditioning_tensor, image_tensor, mask_tensor
+from library.dataset.samples import Geometry, image_tensor, mask_tensor, picture_tensors, read_pictures
 from library.training.losses.reduction import loss_mask
 from tests.golden_dir import behaviour_cases
 
@@ -110,7 +110,8 @@ def test_mask_image_is_resized_and_cropped_like_its_image(case, tmp_path):
         image_key="a", absolute_path=str(tmp_path / "a.png"), caption="", subset=SubsetParams(), image_size=size,
         bucket_reso=bucket, resized_size=choice.resized_size, cond_path=str(tmp_path / "mask.png"),
     )
-    shown = conditioning_tensor(item, Geometry.centred(item)) / 2 + 0.5  # [3, H, W]
+    pictures = read_pictures(item, Geometry.centred(item), (CONDITIONING_IMAGES,))
+    shown = picture_tensors(pictures)[CONDITIONING_IMAGES] / 2 + 0.5  # [3, H, W]
     for axis, values in ((0, shown[0].mean(dim=0)), (1, shown[1].mean(dim=1))):
         places = (np.arange(bucket[axis]) + (left, top)[axis] + 0.5) / expected["resized"][
             axis

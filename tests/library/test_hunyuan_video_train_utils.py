@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from library.components.clip_tokens import needed_text, times_of_tokens
 from library.core.errors import ConfigError
 from library.generation.hunyuan_video_pipeline import HunyuanVideoPipeline
 from library.generation.video_requests import VideoRequest
 from library.hunyuan_video_models import HYVideoParams
-from library.hunyuan_video_train_utils import needed_text, of_tokens, predict_velocity, shown_latents
+from library.hunyuan_video_train_utils import predict_velocity, shown_latents
 
 LATENTS = torch.arange(2 * 2 * 3 * 4 * 4, dtype=torch.float32).view(2, 2, 3, 4, 4)
 
@@ -64,18 +65,21 @@ def test_the_first_frame_and_zeros_behind_it() -> None:
 
 
 def test_times_of_frames_are_those_of_their_tokens() -> None:
-    size, patch = torch.Size((3, 4, 4)), (1, 2, 2)
-    assert of_tokens(torch.tensor([5.0]), size, patch).tolist() == [5]
-    assert of_tokens(torch.tensor([[1.0, 2.0, 3.0]]), size, patch).tolist() == [[1] * 4 + [2] * 4 + [3] * 4]
+    assert times_of_tokens(torch.tensor([5.0]), 3, 12).tolist() == [5]
+    assert times_of_tokens(torch.tensor([[1.0, 2.0, 3.0]]), 3, 12).tolist() == [[1] * 4 + [2] * 4 + [3] * 4]
     whole = torch.rand(1, 12)
-    assert torch.equal(of_tokens(whole, size, patch), whole)
+    assert times_of_tokens(whole, 3, 12) is whole
 
 
 def test_padding_that_no_caption_of_the_batch_needs_is_left_out() -> None:
-    states, mask = needed_text(texts(2, 4))
+    def needed(*lengths: int):
+        text = texts(*lengths)
+        return needed_text(text["llm"], text["llm_mask"])
+
+    states, mask = needed(2, 4)
     assert states.shape[1] == 4 and mask.shape == (2, 4)
-    assert needed_text(texts(0, 0))[0].shape[1] == 1, "one place stays"
-    assert needed_text(texts(8, 8))[1] is None
+    assert needed(0, 0)[0].shape[1] == 1, "one place stays"
+    assert needed(8, 8)[1] is None
 
 
 def request(**settings) -> VideoRequest:

@@ -97,6 +97,27 @@ def work(tiny: TinyFramePack, tmp_path: Path) -> SectionWork:
     return SectionWork(tmp_path, tiny)
 
 
+@pytest.mark.parametrize("slot", ["network_weights", "base_weights"])
+def test_an_adapter_of_hunyuan_video_is_trained_further(work: SectionWork, slot: str) -> None:
+    """Its fused layers are taken apart; one that is merged beforehand changes what is learned."""
+    work.pictures()
+    generator = torch.Generator().manual_seed(3)
+    down, up = torch.randn(2, 64, generator=generator), torch.randn(192, 2, generator=generator)
+    stem, path = "lora_unet_double_blocks_0_img_attn_qkv", work.folder / "other.safetensors"
+    save_file(
+        {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(2.0)}, path
+    )
+    short = ["--max_train_steps=1", f"--{slot}={path}"]
+    if slot == "base_weights":
+        assert losses_of(work.train("further", PICTURES, *short)) != losses_of(work.train("plain", PICTURES, short[0]))
+        return
+    made = load_file(work.train("further", PICTURES, *short, "--learning_rate=1e-9"))
+    for place, name in enumerate("qkv"):
+        own = f"lora_unet_transformer_blocks_0_attn_to_{name}"
+        assert torch.allclose(made[f"{own}.lora_up.weight"], up[64 * place : 64 * (place + 1)], atol=1e-6)
+        assert torch.allclose(made[f"{own}.lora_down.weight"], down, atol=1e-6)
+
+
 def test_sections_train_alike_from_the_step_from_new_caches_and_without_a_vae(work: SectionWork) -> None:
     """Two sections of one video in a batch, and one of the other; F1 makes caches anew, and trains otherwise."""
     live = read_parts(work.train("live", VIDEOS, "--live_encoding"))[1]

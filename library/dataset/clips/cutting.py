@@ -98,7 +98,7 @@ class Cutter:
     def too_short(self, videos: Sequence[tuple[str, VideoCheck]]) -> str | None:
         """One line about the videos of which no clip can be cut."""
         short = [(path, self.frames_of(video), video) for path, video in videos if not self.clips_of(video)]
-        if not short:
+        if not short or self.settings_problem():  # then not the videos are at fault
             return None
         found = [f"{path} ({_frames(count, video)})" for path, count, video in short]
         return (
@@ -114,9 +114,21 @@ class Cutter:
             f"{len(cut)} videos break off; what is there is used: {listed(cut)}" if cut else None,
             f"{len(mixed)} folders hold frames of several sizes, which are all scaled to one: {listed(mixed)}"
             if mixed else None,
+            self._length_notice(videos),
             self._rate_notice(videos),
         ]
         return [line for line in lines if line is not None]
+
+    def _length_notice(self, videos: Sequence[tuple[str, VideoCheck]]) -> str | None:
+        """Lengths that no video has, beside others that some have."""
+        if self.settings.frame_extraction == "full":
+            return None
+        lengths = self.settings.in_effect(self.stride).target_frames
+        longest = max((self.frames_of(video) for _, video in videos), default=0)
+        unmade = [length for length in lengths if length > longest]
+        if not unmade or len(unmade) == len(lengths):
+            return None
+        return f"no clip has the length {listed([str(length) for length in unmade])} of target_frames: the longest video has {longest} frames"
 
     def _rate_notice(self, videos: Sequence[tuple[str, VideoCheck]]) -> str | None:
         source, target = self.settings.source_fps, self.target_fps

@@ -41,7 +41,7 @@ from library.training.sampling_prompts import (
 if TYPE_CHECKING:
     from PIL import Image
 
-    from library.dataset.strategies import Conditioning, StrategySet, Texts
+    from library.dataset.strategies import StrategySet, Texts
     from library.generation.picture_files import Picture
     from library.training.progress import Progress
     from library.training.run import Run, StepOutput
@@ -62,11 +62,6 @@ def sample_texts(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> list[t
         if family.needs_negative(prompt):
             texts.setdefault((prompt.negative_prompt or "", True))
     return list(texts)
-
-
-def texts_of(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> list[str]:
-    """The different texts alone."""
-    return list(dict.fromkeys(text for text, _ in sample_texts(family, prompts)))
 
 
 @torch.no_grad()

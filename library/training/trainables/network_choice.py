@@ -145,16 +145,14 @@ class NetworkChoice(Trainable):
         problems.raise_if_any()
 
     def _check_files(self, family: ModelFamily) -> None:
-        from library.checkpoints.kinds import check_adapter, check_slot
+        from library.generation.adapter_files import file_problem
 
-        maker = record_of(family.name).adapters.title
         problems = Problems()
         files = [("network_weights", self.opts.network_weights)] if self.opts.network_weights else []
         files += [("base_weights", path) for path in self.opts.base_weights or ()]
         for slot, path in files:
             if str(path).endswith(".safetensors") or not os.path.isfile(path):
-                message = check_slot(path, slot, {"adapter"}) or check_adapter(path, slot, maker)
-                if message:
+                if message := file_problem(path, slot, family.name):
                     problems.add(message)
         problems.raise_if_any()
 

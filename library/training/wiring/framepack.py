@@ -143,19 +143,9 @@ class FramePackFamily(LlamaClipFamily):
         return {IMAGE_ENCODER: load_siglip(self.opts.image_encoder, dtype, runtime.device, self._disable_mmap)}
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
-        """On the device, or with block swap spread over device and main memory."""
         from library.framepack_utils import load_framepack
 
-        swap = self.config[MemoryOptions].blocks_to_swap or 0
-        scaled = self.opts.fp8_scaled
-        denoiser = load_framepack(
-            self._denoiser_path, runtime.weight_dtype if scaled else runtime.denoiser_dtype,
-            "cpu" if swap else runtime.device, self._disable_mmap, fp8_scaled=scaled, transform=self.transform,
-        )  # fmt: skip
-        if swap:
-            denoiser.enable_block_swap(swap, runtime.device)
-            denoiser.move_to_device_except_swap_blocks(runtime.device)
-        return denoiser
+        return self.placed_denoiser(load_framepack, self._denoiser_path, runtime)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """They are cached with the scale; a single frame is a clip of one frame."""

@@ -102,20 +102,10 @@ class HunyuanVideoFamily(LlamaClipFamily):
         return self.latent_cache(encoder, self._vae_path)
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
-        """On the device, or with block swap spread over device and main memory."""
         from library.hunyuan_video_utils import load_hunyuan_video
 
-        swap = self.config[MemoryOptions].blocks_to_swap or 0
-        device = "cpu" if swap else runtime.device
-        scaled = self.opts.fp8_scaled
-        denoiser = load_hunyuan_video(
-            self._denoiser_path, runtime.weight_dtype if scaled else runtime.denoiser_dtype, device, self._disable_mmap,
-            fp8_scaled=scaled, transform=self.transform,
-        )  # fmt: skip
+        denoiser = self.placed_denoiser(load_hunyuan_video, self._denoiser_path, runtime)
         denoiser.embedders_wait = self.opts.img_in_txt_in_offloading
-        if swap:
-            denoiser.enable_block_swap(swap, runtime.device)
-            denoiser.move_to_device_except_swap_blocks(runtime.device)
         return denoiser
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.core.errors import Problems
 from library.core.options import Ignored, without_effect
@@ -119,6 +119,23 @@ class VideoFamily(FlowFamily):
 
         wanted = self.opts.vae_dtype
         return runtime.vae_dtype if wanted is None else DTYPES["no" if wanted == "fp32" else wanted]
+
+    @property
+    def _disable_mmap(self) -> bool:
+        return self.config[ModelOptions].disable_mmap_load_safetensors
+
+    def placed_denoiser(self, load: Callable[..., Any], path: str | None, runtime: Runtime) -> Any:
+        """A denoiser's file, read by the loader of the family, on the device, or with block swap spread over device and
+        main memory."""
+        swap, scaled = self.config[MemoryOptions].blocks_to_swap or 0, self.opts.fp8_scaled
+        denoiser = load(
+            path, runtime.weight_dtype if scaled else runtime.denoiser_dtype, "cpu" if swap else runtime.device,
+            self._disable_mmap, fp8_scaled=scaled, transform=self.transform,
+        )  # fmt: skip
+        if swap:
+            denoiser.enable_block_swap(swap, runtime.device)
+            denoiser.move_to_device_except_swap_blocks(runtime.device)
+        return denoiser
 
     @property
     def _denoiser_path(self) -> str | None:

@@ -139,10 +139,6 @@ class LlamaClipFamily(VideoFamily):
         encoding = import_target(f"{self.text_strategy}TextEncodingStrategy")()
         return StrategySet(tokenize, encoding, self.latents_caching(), text, TEXT_LAYOUTS[self.name])
 
-    @property
-    def _disable_mmap(self) -> bool:
-        return self.config[ModelOptions].disable_mmap_load_safetensors
-
     def load_vae(self, runtime: Runtime) -> torch.nn.Module:
         from library.components.hunyuan_vae_utils import load_hunyuan_vae
 

@@ -334,10 +334,6 @@ class WanFamily(VideoFamily):
 
     # -- models --------------------------------------------------------------------------------------------------------
 
-    @property
-    def _disable_mmap(self) -> bool:
-        return self.config[ModelOptions].disable_mmap_load_safetensors
-
     def load_vae(self, runtime: Runtime) -> torch.nn.Module:
         from library.components.wan_vae_utils import load_wan_vae
 
@@ -367,27 +363,14 @@ class WanFamily(VideoFamily):
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory; with it the second expert."""
-        denoiser = self._load_expert(runtime, self._denoiser_path)
+        from library.wan_utils import load_wan
+
+        denoiser = self.placed_denoiser(load_wan, self._denoiser_path, runtime)
         if self.has_two_experts:
             from library.wan_expert_utils import TwoExperts
 
-            other = self._load_expert(runtime, self.opts.dit_high_noise)
+            other = self.placed_denoiser(load_wan, self.opts.dit_high_noise, runtime)
             denoiser.experts = TwoExperts(denoiser, other, offload=self.opts.offload_inactive_dit)
-        return denoiser
-
-    def _load_expert(self, runtime: Runtime, path: str) -> torch.nn.Module:
-        from library.wan_utils import load_wan
-
-        swap = self.config[MemoryOptions].blocks_to_swap or 0
-        scaled = self.opts.fp8_scaled
-        dtype = runtime.weight_dtype if scaled else runtime.denoiser_dtype
-        denoiser = load_wan(
-            path, dtype, "cpu" if swap else runtime.device, self._disable_mmap, fp8_scaled=scaled,
-            transform=self.transform,
-        )  # fmt: skip
-        if swap:
-            denoiser.enable_block_swap(swap, runtime.device)
-            denoiser.move_to_device_except_swap_blocks(runtime.device)
         return denoiser
 
     # -- the step ------------------------------------------------------------------------------------------------------
@@ -432,7 +415,10 @@ class WanFamily(VideoFamily):
         from library.generation.wan_pipeline import condition_problem
 
         complete = super().sample_defaults(prompt)
-        problem = condition_problem(self.task, complete)
+        problem = condition_problem(
+            self.task, image=complete.image_path, control=complete.control_video_path, one_frame=complete.one_frame,
+            controls=complete.control_image_path or (),
+        )  # fmt: skip
         if problem:
             raise ConfigError(f"the sample prompt '{prompt.prompt}': {problem}")
         given = complete.guidance_scale if complete.cfg_scale is None else complete.cfg_scale

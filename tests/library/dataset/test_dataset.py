@@ -129,6 +129,10 @@ def test_every_field_of_an_uncached_batch(tmp_path):
     assert sorted(batch.captions) == ["picture 0", "picture 1"]
     assert len(set(batch.latent_seeds)) == 2
     assert batch["network_multipliers"].tolist() == [1.0, 1.0]
+    batch.conditions = {"y": torch.ones(2, 3), "f_indices": torch.tensor([[0, 1], [0, 2]])}
+    moved = batch.to("meta")
+    assert moved.loss_weights.is_meta and moved.conditions["y"].is_meta
+    assert moved.conditions["f_indices"].tolist() == [[0, 1], [0, 2]], "what is read as numbers stays"
 
 
 def test_a_rank_without_samples_gets_an_empty_batch(tmp_path):

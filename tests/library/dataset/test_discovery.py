@@ -89,7 +89,7 @@ def test_what_lacks_controls_is_named(tmp_path):
         control_pictures(["a.png", "b.png"], ["a_left.png", "a_0.png"], 2)
     assert list(caught.value.problems) == [
         "1 names have no number behind the name of their picture, as a_0.png has: a_left.png",
-        "2 pictures lack 2 control pictures each: a.png, b.png",
+        "2 pictures lack 2 control pictures each: a.png (1 there), b.png",
     ]
 
 

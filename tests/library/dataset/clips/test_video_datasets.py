@@ -397,6 +397,8 @@ def test_short_videos_are_counted_and_named(tmp_path):
     _, _, scan = load(tmp_path / "videos", "target_frames = [5, 9]")
     (told,) = [line for line in scan.warnings if "shorter" in line]
     assert "2 of 3 videos" in told and "b.avi (4 frames)" in told and "c.avi (2 frames)" in told and "5 frames" in told
+    _, _, scan = load(tmp_path / "videos", "target_frames = [5, 17, 13]")
+    assert [line for line in scan.warnings if "no clip has the length 13, 17 of target_frames" in line]
     with pytest.raises(ConfigError, match=r"3 of 3 videos are shorter than the shortest clip, which has 11 frames"):
         load(tmp_path / "videos", "target_frames = [11]")
     with pytest.raises(ConfigError, match=r"a\.avi \(5 frames of 9 after the conversion\)"):

@@ -192,6 +192,7 @@ def test_sections_of_a_clip_are_samples():
     assert cutter.needed == 7 and cutter.settings_problem() is None
     short = Cutter(ClipSettings(target_frames=(1, 5, 7)), sectioned(), section_frames=3)
     assert "target_frames [1, 5] are too few for a section of 3 latent frames" in short.settings_problem()
+    assert short.too_short([("a.mp4", VideoCheck((64, 32), frames=6))]) is None, "the video is not at fault"
     whole = Cutter(ClipSettings(frame_extraction="full"), sectioned(), section_frames=3)
     assert whole.settings_problem() is None and whole.needed == 7 and not whole.clips_of(VideoCheck((64, 32), frames=6))
     assert "a.mp4 (6 frames)" in whole.too_short([("a.mp4", VideoCheck((64, 32), frames=6))])

@@ -14,7 +14,7 @@ from library.training.accelerator_setup import prepare_runtime
 from library.training.hooks.base import Hook
 from library.training.hooks.logging import LoggingHook
 from library.training.hooks.losses import LossReader
-from library.training.hooks.sample import SampleHook, encode_sample_prompts, texts_of
+from library.training.hooks.sample import SampleHook, encode_sample_prompts, sample_texts
 from library.training.loop import fit
 from library.training.option_groups import SHARED_GROUPS
 from library.training.run import Models
@@ -73,7 +73,9 @@ class CountPairs(Hook):
 
 def test_negative_texts_are_encoded_where_cfg_is_on(flux):
     prompts = [*PROMPTS, SamplePrompt(prompt="a", scale=2.0), SamplePrompt(prompt="a", negative_prompt="unused")]
-    assert texts_of(flux[0], prompts) == ["a red cat", "the dog", "blue", "a", ""]
+    found = sample_texts(flux[0], prompts)
+    assert list(dict.fromkeys(text for text, _ in found)) == ["a red cat", "the dog", "blue", "a", ""]
+    assert [text for text, is_negative in found if is_negative] == ["blue", ""]
 
 
 def test_files_and_sheet_of_an_occasion(flux, tmp_path):
