@@ -296,8 +296,6 @@ class StepGuidanceOptions:
             problems.append(f"--slg_layers is '{self.slg_layers}'; needed: numbers of blocks with commas, as 4,5,6")
         if self.slg_mode and not self.slg_layers:
             problems.append("--slg_mode is given without --slg_layers, the blocks that are left out")
-        if self.cfg_apply_ratio is not None and self.cfg_skip_mode == "none":
-            problems.append("--cfg_apply_ratio needs --cfg_skip_mode, which says where the guided steps are")
         if problems:
             raise ConfigError(problems)
 

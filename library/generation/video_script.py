@@ -68,6 +68,7 @@ class VideoScript(LatentScript[VideoRequest]):
     kind = "video"
     needs: ClassVar[Mapping[str, str]] = {
         "strength": "video_path", "v2v_pad_mode": "video_path", "cfg_skip_mode": "cfg_apply_ratio",
+        "cfg_apply_ratio": "cfg_skip_mode",
         **dict.fromkeys(("slg_layers", "slg_scale", "slg_start", "slg_end"), "slg_mode"),
         **{f"compile_{name}": "compile" for name in ("backend", "mode", "dynamic", "fullgraph", "cache_size_limit")},
     }  # fmt: skip
@@ -367,7 +368,7 @@ class VideoScript(LatentScript[VideoRequest]):
         found = [
             f"--{name} has no effect without --{needed}"
             for name, needed in self.needs.items()
-            if name in config.explicit and not config.value(needed)
+            if name in config.explicit and config.value(needed) in (None, False, "", "none")
         ]
         if self.base_request(config).negative_text is None:
             given = [name for name in GUIDED if name in config.explicit and config.value(name) not in (None, "none")]

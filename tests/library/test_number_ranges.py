@@ -15,7 +15,17 @@ from library.core.errors import ConfigError
 from library.core.options import Config, allows_none, is_bool_option, option_fields, value_type
 from library.dataset.config_schema import KEYS
 from library.families.registry import FAMILIES
-from library.generation import anima_inference, flux_inference, lumina_inference, sdxl_inference
+from library.generation import (
+    anima_inference,
+    flux_inference,
+    framepack_inference,
+    hunyuan_image_inference,
+    hunyuan_video_inference,
+    lumina_inference,
+    sd3_inference,
+    sdxl_inference,
+    wan_inference,
+)
 from library.generation.gen_img import options as generation_options
 from library.generation.lumina_options import LuminaPromptOptions
 from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS, parse_generation_line
@@ -36,11 +46,15 @@ from tests.runs.conftest import Work
 from tests.runs.families import refused_run
 
 HUGE = 10**40
+PICTURE_SCRIPTS = (
+    anima_inference, flux_inference, framepack_inference, hunyuan_image_inference, hunyuan_video_inference,
+    lumina_inference, sd3_inference, sdxl_inference, wan_inference,
+)  # fmt: skip
 
 
 def option_classes() -> list[type]:
     scripts = [parser_common.script(family, "network").classes for family in FAMILIES]
-    scripts += [anima_inference.GROUPS, flux_inference.GROUPS, lumina_inference.GROUPS, sdxl_inference.GROUPS]
+    scripts += [script.GROUPS for script in PICTURE_SCRIPTS]
     scripts += [
         [c for c in vars(generation_options).values() if isinstance(c, type) and c.__name__.endswith("Options")]
     ]
@@ -63,7 +77,7 @@ def wrapped(options_class: type, name: str, number: float) -> object:
         else [number]
         if nargs
         else (number, 64)
-        if name in ("resolution", "skip_image_resolution", "face_crop_aug_range")
+        if name in ("resolution", "skip_image_resolution", "face_crop_aug_range", "show_timesteps_resolution")
         else number
     )
 
@@ -83,7 +97,8 @@ def test_every_numeric_option_has_bounds(options_class: type, name: str) -> None
 SHARE = re.compile(r"ratio|dropout|discount|split$|quantile|strength|_rate$|top_p|thresh")
 NO_SHARE = {
     "learning_rate": "a rate of learning", "save_n_epoch_ratio": "how many files", "split_unit": "a rank",
-    "noise_offset_random_strength": "a switch",
+    "noise_offset_random_strength": "a switch", "magcache_threshold": "an error that adds up",
+    "rope_scaling_timestep_threshold": "a timestep",
 }  # fmt: skip
 """names that are like those of shares -> what they are"""
 

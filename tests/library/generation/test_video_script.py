@@ -189,6 +189,8 @@ def test_options_that_change_nothing_are_told(run, caplog, tmp_path):
         assert f"--{name} has no effect without --{needed}\n" in caplog.text
     assert "--negative_prompt has no effect: --guidance_scale is 1" in caplog.text
     assert "--cfg_skip_mode has no effect without --cfg_apply_ratio" in caplog.text
+    run("--cfg_apply_ratio=0.5")
+    assert "--cfg_apply_ratio has no effect without --cfg_skip_mode" in caplog.text
     caplog.clear()
     (tmp_path / "lines.txt").write_text("a red cat\n", encoding="utf-8")
     run("--strength=0.5", f"--from_file={tmp_path / 'lines.txt'}", prompt=False)  # lines may name a --v
@@ -208,13 +210,12 @@ def test_problems_are_told_together_before_a_model_is_loaded(run, monkeypatch, t
     monkeypatch.setattr(ToyScript, "load_encoders", lambda *_: pytest.fail("a model is loaded"))
     with pytest.raises(ConfigError) as caught:
         run(
-            "--video_size", "8", "32", "--infer_steps=0", "--slg_layers=a,b", "--cfg_apply_ratio=0.5", "--fps=0",
+            "--video_size", "8", "32", "--infer_steps=0", "--slg_layers=a,b", "--fps=0",
             "--include_patterns", "a", "b", "--lora_multiplier", "1", "2",
         )  # fmt: skip
     told = "\n".join(caught.value.problems)
     for part in (
         "--video_size is 8 32", "--infer_steps is 0", "--slg_layers is 'a,b'",
-        "--cfg_apply_ratio needs --cfg_skip_mode",
         "--fps is 0", "--include_patterns has 2 values for 0 --lora_weight", "--lora_multiplier has 2 values",
     ):
         assert part in told, part
