@@ -126,7 +126,7 @@ class ListedAdapterOptions:
 
     lora_weight: list[str] | None = option(None, nargs="*", help="adapter files")
     lora_multiplier: list[float] | None = option(
-        None, nargs="*", help="strength of each of the --lora_weight; 1 when not given"
+        None, nargs="*", help="strength of each of the --lora_weight, or one for all; 1 when not given"
     )
     include_patterns: list[str] | None = option(
         None, nargs="*", help="use only the layers that one of these regular expressions finds"

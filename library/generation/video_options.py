@@ -50,7 +50,8 @@ class VideoModelOptions:
     fp8: bool = option(False, help="keep the large matrices of the denoiser in 8 bits, as they are")
     fp8_scaled: bool = option(
         False,
-        help="keep the large matrices of the denoiser in 8 bits, each row scaled to the whole range; closer than --fp8",
+        help="keep the large matrices of the denoiser in 8 bits, with scales by which they use the whole range; closer"
+        " than --fp8",
     )
     fp8_fast: bool = ignored_option(
         False, help="multiply 8-bit matrices as they are",

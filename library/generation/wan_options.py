@@ -139,7 +139,7 @@ class WanAdapterOptions(VideoAdapterOptions):
         None, nargs="*", help="adapter files for the expert for much noise; --lora_weight are for the other one"
     )
     lora_multiplier_high_noise: list[float] | None = option(
-        None, nargs="*", help="strength of each of these; 1 when not given"
+        None, nargs="*", help="strength of each of these, or one for all; 1 when not given"
     )
 
     def __post_init__(self) -> None:

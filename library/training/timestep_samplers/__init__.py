@@ -187,10 +187,11 @@ def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> li
         "logit_std": _is_free("logit_std", mode) or (mode in DENSITY_MODES and scheme == "logit_normal"),
         "mode_scale": mode in DENSITY_MODES and scheme == "mode",
     }
+    plain = {name: getattr(default, name) for name in used} | ({"discrete_flow_shift": 1.0} if falls else {})
     changed = [
         name
-        for name in used
-        if getattr(options, name) != getattr(default, name) and (explicit is None or name in explicit)
+        for name, value in plain.items()
+        if getattr(options, name) != value and (explicit is None or name in explicit)
     ]
     how = f"neither --timestep_sampling {mode} nor --weighting_scheme {scheme} uses it"
     reasons = {"discrete_flow_shift": "the falling table of --timestep_sampling sigma has no shift"} if falls else {}
@@ -220,8 +221,11 @@ def _idle_shapes(options: TimestepOptions, explicit: Container[str] | None) -> l
         found += without_effect(["preserve_distribution_shape"], how)
     if options.num_timestep_buckets and mode in DENSITY_MODES:
         found += without_effect(["num_timestep_buckets"], f"--timestep_sampling {mode} draws from a table")
-    if options.sigma_table != "rising" and mode != "sigma" and (explicit is None or "sigma_table" in explicit):
+    is_written = options.sigma_table != "rising" if explicit is None else "sigma_table" in explicit
+    if is_written and mode != "sigma":
         found += without_effect(["sigma_table"], f"--timestep_sampling {mode} has no table")
+    if options.show_timesteps_resolution and not options.show_timesteps:
+        found += without_effect(["show_timesteps_resolution"], "--show_timesteps, whose samples it is about, is not given")
     return found
 
 

@@ -40,6 +40,8 @@ class VideoFamily(FlowFamily):
 
     options: ClassVar[type[VideoOptions]]
     timestep_modes = MODES
+    loading_options: ClassVar[Mapping[str, tuple[str, ...]]] = {"vae": ("vae_dtype",)}
+    """part -> options that say how it is loaded, and nothing of what it makes"""
     embedders_wait: ClassVar[bool] = False
     """whether its denoiser takes --img_in_txt_in_offloading"""
     denoiser_option = "dit"
@@ -148,7 +150,13 @@ class VideoFamily(FlowFamily):
     def idle(self) -> list[Ignored]:
         given = ["img_in_txt_in_offloading"] if self.opts.img_in_txt_in_offloading and not self.embedders_wait else []
         how = "the known script takes it and does nothing with it; --blocks_to_swap saves memory"
-        return without_effect(given, how)
+        found = without_effect(given, how)
+        for part, names in self.loading_options.items():
+            if self.lacks(part):
+                unread = [name for name in names if name in self.config.explicit]
+                files = " and ".join(f"--{name}" for name in self.part_files(part))
+                found += without_effect(unread, f"what is made by {files} is in the caches")
+        return found
 
     def _notices(self) -> list[str]:
         return ["the time reaches the network in float32, as 1000 sigma (known trainers add 1)"]

@@ -86,6 +86,7 @@ class LlamaClipFamily(VideoFamily):
             }
         ),
     }
+    loading_options = {"vae": ("vae_dtype", "vae_chunk_size"), "text_encoders": ("text_encoder_dtype", "fp8_llm")}
     tool_defaults = {"latents": {"vae_dtype": "fp16"}, "text": {"text_encoder_dtype": "fp16"}}
 
     def part_files(self, part: str) -> Mapping[str, str | None]:

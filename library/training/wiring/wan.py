@@ -117,6 +117,7 @@ class WanFamily(VideoFamily):
         "vae": frozenset({"task", "clip", "i2v", "one_frame", "vae_cache_cpu", "vae_dtype"}),
         "text_encoders": frozenset({"t5", "t5_tokenizer", "fp8_t5"}),
     }
+    loading_options = {"vae": ("vae_dtype", "vae_cache_cpu"), "text_encoders": ("fp8_t5",)}
     tool_defaults = {"latents": {"vae_dtype": "bf16"}, "text": {"mixed_precision": "bf16"}}
 
     _follows_clips = False

@@ -71,6 +71,12 @@ def test_settings_that_the_chosen_formula_does_not_read_are_named():
     )
     scheme = TimestepOptions(timestep_sampling="shift", weighting_scheme="logit_normal")
     assert [item.written for item in timestep_samplers.idle(scheme)] == ["--weighting_scheme"]
+    falling = TimestepOptions(sigma_table="falling", timestep_sampling="sigma", discrete_flow_shift=3.0)
+    for options, written in (
+        (falling, "discrete_flow_shift"), (TimestepOptions(timestep_sampling="shift"), "sigma_table"),
+        (TimestepOptions(show_timesteps_resolution=(64, 64)), "show_timesteps_resolution"),
+    ):  # fmt: skip
+        assert [item.written for item in timestep_samplers.idle(options, {written})] == [f"--{written}"]
 
 
 def test_the_whole_range_of_timesteps_is_no_range():

@@ -174,6 +174,15 @@ def test_an_epoch_draws_evenly_and_goes_on_so(work, monkeypatch):
     assert seen == drawn[2:] and largest_difference(whole, resumed) == 0
 
 
+def test_how_models_are_loaded_that_no_run_loads_is_told(work):
+    def told(*argv: str) -> str:
+        config = config_of("--vae_dtype=bf16", *argv)
+        return " ".join(map(str, idle_options.ignored(config, CachedToyFamily(config))))
+
+    assert "--vae_dtype: has no effect: what is made by --vae is in the caches" in told()
+    assert "--vae_dtype" not in told(*MODELS)
+
+
 def test_metadata_are_those_of_the_known_trainer(work, monkeypatch):
     """Every key that it writes, with its values: samples are items, --fp8_base is that of the denoiser."""
     monkeypatch.setattr(
