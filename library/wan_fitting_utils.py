@@ -62,8 +62,8 @@ def check_second_expert(
         )
     if os.path.exists(first) and os.path.samefile(path, first):
         raise ConfigError(
-            f"--dit_high_noise is {path}, which is the file of --dit too; needed: the expert for much noise there, the one"
-            " for little noise in --dit"
+            f"--dit_high_noise is {path}, which is the file of --dit too; needed: the expert for much noise there, the"
+            " one for little noise in --dit"
         )
     other = inspect_wan(path).params
     if other != params:

@@ -154,8 +154,8 @@ def check_targets(
         rounded = "" if written == list(clips.target_frames) else f" ({written} rounded down to what the VAE takes)"
         problems.add(
             scope.where(where), "conflict",
-            f"chunk cuts a video into clips of target_frames, which are {list(clips.target_frames)}{rounded}: every frame"
-            " would be a sample; take what gives 1 out of target_frames, or use slide with frame_stride",
+            f"chunk cuts a video into clips of target_frames, which are {list(clips.target_frames)}{rounded}: every"
+            " frame would be a sample; take what gives 1 out of target_frames, or use slide with frame_stride",
         )
 
 

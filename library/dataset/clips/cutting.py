@@ -151,8 +151,9 @@ class Cutter:
                 " converts them by their own times"
             )
         if others:
+            say = "1 video says" if len(others) == 1 else f"{len(others)} videos say"
             return (
-                f"source_fps is {source:g}, and {'1 video says' if len(others) == 1 else f'{len(others)} videos say'} otherwise: {listed(others)}. source_fps ="
+                f"source_fps is {source:g}, and {say} otherwise: {listed(others)}. source_fps ="
                 " \"auto\" goes by what they say"
             )
         if source is not None and exact_rate(source) < exact_rate(target):

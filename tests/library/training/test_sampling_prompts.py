@@ -126,7 +126,8 @@ def test_pictures_and_clips_of_prompts_are_looked_at_before_the_run(tmp_path):
     Image.new("RGB", (8, 8)).save(good)
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
-    text = f"a cat --i {good};;;{tmp_path}/none.png --ei {bad} --ci {good} --ci {tmp_path}/gone.png --cn {tmp_path}/no.mp4"
+    first, controls = f"{good};;;{tmp_path}/none.png", f"--ci {good} --ci {tmp_path}/gone.png"
+    text = f"a cat --i {first} --ei {bad} {controls} --cn {tmp_path}/no.mp4"
     prompt = parse_line(text, options=VIDEO_LINE_OPTIONS)
     with pytest.raises(ConfigError) as caught:
         check_files(prompt, VIDEO_LINE_OPTIONS, lambda paths: paths.split(";;;"))

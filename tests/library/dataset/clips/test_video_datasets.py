@@ -382,6 +382,15 @@ def test_all_bad_files_are_told_at_once(tmp_path):
     assert samples(group) == {"good.avi": [run(0, 4)]} and scan.num_skipped == len(bad)
 
 
+def test_a_length_that_is_rounded_to_a_refused_one_is_told_as_written(tmp_path):
+    folder = tmp_path / "videos"
+    video(folder, "a.avi", 9)
+    with pytest.raises(ConfigError, match=r"which are \[1, 3\] \(\[2, 3\] rounded down to what the VAE takes\): every frame"):
+        load(folder, 'target_frames = [2, 3]\nframe_extraction = "chunk"')
+    with pytest.raises(ConfigError, match=r"which are \[1, 3\]: every frame"):
+        load(folder, 'target_frames = [1, 3]\nframe_extraction = "chunk"')
+
+
 def wave_bytes() -> bytes:
     """A file of sound."""
     buffer = io.BytesIO()
