@@ -48,8 +48,8 @@ def check_task(given: str | None, params: WanParams, path: str | os.PathLike) ->
 def check_second_expert(
     path: str | os.PathLike | None, task: WanTask, boundary: float | None, params: WanParams, first: str | os.PathLike
 ) -> None:
-    """ConfigError where the file of the expert for much noise is none, has no boundary, or is no pair with `first`,
-    which has `params`."""
+    """ConfigError where the file of the expert for much noise is none, has no boundary, is `first` itself, or is no
+    pair with it, which has `params`."""
     if path is None:
         return
     problem = check_slot(path, "dit_high_noise", {"wan"})
@@ -59,6 +59,11 @@ def check_second_expert(
         raise ConfigError(
             f"--dit_high_noise is given with the task {task.name}, which has one model: needed: a task of Wan 2.2"
             " (--task t2v-A14B or i2v-A14B), or the noise level at which it takes over (--timestep_boundary 0.9)"
+        )
+    if os.path.exists(first) and os.path.samefile(path, first):
+        raise ConfigError(
+            f"--dit_high_noise is {path}, which is the file of --dit too; needed: the expert for much noise there, the one"
+            " for little noise in --dit"
         )
     other = inspect_wan(path).params
     if other != params:

@@ -150,10 +150,12 @@ def check_targets(
     clips = subset.clips.in_effect(architecture.latents.temporal_stride)
     if clips.frame_extraction == "chunk" and 1 in clips.target_frames:
         where = "frame_extraction" if scope.written_at("frame_extraction") else "target_frames"
+        written = list(subset.clips.target_frames)
+        rounded = "" if written == list(clips.target_frames) else f" ({written} rounded down to what the VAE takes)"
         problems.add(
             scope.where(where), "conflict",
-            f"chunk cuts a video into clips of target_frames, which are {list(clips.target_frames)}: every frame would"
-            " be a sample; take 1 out of target_frames, or use slide with frame_stride",
+            f"chunk cuts a video into clips of target_frames, which are {list(clips.target_frames)}{rounded}: every frame"
+            " would be a sample; take what gives 1 out of target_frames, or use slide with frame_stride",
         )
 
 

@@ -156,10 +156,12 @@ def _find(
 ) -> list[tuple[ImageItem, str]]:
     """Set the suffix of those items of one file whose caption is there; return the others with the reason."""
     captions = [cached_caption(item) for item in items]
-    is_only_one = len(set(captions)) == 1
+    different = dict.fromkeys(captions)
+    path = items[0].text_encoder_outputs_npz
+    found = {caption: find(path, caption, len(different) == 1) for caption in different}
     missing = []
     for item, caption in zip(items, captions):
-        suffix, reason = find(item.text_encoder_outputs_npz, caption, is_only_one)
+        suffix, reason = found[caption]
         if suffix is None:
             missing.append((item, reason))
         else:

@@ -194,8 +194,8 @@ def condition_problem(
         places, _ = parse_one_frame(one_frame, "one_frame")
         if len(controls) != len(places):
             return (
-                f"one_frame names {len(places)} control pictures, {len(controls)} are given; needed: one control image"
-                " (--ci) for each"
+                f"one_frame names {len(places)} control pictures, {len(controls)} are given; needed: one for each"
+                " (--control_image_path, in a prompt line --ci)"
             )
         return None if task.takes_picture else f"the task {task.name} has no place for control pictures (one_frame)"
     if task.takes_picture and not image:

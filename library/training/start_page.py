@@ -189,5 +189,5 @@ def _memory(run: Run) -> list[str]:
     if memory.gradient_checkpointing:
         lines.append("gradient checkpointing" + (" with inputs on the CPU" if memory.cpu_offload_checkpointing else ""))
     if memory.blocks_to_swap:
-        lines.append(f"{memory.blocks_to_swap} blocks swapped")
+        lines.append(f"{memory.blocks_to_swap} block{'' if memory.blocks_to_swap == 1 else 's'} swapped")
     return lines

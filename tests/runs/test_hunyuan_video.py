@@ -146,14 +146,18 @@ def test_the_loss_on_held_out_clips_of_a_moving_shape_falls(work: ClipWork) -> N
     assert losses[-1] < 0.9 * losses[0], losses
 
 
-def test_samples_are_videos_of_the_asked_size_and_length(work: ClipWork) -> None:
+def test_samples_are_videos_of_the_asked_size_and_length(work: ClipWork, caplog) -> None:
     prompts = work.folder / "prompts.txt"
-    prompts.write_text("a red square --w 64 --h 48 --f 6 --s 2 --d 1\na square --w 64 --h 48 --s 2 --d 1\n")
+    picture = f"--i {work.images}/00.png"
+    prompts.write_text(f"a red square --w 64 --h 48 --f 6 --s 2 --d 1\na square --w 64 --h 48 --s 2 --d 1 {picture}\n")
     sampling = [f"--sample_prompts={prompts}", "--sample_at_first", "--max_train_steps=1"]
     made = []
     for name in ("first", "again"):
         work.train(name, *sampling)
         files = sorted((work.folder / name / "sample").glob("*.*"))
+        told = [line for line in caplog.messages if "the picture of the sample prompt 'a square' is not used" in line]
+        assert len(told) == 1, "once, and not with every sample"
+        caplog.clear()
         made.append({path.suffix: path.read_bytes() for path in files if path.suffix in (".mp4", ".avi", ".mkv")})
         (video,) = [path for path in files if path.suffix in (".mp4", ".avi", ".mkv")][:1]
     assert made[0] == made[1], "the same seed makes the same file"

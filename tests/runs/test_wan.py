@@ -362,6 +362,8 @@ def test_what_does_not_fit_is_one_message(tinies: Tinies, tmp_path: Path, monkey
     assert "--dit_high_noise is given with the task t2v-14B" in told(t2v, f"--dit_high_noise={t2v.tiny.denoiser}")
     message = told(pair, f"--dit_high_noise={small.high}", left_out=("dit_high_noise",))
     assert "are no pair: they have num_layers 2 and 1" in message
+    message = told(pair, f"--dit_high_noise={pair.tiny.denoiser}", left_out=("dit_high_noise",))
+    assert "which is the file of --dit too" in message
     assert f"--t5 is {wide}: its width is 48" in told(t2v, f"--t5={wide}", left_out=("t5",))
     assert "--timestep_boundary is -1" in told(pair, "--timestep_boundary=-1")
     assert "--blocks_to_swap is 2" in told(t2v, "--blocks_to_swap=2")

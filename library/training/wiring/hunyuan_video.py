@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from library.core.errors import ConfigError
-from library.core.options import Ignored, option, without_effect
+from library.core.options import Ignored, option, shortened, without_effect
 from library.families.hunyuan_video import FAMILY
 from library.training.option_groups import MemoryOptions
 from library.training.wiring.video_llama_clip import LlamaClipFamily, LlamaClipOptions
@@ -136,9 +136,16 @@ class HunyuanVideoFamily(LlamaClipFamily):
                 f"the sample prompt '{prompt.prompt}' has no picture (--i), and the denoiser is a model from image to"
                 " video; needed: the picture of the first frame"
             )
-        if prompt.image_path and not is_shown:
-            logger.warning("the picture of the sample prompt '%s' is not used: %s", prompt.prompt, _NO_PICTURES)
+        if prompt.image_path and not is_shown and prompt.prompt not in self._told:
+            self._told.add(prompt.prompt)
+            told = shortened(prompt.prompt)
+            logger.warning("the picture of the sample prompt '%s' is not used: %s", told, _NO_PICTURES)
         return super().sample_defaults(prompt)
+
+    @cached_property
+    def _told(self) -> set[str]:
+        """Prompts of which it is told that their picture is not used."""
+        return set()
 
     def metadata(self) -> dict[str, Plain]:
         return {"ss_base_model_version": "hunyuan_video", **self.timestep_metadata()}

@@ -136,6 +136,13 @@ def test_a_damaged_file_is_made_again(item, content, caplog):
     assert fill([item]) == ["a red cat"] and "cannot be read" in caplog.text
 
 
+def test_a_damaged_file_of_several_clips_is_told_once(item, caplog):
+    fill([item])
+    open(item.text_encoder_outputs_npz, "wb").write(b"")
+    clips = [dataclasses.replace(item, image_key=f"{n}") for n in range(3)]
+    assert fill(clips) == ["a red cat"] and caplog.text.count("cannot be read") == 1
+
+
 def test_what_is_encoded_is_the_caption_without_its_random_parts(tmp_path):
     subset = SubsetParams(
         caption_prefix="photo of", caption_suffix="end", keep_tokens_separator="|||", secondary_separator=";;;",

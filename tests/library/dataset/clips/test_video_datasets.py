@@ -407,8 +407,8 @@ def test_short_videos_are_counted_and_named(tmp_path):
 
 NOTICES = {
     "other rate": ("", r"1 video has another frame rate than the 12 fps of toy_video.*a\.avi \(24 fps\).*\"auto\""),
-    "file says otherwise": ("source_fps = 12", r"source_fps is 12, and 1 videos say otherwise: .*a\.avi \(24 fps\)"),
-    "slower than trained": ("source_fps = 10", r"say otherwise"),
+    "file says otherwise": ("source_fps = 12", r"source_fps is 12, and 1 video says otherwise: .*a\.avi \(24 fps\)"),
+    "slower than trained": ("source_fps = 10", r"says otherwise"),
     "right": ("source_fps = 24", None),
     "auto": ('source_fps = "auto"', None),
 }
