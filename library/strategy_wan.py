@@ -171,6 +171,8 @@ class WanLatentEncoder(LatentEncoder):
         return latents, made
 
     def condition_shapes(self, bucket: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        """By the task: mask and latents of first, or first and last, frames [20, F', h, w]; latents of a control clip
+        [16, F', h, w]; states of the pictures [N, V]."""
         task, spec, layout = self.task, FAMILY.latents, self.layout(bucket)
         if layout is not None:
             return self._one_frame_shapes(bucket, layout)
@@ -199,6 +201,7 @@ class WanLatentEncoder(LatentEncoder):
         self, vae: Any, parts: Mapping[str, torch.nn.Module], images: Tensor, seeds: Sequence[int],
         pictures: Mapping[str, Tensor],
     ) -> Mapping[str, Tensor]:
+        """Those of `condition_shapes`, with the batch before them, of images [B, 3, H, W] or clips [B, 3, F, H, W]."""
         clips = images if images.ndim == 5 else images[:, :, None]  # [B, 3, F, H, W]
         first, last, frames = clips[:, :, 0], clips[:, :, -1], clips.shape[2]
         made: dict[str, Tensor] = {}

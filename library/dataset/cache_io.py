@@ -357,6 +357,8 @@ def _has_latents(
 
 
 def latents_record_problem(stored: Mapping[str, Any], expected: LatentsRecord, image_path: str | None) -> str | None:
+    """Why latents of which a file says `stored` are not those that are expected of this picture or clip; None when they
+    are."""
     if stored.get("version") != expected.version:
         return f"record version {stored.get('version')}"
     if differ(stored.get("model"), expected.model) or differ(stored.get("latent_space"), expected.latent_space):

@@ -221,6 +221,7 @@ class ImageItem:
 def sample_kind(
     controls: tuple[tuple[int, int], ...], one_frame: OneFrameSettings | None, section_frames: int | None
 ) -> SampleKind:
+    """Of a sample with control pictures of these sizes (width, height); one object for all that are alike."""
     one_frame = one_frame or OneFrameSettings()
     return SampleKind(
         controls, one_frame.fp_1f_clean_indices, one_frame.fp_1f_target_index, one_frame.fp_1f_no_post, section_frames

@@ -281,6 +281,7 @@ def _flags_problem(path: str, layout: TextLayout, expected: TextRecord) -> str |
 
 
 def text_record_problem(stored: Mapping[str, Any], expected: TextRecord) -> str | None:
+    """Why outputs of which a file says `stored` are not those that are expected of this caption; None when they are."""
     if stored.get("version") != expected.version:
         return f"record version {stored.get('version')}"
     if stored.get("caption") != expected.caption:

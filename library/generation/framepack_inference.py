@@ -76,9 +76,8 @@ class FramePackScript(LlamaClipScript):
         from library.framepack_utils import load_framepack
 
         options = config[self.models]
-        plain_fp8 = options.fp8 and not options.fp8_scaled
         return load_framepack(
-            options.dit, FP8_STORAGE if plain_fp8 else dtype, device, self.disable_mmap(config),
+            options.dit, FP8_STORAGE if options.is_plain_fp8 else dtype, device, self.disable_mmap(config),
             fp8_scaled=options.fp8_scaled, transform=transform,
         )  # fmt: skip
 

@@ -56,9 +56,8 @@ class HunyuanVideoScript(LlamaClipScript):
         from library.hunyuan_video_utils import load_hunyuan_video
 
         options = config[self.models]
-        plain_fp8 = options.fp8 and not options.fp8_scaled
         denoiser = load_hunyuan_video(
-            options.dit, FP8_STORAGE if plain_fp8 else dtype, device, self.disable_mmap(config),
+            options.dit, FP8_STORAGE if options.is_plain_fp8 else dtype, device, self.disable_mmap(config),
             fp8_scaled=options.fp8_scaled, transform=transform,
         )  # fmt: skip
         denoiser.embedders_wait = options.img_in_txt_in_offloading

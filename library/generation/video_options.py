@@ -80,6 +80,11 @@ class VideoModelOptions:
         return found
 
     @property
+    def is_plain_fp8(self) -> bool:
+        """Whether 8-bit numbers stand for themselves, without scales."""
+        return self.fp8 and not self.fp8_scaled
+
+    @property
     def is_fp8(self) -> bool:
         return self.fp8 or self.fp8_scaled
 

@@ -156,7 +156,7 @@ class VideoScript(LatentScript[VideoRequest]):
         denoiser, _, maker.adapters = load_with_adapters(self.family, config[self.adapters].adapters, load)
         self._compile(config, denoiser)
         maker.denoiser_waits = waits
-        if options.fp8 and not options.fp8_scaled:  # 8 bits compute in it
+        if options.is_plain_fp8:  # 8 bits compute in it
             maker.computing = functools.partial(torch.autocast, device.type, torch.bfloat16)
         maker.pipeline = self.pipeline(config, denoiser, self.load_vae(config) if self._needs_vae(config) else None)
         return maker

@@ -185,9 +185,8 @@ class WanScript(VideoScript):
         from library.wan_utils import load_wan
 
         options = config[self.models]
-        plain_fp8 = options.fp8 and not options.fp8_scaled
         return load_wan(
-            path, FP8_STORAGE if plain_fp8 else dtype, device, options.disable_numpy_memmap,
+            path, FP8_STORAGE if options.is_plain_fp8 else dtype, device, options.disable_numpy_memmap,
             fp8_scaled=options.fp8_scaled, transform=transform,
         )  # fmt: skip
 
