@@ -50,7 +50,10 @@ def dataset_values(places: Path) -> dict:
         "bucket_reso_steps": 64,
         "subsets": [subset],
     }
-    flat = {"image_directory": str(places / "images"), "resolution": 64, "num_repeats": 1}
+    flat = {
+        "image_directory": str(places / "images"), "resolution": 64, "num_repeats": 1,
+        "cache_directory": str(places / "caches"),
+    }  # fmt: skip
     return {"general": {"caption_extension": ".txt", "shuffle_caption": False}, "datasets": [table, flat]}
 
 

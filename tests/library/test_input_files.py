@@ -138,11 +138,10 @@ def test_pipes_and_folders_in_the_place_of_files_are_named(tmp_path) -> None:
 @needs_pipes
 def test_no_reader_of_a_run_waits_for_a_pipe(tmp_path) -> None:
     """Models, data sets, captions, prompts, thumbnails: all end with a message or pass the pipe over."""
-    from types import SimpleNamespace
-
     from library.checkpoints.kinds import describe_checkpoint
     from library.dataset.captions import read_caption
     from library.dataset.config_reading import read_config_file
+    from library.dataset.items import SubsetParams
     from library.dataset.metadata_files import read_metadata_file
     from library.dataset.npz_file import UNREADABLE, read_headers
     from library.sai_model_spec import thumbnail_url
@@ -154,7 +153,7 @@ def test_no_reader_of_a_run_waits_for_a_pipe(tmp_path) -> None:
     for call in (
         lambda: read_config_file(tmp_path / "a.toml"), lambda: read_metadata_file(str(tmp_path / "a.json")),
         lambda: load_prompts(tmp_path / "a.txt"),
-        lambda: read_caption(str(tmp_path / "a.png"), SimpleNamespace(caption_extension=".txt", enable_wildcard=False, face_crop_aug_range=None)),
+        lambda: read_caption(str(tmp_path / "a.png"), SubsetParams(caption_extension=".txt")),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match="a pipe or a device"):
             call()
