@@ -44,9 +44,10 @@ class WanRequest(VideoRequest, SampledRequest):
         return None if all(scale in (None, 1.0) for scale in scales) else self.negative_prompt or ""
 
 
-def parse_one_frame(text: str, option: str) -> tuple[tuple[int, ...], int]:
+def parse_one_frame(text: str, option: str, controls: int = 0) -> tuple[tuple[int, ...], int]:
     """(places of the control pictures, place of the frame) of a comma list control_index=a;b,target_index=c;
-    `default` stands for nothing. ConfigError."""
+    `default` stands for nothing. Without places there is no control picture, or the one of `controls` at 0.
+    ConfigError."""
     found: dict[str, str] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, _, value = part.partition("=")
@@ -54,7 +55,8 @@ def parse_one_frame(text: str, option: str) -> tuple[tuple[int, ...], int]:
             found[name.strip()] = value.strip()
     unknown = sorted(found.keys() - {"control_index", "target_index"})
     try:
-        controls = tuple(int(number) for number in found.get("control_index", "0").split(";"))
+        places = found.get("control_index", "0" if controls == 1 else "")
+        indices = tuple(int(number) for number in places.split(";")) if places else ()
         target = int(found.get("target_index", "1"))
     except ValueError:
         unknown.append(text)
@@ -63,7 +65,7 @@ def parse_one_frame(text: str, option: str) -> tuple[tuple[int, ...], int]:
             f"{option} is '{text}', of which {', '.join(unknown)} is not understood; needed:"
             " control_index=0;10,target_index=1, say"
         )
-    return controls, target
+    return indices, target
 
 
 # -- options -----------------------------------------------------------------------------------------------------------

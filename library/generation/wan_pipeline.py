@@ -133,7 +133,8 @@ class WanPipeline(VideoPipeline):
             return WanCondition(None, None, generation_condition(latents_of, request.frames).latent_frames)
         with computing_on(self.vae, device):
             if request.one_frame:
-                layout = one_frame(*parse_one_frame(request.one_frame, "one_frame"))
+                places = parse_one_frame(request.one_frame, "one_frame", len(request.control_image_paths))
+                layout = one_frame(*places)
                 references = [picture(path) for path in request.control_image_paths]
                 _, y = one_frame_conditions(latents_of, layout, None, references)
                 vision = self._vision(request.control_image_paths)
@@ -191,11 +192,11 @@ def condition_problem(
     """What a clip lacks that its task is conditioned on, or None, by the files that are given: a first frame, a control
     clip, and the control pictures of a single frame with these settings. ConfigError when these cannot be read."""
     if one_frame:
-        places, _ = parse_one_frame(one_frame, "one_frame")
-        if len(controls) != len(places):
+        places, _ = parse_one_frame(one_frame, "one_frame", len(controls))
+        if len(controls) != len(places) or not places:
             return (
-                f"one_frame names {len(places)} control pictures, {len(controls)} are given; needed: one for each"
-                " (--control_image_path, in a prompt line --ci)"
+                f"one_frame names places of {len(places)} control pictures (control_index), {len(controls)} are given;"
+                " needed: one picture for each, and one at least (--control_image_path, in a prompt line --ci)"
             )
         return None if task.takes_picture else f"the task {task.name} has no place for control pictures (one_frame)"
     if task.takes_picture and not image:

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from library.families.wan_tasks import TASKS, boundary_of, is_high_noise
+from library.generation.wan_options import parse_one_frame
 from library.wan_conditioning_utils import (
     ends_condition,
     generation_condition,
@@ -114,6 +115,15 @@ def test_one_frame_caching(case: dict[str, Any]) -> None:
     agrees(y, expected["latents_image"])
     assert list(layout.f_indices) == expected["f_indices"] == expected["rope_positions_in_training"]
     assert (layout.target, layout.references) == (expected["target_slot"], expected["clip_rows"])
+
+
+@pytest.mark.parametrize("case", behaviour_cases("framepack_sections.json", "wan_one_frame"))
+def test_places_of_a_single_frame_that_is_made(case):
+    given, expected = case["input"]["one_frame_inference"], case["expected"]
+    controls, target = parse_one_frame(given, "--one_frame_inference")
+    layout = one_frame(controls, target)
+    assert (target, list(controls)) == (expected["target_index"], expected["control_indices"])
+    assert (list(layout.f_indices), layout.target) == (expected["f_indices"], expected["decoded_slot"])
 
 
 @pytest.mark.parametrize("case", behaviour_cases(NAME, "training"))

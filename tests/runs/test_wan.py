@@ -324,7 +324,7 @@ def test_a_single_frame_is_made_among_its_references(tinies: Tinies, tmp_path: P
     texts = {"t5": [torch.randn(3, 24)]}
     picture = run.family.pipeline(run.models).sample(complete, texts, None)
     assert set(map(str, seen)) == {str(((1, 16, 3, 4, 4), [[0, 4, 8]], 2 * 257))} and picture.size == (32, 32)
-    with pytest.raises(ConfigError, match="one_frame names 1 control pictures, 2 are given"):
+    with pytest.raises(ConfigError, match="one_frame names places of 1 control pictures .control_index., 2 are given"):
         run.family.sample_defaults(dataclasses.replace(prompt, one_frame="control_index=0"))
     with pytest.raises(ConfigError, match="begins with a picture"):
         run.family.sample_defaults(dataclasses.replace(prompt, one_frame=None))
