@@ -1,5 +1,5 @@
-"""What is special to HunyuanVideo, through the command line: clips and pictures in one run, caches alone, first frames,
-guidance, options, samples, wrong files. What holds for every family is in test_families.py."""
+"""What is special to HunyuanVideo, through the command line: caches of the known tool, first frames, guidance, options,
+samples, wrong files. What holds for every family is in test_families.py, for those of clips in test_clips.py."""
 
 from __future__ import annotations
 
@@ -19,43 +19,13 @@ from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.tiny_models.hunyuan_video_tiny import TinyHunyuanVideo, build_tiny_hunyuan_video
 from library.training import cli
 from tests.families import CASES
-from tests.forked import run_ranks
-from tests.runs.conftest import Work, draw_pictures, fingerprint, largest_difference, losses_of, read_parts
-from tests.tiny_clips import write_moving_shapes
+from tests.runs.clip_work import ClipWork
+from tests.runs.conftest import draw_pictures, losses_of, read_parts
 
 CASE = CASES["hunyuan_video"]
-CLIPS = """
-[general]
-caption_extension = ".txt"
-resolution = [64, 64]
-batch_size = {batch_size}
-enable_bucket = true
-bucket_no_upscale = true
-[[datasets]]
-video_directory = '{videos}'
-target_frames = [1, 5, 9]
-frame_extraction = "head"
-{keys}
-[[datasets]]
-image_directory = '{images}'
-"""
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyHunyuanVideo:
     return build_tiny_hunyuan_video(tmp_path_factory.mktemp("tiny_hunyuan_video"))
-
-
-class ClipWork(Work):
-    """Videos beside pictures."""
-
-    def clips(self, batch_size: int = 2, keys: str = "", count: int = 3, name: str = "clips.toml") -> Path:
-        videos, path = self.folder / "videos", self.folder / name
-        if not videos.exists():
-            write_moving_shapes(videos, count)
-        text = CLIPS.format(batch_size=batch_size, videos=videos, images=self.images, keys=keys)
-        path.write_text(text, encoding="utf-8")
-        return path
 
 
 @pytest.fixture
@@ -64,27 +34,6 @@ def work(tmp_path: Path, tiny: TinyHunyuanVideo) -> ClipWork:
 
 
 # -- clips and pictures ------------------------------------------------------------------------------------------------
-
-
-def test_clips_and_pictures_of_one_run_live_and_cached_give_the_same_bytes(work: ClipWork) -> None:
-    """Three lengths of clips and pictures; then from the caches alone, without autoencoder and text encoders."""
-    data = work.clips()
-    options = ["--max_train_epochs=1", "--max_train_steps=99"]
-    live = read_parts(work.train("live", *options, dataset=data))[1]
-    for name, on_disk in (("memory", False), ("disk", True)):
-        cached = work.train(name, *options, *CASE.caches(on_disk=on_disk), dataset=data)
-        assert read_parts(cached)[1] == live, name
-    names = sorted(path.name for path in (work.folder / "videos").glob("*.safetensors"))
-    assert names[:4] == ["00_00000-001_0064x0064_hv.safetensors", "00_00000-005_0064x0064_hv.safetensors",
-                         "00_00000-009_0064x0064_hv.safetensors", "00_hv_te.safetensors"]  # fmt: skip
-    stored = load_file(work.folder / "videos" / names[2])
-    assert {key: tuple(tensor.shape) for key, tensor in stored.items()} == {"latents_3x8x8_float32": (16, 3, 8, 8)}
-    alone = [
-        word for word in work.argv("alone", *options, dataset=data)
-        if not word.startswith(("--vae", "--text_encoder", "--live"))
-    ]  # fmt: skip
-    cli.run(CASE.family, "network", alone)
-    assert read_parts(work.folder / "alone" / "lora.safetensors")[1] == live
 
 
 def as_known_tools_write(path: Path) -> None:
@@ -115,35 +64,6 @@ def test_caches_of_the_known_tool_train(work: ClipWork) -> None:
     ]  # fmt: skip
     cli.run(CASE.family, "network", alone)
     assert losses_of(work.folder / "alone" / "lora.safetensors") == pytest.approx(own, rel=1e-2)
-
-
-def test_a_run_of_clips_goes_on_where_it_was_stopped(work: ClipWork) -> None:
-    data, options = work.clips(), ["--max_train_steps=5", *CASE.caches(on_disk=False)]
-    whole = work.train("whole", *options, "--save_every_n_steps=2", "--save_state", dataset=data)
-    state = whole.with_name("lora-step00000002-state")
-    assert fingerprint(work.train("resumed", *options, f"--resume={state}", dataset=data)) == fingerprint(whole)
-
-
-def test_two_processes_equal_one_with_twice_the_batch(work: ClipWork) -> None:
-    data = {size: work.clips(batch_size=size, name=f"clips{size}.toml") for size in (1, 2)}
-    options = ["--max_train_epochs=1", "--max_train_steps=99", "--optimizer_type=SGDNesterov"]
-    argv = work.argv("two", *options, dataset=data[1])
-    run_ranks(2, lambda: cli.run(CASE.family, "network", argv), work.folder / "told")
-    one = work.train("one", *options, dataset=data[2])
-    assert largest_difference(one, work.folder / "two" / "lora.safetensors") < 1e-5
-
-
-def test_the_loss_on_held_out_clips_of_a_moving_shape_falls(work: ClipWork) -> None:
-    path = work.folder / "moving.toml"
-    write_moving_shapes(work.folder / "moving", 8, frames=5)
-    path.write_text(
-        "[general]\ncaption_extension = '.txt'\nresolution = [64, 64]\nbatch_size = 3\n[[datasets]]\n"
-        f"video_directory = '{work.folder / 'moving'}'\ntarget_frames = [5]\nvalidation_split = 0.25\n",
-        encoding="utf-8",
-    )  # fmt: skip
-    options = ["--max_train_steps=24", "--validate_every_n_epochs=12", *CASE.caches(on_disk=False)]
-    losses = losses_of(work.train("out", *options, dataset=path), "validation")
-    assert losses[-1] < 0.9 * losses[0], losses
 
 
 def test_samples_are_videos_of_the_asked_size_and_length(work: ClipWork, caplog) -> None:
