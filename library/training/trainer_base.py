@@ -60,7 +60,6 @@ from library.training.state import check_hook_weights, local_state_folder, resum
 from library.training.state_files import read_train_state
 from library.training.step import TrainStep, check_replacements
 from library.training.stopping import command_going_on, exit_code_of_signal
-from library.training.timestep_samplers import TimestepOptions
 from library.training.trainables.base import Trainable
 from library.training.wiring.base import ModelFamily
 
