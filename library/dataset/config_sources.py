@@ -193,6 +193,12 @@ def _unread(scope: Scope, subset: SubsetParams, architecture: DataArchitecture) 
     names = [name for name, is_unread in unread.items() if is_unread and scope.written_at(name)]
     if subset.cache_info and subset.is_listed:
         lines.append("cache_info is for folders, and has no effect on a list")
+    places = subset.one_frame.fp_1f_clean_indices if subset.one_frame is not None else None
+    if places and facts is not None and facts.one_frame and subset.control_directory is None and not subset.is_listed:
+        lines.append(
+            "fp_1f_clean_indices are places of control pictures, and there is no control_directory: nothing is shown at"
+            " these places"
+        )
     if names:
         are = "is" if len(names) == 1 else "are"
         lines.append(f"{', '.join(names)} {are} nothing that {architecture.name} reads, and ignored")

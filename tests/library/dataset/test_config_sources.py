@@ -131,6 +131,13 @@ def test_number_of_control_pictures(tmp_path, architecture, keys, count):
     assert dataset.subsets[0].control_count == count
 
 
+def test_places_of_control_pictures_that_are_not_there_are_told(tmp_path):
+    text = '[[datasets]]\nimage_directory = "i"\nfp_1f_clean_indices = [0, 10]\n'
+    [line] = load(tmp_path, text, FRAMEPACK).warnings
+    assert "there is no control_directory" in line
+    assert load(tmp_path, f'{text}control_directory = "c"\n', FRAMEPACK).warnings == ()
+
+
 def test_a_list_has_no_folder_for_its_notes(tmp_path):
     text = '[[datasets]]\nimage_jsonl_file = "x.jsonl"\ncache_directory = "c"\ncache_info = true\n'
     assert load(tmp_path, text).warnings == ("datasets[0]: cache_info is for folders, and has no effect on a list",)
