@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -116,6 +116,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for an unknown name, or an empty text."""
     nearest = nearest_name(name, known)
     return f"; did you mean '{nearest}'?" if nearest else ""
+
+def counted(reasons: Mapping[str, int]) -> str:
+    """` (3: one reason; 1: another)`, nothing without reasons; the reason alone where all have one."""
+    if len(reasons) < 2:
+        return "".join(f" ({reason})" for reason in reasons)
+    return f" ({'; '.join(f'{count}: {reason}' for reason, count in reasons.items())})"
+
 
 def listed(names: Sequence[str]) -> str:
     """The first of many names, and how many more there are."""

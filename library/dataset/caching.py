@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from library.core.errors import ConfigError, TrainingError
+from library.core.errors import ConfigError, TrainingError, counted
 from library.dataset.background import BackgroundWriter, map_ahead, map_in_threads, records_stay
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
@@ -111,9 +111,9 @@ def plan_latents(
     jobs = [job for job in _jobs_of(items, strategy) if job.item.latents_npz in mine]
     reasons = check_jobs(jobs, strategy, index)
     missing = [job for job, reason in zip(jobs, reasons) if reason is not None]
-    counts = dict(Counter(reason for reason in reasons if reason is not None))
+    counts = Counter(reason for reason in reasons if reason is not None)
     logger.info(
-        "latents: %d %ss cached, %d to encode %s", len(jobs) - len(missing), _word(jobs), len(missing), counts or ""
+        "latents: %d %ss cached, %d to encode%s", len(jobs) - len(missing), _word(jobs), len(missing), counted(counts)
     )
     subsets = [item.subset for job in missing for item in job.items]
     check_cache_folders((job.item.latents_npz for job in missing), subsets)

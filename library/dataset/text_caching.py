@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from library.core.errors import TrainingError
+from library.core.errors import TrainingError, counted
 from library.dataset import text_cache_io
 from library.dataset.background import BackgroundWriter, map_in_threads, records_stay
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
@@ -107,9 +107,9 @@ def plan_text(
     found = _find_all([by_file[path] for path in mine], strategy, index)
     missing, lacking = [item for item, _ in found], _one_each(found)
     wanted = sum(len({cached_caption(item) for item in by_file[path]}) for path in mine)
-    reasons = dict(Counter(reason for _, reason in lacking))
+    reasons = Counter(reason for _, reason in lacking)
     logger.info(
-        "text encoder outputs: %d captions cached, %d to encode %s", wanted - len(lacking), len(lacking), reasons or ""
+        "text encoder outputs: %d captions cached, %d to encode%s", wanted - len(lacking), len(lacking), counted(reasons)
     )
     check_cache_folders((item.text_encoder_outputs_npz for item in missing), [item.subset for item in missing])
     written = {item.text_encoder_outputs_npz for item in missing}

@@ -443,3 +443,11 @@ def test_decoding_reads_the_image_once_with_its_identity(item):
     decoded = caching.decode(caching.LatentsJob([item]))
     assert decoded.identity.content == cache_io.file_content_id(item.absolute_path)
     assert decoded.pixels.image.shape == (64, 64, 3)
+
+
+def test_reasons_are_counted_where_they_differ() -> None:
+    from library.core.errors import counted
+
+    assert [counted({}), counted({"no file": 3}), counted({"no file": 3, "the image has changed": 1})] == [
+        "", " (no file)", " (3: no file; 1: the image has changed)",
+    ]  # fmt: skip
