@@ -140,13 +140,8 @@ def load_qwen25_vl_tokenizer(
 
     ConfigError naming every way to provide one when none is there.
     """
-    hub_id = QWEN25_VL_HUB_ID
-    problem = (
-        f"no Qwen2.5-VL tokenizer: fetch it (hf download {hub_id} --include 'tokenizer*' --local-dir FOLDER) and give"
-        f" FOLDER with {option}, or give --text_encoder as a folder that holds it,"
-        f" or put it under --tokenizer_cache_dir as {hub_id.replace('/', '_')}, or allow access to the hub ({hub_id})"
-    )
-    return _find_beside(hub_id, read_qwen_chat_folder, folder, cache_dir, model_path, option, problem)
+    problem = _how_to_get("Qwen2.5-VL", QWEN25_VL_HUB_ID, option, "--text_encoder")
+    return _find_beside(QWEN25_VL_HUB_ID, read_qwen_chat_folder, folder, cache_dir, model_path, option, problem)
 
 
 def load_llama_tokenizer(
@@ -161,13 +156,17 @@ def load_llama_tokenizer(
 
     ConfigError naming every way to provide one when none is there.
     """
-    hub_id = LLAMA_HUB_ID
-    problem = (
-        f"no LLaMA tokenizer: fetch it (hf download {hub_id} --include 'tokenizer*' --local-dir FOLDER) and give FOLDER"
-        f" with {option}, or give --text_encoder1 as a folder that holds it, or put it under --tokenizer_cache_dir as"
+    problem = _how_to_get("LLaMA", LLAMA_HUB_ID, option, "--text_encoder1")
+    return _find_beside(LLAMA_HUB_ID, read_llama_folder, folder, cache_dir, model_path, option, problem)
+
+
+def _how_to_get(title: str, hub_id: str, option: str, encoder: str) -> str:
+    """That there is no tokenizer, and every way to provide one; `encoder`: the option of the text encoder."""
+    return (
+        f"no {title} tokenizer: fetch it (hf download {hub_id} --include 'tokenizer*' --local-dir FOLDER) and give"
+        f" FOLDER with {option}, or give {encoder} as a folder that holds it, or put it under --tokenizer_cache_dir as"
         f" {hub_id.replace('/', '_')}, or allow access to the hub ({hub_id})"
     )
-    return _find_beside(hub_id, read_llama_folder, folder, cache_dir, model_path, option, problem)
 
 
 def _find_beside(

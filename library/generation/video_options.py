@@ -300,8 +300,6 @@ class StepGuidanceOptions:
         problems = []
         if self.slg_layers is not None and _layers(self.slg_layers) is None:
             problems.append(f"--slg_layers is '{self.slg_layers}'; needed: numbers of blocks with commas, as 4,5,6")
-        if self.slg_mode and not self.slg_layers:
-            problems.append("--slg_mode is given without --slg_layers, the blocks that are left out")
         if problems:
             raise ConfigError(problems)
 

@@ -69,7 +69,7 @@ class VideoScript(LatentScript[VideoRequest]):
     needs: ClassVar[Mapping[str, str]] = {
         "strength": "video_path", "v2v_pad_mode": "video_path", "cfg_skip_mode": "cfg_apply_ratio",
         "cfg_apply_ratio": "cfg_skip_mode",
-        **dict.fromkeys(("slg_layers", "slg_scale", "slg_start", "slg_end"), "slg_mode"),
+        **dict.fromkeys(("slg_layers", "slg_scale", "slg_start", "slg_end"), "slg_mode"), "slg_mode": "slg_layers",
         **{f"compile_{name}": "compile" for name in ("backend", "mode", "dynamic", "fullgraph", "cache_size_limit")},
     }  # fmt: skip
     """option -> the one without which it has no effect"""
@@ -102,9 +102,9 @@ class VideoScript(LatentScript[VideoRequest]):
     @abstractmethod
     def pipeline(self, config: Config, denoiser: Any, vae: Any) -> VideoPipeline: ...
 
+    @abstractmethod
     def save_denoiser(self, denoiser: Any, target: str, dtype: torch.dtype) -> None:
         """Write a denoiser file, for --save_merged_model."""
-        raise NotImplementedError
 
     def fitting_problems(self, config: Config) -> list[str]:
         """Files that do not fit each other, a block swap that the depth does not allow, tokenizers that are not

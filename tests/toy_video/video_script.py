@@ -20,6 +20,7 @@ from library.generation.video_options import (
 )
 from library.generation.video_requests import VIDEO_LINES
 from library.generation.video_script import VideoScript
+from library.safetensors_utils import save_file_atomic
 from library.training.option_groups import ConsoleOptions
 from tests.toy_video.family import ToyTextEncoding, ToyTokenize
 from tests.toy_video.models import ToyTextEncoder, ToyVideoDit, ToyVideoVae, seeded
@@ -78,6 +79,9 @@ class ToyScript(VideoScript):
 
     def load_vae(self, config):
         return seeded(ToyVideoVae(), 1)
+
+    def save_denoiser(self, denoiser, target, dtype):
+        save_file_atomic({key: tensor.to(dtype) for key, tensor in denoiser.state_dict().items()}, target)
 
     def load_denoiser(self, config, dtype, device, transform):
         return seeded(ToyVideoDit(), 3).to(device, dtype)

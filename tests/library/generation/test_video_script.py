@@ -189,7 +189,8 @@ def test_options_that_change_nothing_are_told(run, caplog, tmp_path):
         assert f"--{name} has no effect without --{needed}\n" in caplog.text
     assert "--negative_prompt has no effect: --guidance_scale is 1" in caplog.text
     assert "--cfg_skip_mode has no effect without --cfg_apply_ratio" in caplog.text
-    run("--cfg_apply_ratio=0.5")
+    run("--cfg_apply_ratio=0.5", "--slg_mode=uncond", "--guidance_scale=2")
+    assert "--slg_mode has no effect without --slg_layers" in caplog.text
     assert "--cfg_apply_ratio has no effect without --cfg_skip_mode" in caplog.text
     caplog.clear()
     (tmp_path / "lines.txt").write_text("a red cat\n", encoding="utf-8")
