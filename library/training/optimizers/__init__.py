@@ -320,6 +320,9 @@ def build(options: OptimizerOptions, param_groups: Sequence[Mapping[str, Any]]) 
         rate = None
         for group in groups:
             group.pop("lr", None)
+    from library.training.optimizers.untraced import leave_compiler_out
+
+    leave_compiler_out(cls)
     try:
         optimizer = cls(groups, lr=rate, **choice.kwargs)
     except (TypeError, ValueError) as error:
