@@ -347,7 +347,11 @@ class Trainer:
         for module in hook_modules.values():
             module.to(runtime.device, runtime.trained_dtype)
         extra = [group for groups in self.added_hooks.extra_trainable_params() for group in groups]
-        built = optimizers.build(self.config[OptimizerOptions], [*self.trainable.param_groups(), *extra])
+        built = optimizers.build(
+            self.config[OptimizerOptions], [*self.trainable.param_groups(), *extra],
+            # A fused kernel skips steps of fp16 by itself, and the schedule would not learn of it.
+            fused=runtime.accelerator.scaler is None,
+        )
         settings = settings_of(
             self.config, self.family, self.trainable, built, progress.max_train_steps, hook_modules, data.shadowed
         )
