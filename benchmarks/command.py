@@ -17,6 +17,7 @@ from benchmarks.figures import Figure, table
 
 SUBJECTS = {
     "step": ("benchmarks.training_step", "a training step beside a bare loop, diffusers + peft, and its multiplications"),
+    "caching": ("benchmarks.caching", "how much of the time of caching the encoder computes"),
 }
 """name -> (module, what it measures). A module has `add_options(parser)` for what it alone reads, and
 `measure(options)`, which gives a list of `Figure`; `options.quick` asks for a look that takes seconds."""
