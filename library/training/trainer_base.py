@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from library.components.transformers_import import import_in_background
 from library.core.errors import CheckpointError, ConfigError, Problems, RunInterrupted
+from library.core.garbage import started
 from library.core.options import Config, option_fields, shortened
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.fill_caches import fill_text_cache
@@ -121,6 +123,7 @@ class Trainer:
     def prepare(self) -> Run | None:
         """Every phase up to the complete Run; None when there is nothing to train (--debug_dataset)."""
         found, prompts = self.check()
+        started()
         runtime = prepare_runtime(self.config)
         trained = self.trainable.follows_text_encoders(self.family)
         strategies = self.family.strategies(trained)
@@ -241,7 +244,12 @@ class Trainer:
     ) -> tuple[torch.nn.Module | None, dict[str, torch.nn.Module]]:
         """Cache latents. The VAE and the parts beside it stay, on the CPU for samples or on the device for live
         encoding, or are released."""
-        vae = KeptModels(lambda: self._frozen(self.family.load_vae(runtime)))
+
+        def load_vae() -> torch.nn.Module:
+            import_in_background()  # text encoders come next, and images are encoded meanwhile
+            return self._frozen(self.family.load_vae(runtime))
+
+        vae = KeptModels(load_vae)
         parts = KeptModels(lambda: self._parts(runtime, "vae"))
         cache_latents(self.config, data, strategies, runtime, vae, parts)
         live = not self.config[CachingOptions].caches_latents

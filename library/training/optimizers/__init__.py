@@ -328,6 +328,9 @@ def build(
         rate = None
         for group in groups:
             group.pop("lr", None)
+    from library.training.optimizers.untraced import leave_compiler_out
+
+    leave_compiler_out(cls)
     try:
         optimizer = cls(groups, lr=rate, **choice.kwargs, **(_fused_argument(choice, groups) if fused else {}))
     except (TypeError, ValueError) as error:
