@@ -25,6 +25,7 @@ from library.checkpoints.loading import (
     open_checkpoint,
     size_of,
 )
+from library.components.transformers_import import import_transformers_models
 from library.core.errors import CheckpointError
 from library.device_utils import to_device
 
@@ -129,6 +130,7 @@ def load_vision(
 ) -> CLIPVisionModel:
     """Load the layers that are used, of a file (either layout, pickled too) or a folder. CheckpointError when it does
     not fit."""
+    import_transformers_models()
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     info = inspect_vision(path, config)

@@ -25,6 +25,7 @@ from library.checkpoints.loading import (
     strip_prefix,
 )
 from library.checkpoints.open_clip_convert import OPEN_CLIP_ROOTS, is_open_clip_text, open_clip_to_hf, with_text_model
+from library.components.transformers_import import import_transformers_models
 from library.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def load_clip(
     What the file holds beside the layers in use (further layers, logit_scale) stays in `model.unused_tensors` under the
     names of transformers, so that it can be written back. CheckpointError when the file does not fit.
     """
+    import_transformers_models()
     from transformers import CLIPTextModelWithProjection
 
     info = inspect_clip(path, slot, config)
@@ -350,6 +352,7 @@ def load_t5xxl(
     8-bit files are widened. `config` overrides the names of `inspect_t5xxl`. CheckpointError when the file does not
     fit.
     """
+    import_transformers_models()
     from transformers import T5Config, T5EncoderModel
 
     source, prefix, values = _open_t5(ckpt_path if state_dict is None else state_dict, config)
