@@ -14,13 +14,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import (
+    AttentionModule,
     DeviceTables,
     never_empty,
     of_joined_tokens,
     per_token,
     rope_cos_sin,
     rotate_pairs,
-    scaled_attention,
     timestep_embedding,
 )
 from library.custom_offloading_utils import RING_SIZE, BlockStackMixin
@@ -88,7 +88,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-class JointAttention(nn.Module):
+class JointAttention(AttentionModule):
     """Self-attention with fewer heads for keys and values than for queries; RMS norm per head on query and key."""
 
     def __init__(self, params: LuminaParams) -> None:
@@ -106,7 +106,7 @@ class JointAttention(nn.Module):
         query, key, value = (rearrange(part, "b l (h d) -> b h l d", d=self.head_dim) for part in parts)
         query, key = rotate_pairs(self.q_norm(query), rope), rotate_pairs(self.k_norm(key), rope)
         key, value = (states.repeat_interleave(self.group_size, dim=1) for states in (key, value))  # [B, heads, L, D]
-        return self.out(scaled_attention(query, key, value, key_mask))
+        return self.out(self.scaled_attention(query, key, value, key_mask))
 
 
 class FeedForward(nn.Module):

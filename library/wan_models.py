@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import DeviceTables, rope_cos_sin, rotate_pairs, scaled_attention
+from library.attention import AttentionModule, DeviceTables, rope_cos_sin, rotate_pairs
 from library.custom_offloading_utils import RING_SIZE, BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
@@ -147,7 +147,7 @@ class Modulation:
         return chosen[:, None] if self.places is None else chosen[self.places]
 
 
-class WanSelfAttention(nn.Module):
+class WanSelfAttention(AttentionModule):
     """Attention among the tokens of the video, turned by their places in time, rows and columns."""
 
     def __init__(self, params: WanParams) -> None:
@@ -165,7 +165,7 @@ class WanSelfAttention(nn.Module):
         """x [B, L, D], rope [B or 1, L, D / heads / 2] each -> [B, L, D]."""
         query, key = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(x)))
         return self.o(
-            scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), self.heads(self.v(x)))
+            self.scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), self.heads(self.v(x)))
         )
 
 
@@ -177,7 +177,7 @@ class WanCrossAttention(WanSelfAttention):
         return self.o(self.of_text(self.heads(self.norm_q(self.q(x))), text))
 
     def of_text(self, query: Tensor, text: Tensor) -> Tensor:
-        return scaled_attention(query, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
+        return self.scaled_attention(query, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
 
 
 class WanImageCrossAttention(WanCrossAttention):
@@ -194,7 +194,7 @@ class WanImageCrossAttention(WanCrossAttention):
         attended = self.of_text(query, text)
         if image is not None:
             key = self.heads(self.norm_k_img(self.k_img(image)))
-            attended = attended + scaled_attention(query, key, self.heads(self.v_img(image)))
+            attended = attended + self.scaled_attention(query, key, self.heads(self.v_img(image)))
         return self.o(attended)
 
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import scaled_attention, timestep_embedding
+from library.attention import AttentionModule, timestep_embedding
+from library.core.attention_modes import ATTENTION_MODES
 from library.custom_offloading_utils import CheckpointedBlocks
 
 if TYPE_CHECKING:
@@ -113,9 +114,10 @@ class FeedForward(nn.Module):
         return self.net[2](self.net[0](x))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(AttentionModule):
     """Attention over `context`, or over x itself without one. `upcast`: half precision computes products in float32,
-    which Stable Diffusion 2 needs (its products leave the range of float16)."""
+    which Stable Diffusion 2 needs (its products leave the range of float16). Kernels for 16 bits alone sum them in
+    float32 in any case."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, upcast: bool) -> None:
         super().__init__()
@@ -130,11 +132,11 @@ class CrossAttention(nn.Module):
         source = x if context is None else context
         projected = (self.to_q(x), self.to_k(source), self.to_v(source))
         query, key, value = (rearrange(t, "b l (h d) -> b h l d", h=self.heads) for t in projected)
-        if self.upcast and value.dtype == torch.float16:
+        if self.upcast and value.dtype == torch.float16 and not ATTENTION_MODES[self.attention_choice.mode].halves_only:
             with torch.autocast(value.device.type, enabled=False):
-                attended = scaled_attention(query.float(), key.float(), value.float()).to(value.dtype)
+                attended = self.scaled_attention(query.float(), key.float(), value.float()).to(value.dtype)
         else:
-            attended = scaled_attention(query, key, value)  # [B, L, C]
+            attended = self.scaled_attention(query, key, value)  # [B, L, C]
         return self.to_out[0](attended)
 
 

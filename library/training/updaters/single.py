@@ -86,11 +86,14 @@ class RoundingUpdater(OrdinaryUpdater):
 def bring_states(run: Run) -> None:
     """What was resumed for weights that wait in main memory (block swap) goes to the device, where they are when they
     are updated. Paged states of bitsandbytes travel by themselves."""
-    for parameter in trained_parameters(run.optimizer):
-        entry = run.optimizer.state.get(parameter, {}) if parameter.device.type == "cpu" else {}
-        for key, value in entry.items():
-            if isinstance(value, torch.Tensor) and value.ndim and not getattr(value, "is_paged", False):
-                entry[key] = value.to(run.runtime.device)
+    for group in run.optimizer.param_groups:
+        counts_too = bool(group.get("fused"))  # the fused kernel reads them with the weights
+        for parameter in group["params"]:
+            entry = run.optimizer.state.get(parameter, {}) if parameter.device.type == "cpu" else {}
+            for key, value in entry.items():
+                is_moved = isinstance(value, torch.Tensor) and (value.ndim or counts_too)
+                if is_moved and not getattr(value, "is_paged", False):
+                    entry[key] = value.to(run.runtime.device)
 
 
 class FusedUpdater(Updater):
