@@ -91,10 +91,12 @@ class Figure:
 
 
 def number(value: float) -> str:
-    """Three digits that count: 0.00123, 1.23, 123, 12300."""
+    """Three digits that count, and whole numbers whole: 0.00123, 1.23, 123, 1,024."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    return f"{float(f'{value:.3g}'):,.10g}" if abs(value) >= 1e-4 else f"{value:.2e}"
+    if 1000 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return f"{float(f'{value:.3g}'):.10g}" if 1e-4 <= abs(value) < 1e6 else f"{value:.2e}"
 
 
 def with_spread(values: Spread) -> str:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from library.attention import use_attention
 from library.components.transformers_import import import_in_background
+from library.core.attention_modes import AttentionChoice
 from library.core.errors import CheckpointError, ConfigError, Problems, RunInterrupted
 from library.core.garbage import started
 from library.core.options import Config, option_fields, shortened
@@ -315,6 +317,7 @@ class Trainer:
         can do it. Checkpointing works in train mode only; the models have no dropout of their own that it would switch
         on."""
         memory = self.config[MemoryOptions]
+        self.choose_attention(models.of_step)
         if memory.gradient_checkpointing:
             for part in models.of_step:
                 if hasattr(part, "enable_gradient_checkpointing"):
@@ -331,6 +334,15 @@ class Trainer:
                         part, memory.dynamo_backend, mode=memory.dynamo_mode, fullgraph=memory.dynamo_fullgraph,
                         dynamic=memory.dynamo_dynamic, variants=memory.dynamo_cache_size_limit,
                     )  # fmt: skip
+
+    def choose_attention(self, parts: list[torch.nn.Module]) -> None:
+        """Tell these models, which compute in the step, how to compute their attention."""
+        settings = self.family.attention
+        for line in settings.notes if is_main_process() else ():
+            logger.info(line)
+        number = sum(use_attention(part, settings.choice) for part in parts)
+        if not number and settings.choice != AttentionChoice():
+            logger.warning("--attn_mode and --split_attn have no effect: the model computes its attention in a way of its own")
 
     # ---- the Run -----------------------------------------------------------------------------------------------------
 
