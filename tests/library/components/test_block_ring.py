@@ -235,7 +235,7 @@ def test_weights_that_travel_learn_what_others_learn(family: str, dtype: torch.d
         with device.watching():
             found = fused_steps(denoiser, dtype, frozen, look)
         assert_equal(found, expected)
-        learning = [one for row in denoiser.offloaders for one in row.travelling() if one.requires_grad]
+        learning = [one for row in denoiser.offloaders for one in row.travellers() if one.requires_grad]
         assert device.sent == 3 * len(learning)
 
 
@@ -309,7 +309,7 @@ def test_weights_in_eight_bits_travel_so_with_their_scales(store: Callable) -> N
         trained = learn_beside(denoiser)
         for _ in range(2):
             assert_equal(step(denoiser, trained), expected)
-        moved = [one for row in denoiser.offloaders for one in row.travelling()]
+        moved = [one for row in denoiser.offloaders for one in row.travellers()]
         assert moved and all(one.dtype in (FP8_STORAGE, torch.float32) for one in moved)
         assert sum(one.numel() for one in moved if one.dtype == FP8_STORAGE) > 0.95 * sum(one.numel() for one in moved)
 
