@@ -24,7 +24,6 @@ from library.checkpoints.loading import (
     size_of,
     strip_prefix,
 )
-from library.fp8_optimization_utils import shrink_linears_to_fp8
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -122,12 +121,11 @@ def load_umt5(
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
     *,
-    fp8: bool = False,
     transform: Transform | None = None,
 ) -> UMT5EncoderModel:
     """Load the encoder from a file (either layout, any known prefix, pickled too) or a folder; dropout is off.
 
-    `fp8` keeps the matrices in 8 bits. `config` overrides the names of `inspect_umt5`. CheckpointError when the file
+    `config` overrides the names of `inspect_umt5`. CheckpointError when the file
     does not fit.
     """
     from transformers import UMT5Config, UMT5EncoderModel
@@ -152,6 +150,4 @@ def load_umt5(
     check_state(model, state, info.source.path)
     assign_state(model, state)
     model.encoder.embed_tokens.weight = model.shared.weight  # one parameter under two names
-    if fp8:
-        shrink_linears_to_fp8(model)
     return model
