@@ -24,6 +24,7 @@ from library.checkpoints.loading import (
     size_of,
     strip_prefix,
 )
+from library.components.transformers_import import import_transformers_models
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -128,6 +129,7 @@ def load_umt5(
     `config` overrides the names of `inspect_umt5`. CheckpointError when the file
     does not fit.
     """
+    import_transformers_models()
     from transformers import UMT5Config, UMT5EncoderModel
 
     info = _open(path, config)
