@@ -27,6 +27,7 @@ from library.checkpoints.loading import (
 )
 from library.components.transformers_import import import_transformers_models
 from library.core.errors import CheckpointError
+from library.device_utils import to_device
 
 if TYPE_CHECKING:
     from transformers import LlamaModel, Qwen2Model, Qwen3Model
@@ -283,9 +284,11 @@ def states_of(ids: Tensor, mask: Tensor, model: Any, encode: Callable[[Tensor], 
     first = next(model.parameters())
     lengths, width = mask.sum(dim=1).tolist(), model.get_input_embeddings().weight.shape[1]
     states = torch.zeros(*ids.shape, width, device=first.device, dtype=model.get_input_embeddings().weight.dtype)
+    ids = to_device(ids, first.device)
     for length in sorted(set(lengths) - {0}):
         rows = [row for row, number in enumerate(lengths) if number == length]
         together = [[row] for row in rows] if first.device.type == "cpu" else [rows]
         for group in together:
-            states[group, :length] = encode(ids[group, :length].to(first.device)).to(states.dtype)
+            places = to_device(torch.tensor(group), first.device)
+            states[places, :length] = encode(ids[places, :length]).to(states.dtype)
     return states

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 
-import pytest
 import torch
 
 from benchmarks import command, gpu, model_files
@@ -91,7 +90,8 @@ def test_models_have_the_size_that_they_are_named_for(tmp_path):
         "wan": (lambda of: WanModel(WanParams(**of)), 1_418_996_800),
     }
     for name, (build, count) in sizes.items():
-        assert model_files.count_of(model_files.shapes_of(lambda: build(MODELS[name].real.denoiser))) == count
+        found = model_files.shapes_of(lambda build=build, name=name: build(MODELS[name].real.denoiser))
+        assert model_files.count_of(found) == count
     shapes = {"a.weight": (8, 40), "norm.scale": (4,), "a.bias": (8,)}
     path = tmp_path / "model.safetensors"
     model_files.write_random(path, shapes, beside={"more": torch.full((2,), 3.0)}, config={"heads": 2})
