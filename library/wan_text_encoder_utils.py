@@ -24,6 +24,7 @@ from library.checkpoints.loading import (
     size_of,
     strip_prefix,
 )
+from library.components.transformers_import import import_transformers_models
 from library.fp8_optimization_utils import shrink_linears_to_fp8
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def load_umt5(
     `fp8` keeps the matrices in 8 bits. `config` overrides the names of `inspect_umt5`. CheckpointError when the file
     does not fit.
     """
+    import_transformers_models()
     from transformers import UMT5Config, UMT5EncoderModel
 
     info = _open(path, config)

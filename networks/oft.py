@@ -131,7 +131,8 @@ class RotationModule(AdapterModule):
         if draws is None:
             uniform = torch.rand(shape)
         else:
-            uniform = draws.batch_uniforms(f"network block dropout {part}", shape.numel(), self.lora_name).view(shape)
+            purpose = f"network block dropout {part}"
+            uniform = draws.batch_uniforms(purpose, shape.numel(), self.lora_name, device=blocks.device).view(shape)
         return (uniform >= self.rank_dropout).to(blocks)[..., None, None]
 
     @torch.no_grad()

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 WAITING_PER_TASK = 5e-4
 """seconds of waiting from which several threads pay"""
-
-
-@contextmanager
-def records_stay() -> Iterator[None]:
-    """For work that makes many small records, all of which stay: Python would look through them for cycles again and
-    again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class BackgroundWriter:

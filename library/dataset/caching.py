@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from library.core.errors import ConfigError, TrainingError, counted
-from library.dataset.background import BackgroundWriter, map_ahead, map_in_threads, records_stay
+from library.core.garbage import records_stay
+from library.dataset.background import BackgroundWriter, map_ahead, map_in_threads
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
 from library.dataset.cache_io import ImageIdentity, LatentArrays

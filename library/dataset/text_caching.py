@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 from library.core.errors import TrainingError, counted
+from library.core.garbage import records_stay
 from library.dataset import text_cache_io
-from library.dataset.background import BackgroundWriter, map_in_threads, records_stay
+from library.dataset.background import BackgroundWriter, map_in_threads
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
 from library.dataset.cache_io import source_of

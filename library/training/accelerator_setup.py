@@ -112,8 +112,15 @@ class Runtime:
 
     def seed_foreign_code(self, seed: int) -> None:
         """Seed the global generators for code that is not ours (dropout of a third-party network module): a pure
-        function of the step, so that a resumed run draws the same. Our own code never reads them."""
-        torch.manual_seed(seed)
+        function of the step, so that a resumed run draws the same. Our own code never reads them.
+
+        torch.manual_seed would note the call, with a trace of the stack, for every kind of device that is not in use,
+        which takes longer than some layers.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            of_device = getattr(torch, self.device.type)
+            getattr(of_device, "manual_seed_all", of_device.manual_seed)(seed)
 
 
 def is_main_process() -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.core.errors import ConfigError, Problems
+from library.core.garbage import started, wait_until_started
 from library.core.options import Config, equivalent_option, option, option_fields, refused_option
 from library.core.registry import import_target
 from library.dataset import CachingOptions, DatasetOptions
@@ -213,6 +214,8 @@ def main(what: str, argv: Sequence[str] | None = None, family: str | None = None
     script which has only one."""
     from library.training.cli import exit_code
 
+    if argv is None:
+        wait_until_started()
     words = list(sys.argv[1:] if argv is None else argv)
     if family is not None:
         words = [f"--family={family}", *words]
@@ -246,6 +249,7 @@ def run(what: str, argv: Sequence[str]) -> None:
     family = import_target(record_of(name).family)(config)
     _name_unused(family, config, what)
     data, runtime = _data(config, family, what)
+    started()
     looks = config[ClipLatentsOptions] if ClipLatentsOptions in config.classes() else None
     if looks is not None and looks.debug_mode is not None:
         from library.training.cache_preview import preview

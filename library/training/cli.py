@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from library.core.errors import AtelierError, ConfigError, RunInterrupted
+from library.core.garbage import wait_until_started
 from library.core.plugins import import_plugins, plugins_on
 from library.core.registry import import_target
 from library.core.write_errors import disk_problem
@@ -41,6 +42,8 @@ def build_parser(family: str, trainable: str) -> argparse.ArgumentParser:
 def main(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
     """Read the options, set up the log, train. Ends the process with the exit code of an error, one message and,
     except under --console_log_level DEBUG, no traceback."""
+    if argv is None:
+        wait_until_started()
     code = exit_code(lambda: run(family, trainable, argv))
     if code:
         sys.exit(code)

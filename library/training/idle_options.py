@@ -46,7 +46,7 @@ def ignored(config: Config, family: ModelFamily | None = None, trainable: Traina
     """Everything without effect, in the order in which the start page shows it; with what family and trainable know."""
     found = [*config.ignored, *(Ignored(f"--{name}", reason) for name, reason in _idle(config)), *idle_formulas(config)]
     if family is not None:
-        found += family.idle()
+        found += [*family.idle(), *family.attention.idle]
     if trainable is not None and family is not None:
         found += trainable.idle(family)
     return found

@@ -19,13 +19,13 @@ from library.core.options import (
 )
 from library.core.plugins import PluginOptions
 from library.dataset import parse_resolution
+from library.training.attention_options import AttentionOptions
 
 MINUTES_OF_A_YEAR = 525_600
 
 _DEEPSPEED = (
     "DeepSpeed is not supported; several GPUs work through accelerate launch, memory is saved by --blocks_to_swap"
 )
-_TORCH_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 
 
 def raise_problems(problems: list[str]) -> None:
@@ -243,11 +243,6 @@ class MemoryOptions:
     blocks_to_swap: int | None = option(
         None, help="number of blocks of the denoiser that wait in main memory; 0 = none"
     )
-    mem_eff_attn: bool = equivalent_option(
-        False, help="memory-efficient attention", reason=f"--mem_eff_attn: {_TORCH_ATTENTION}"
-    )
-    xformers: bool = equivalent_option(False, help="attention of xformers", reason=f"--xformers: {_TORCH_ATTENTION}")
-    sdpa: bool = equivalent_option(False, help="attention of torch", reason=f"--sdpa: {_TORCH_ATTENTION}")
     torch_compile: bool = option(False, help="compile the blocks of the denoiser with torch.compile")
     dynamo_backend: str = option(
         "inductor",
@@ -638,6 +633,7 @@ SHARED_GROUPS: tuple[type, ...] = (
     LoopOptions,
     PrecisionOptions,
     MemoryOptions,
+    AttentionOptions,
     ResumeOptions,
     SamplingOptions,
     ValidationOptions,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from library.core.errors import CheckpointError, ConfigError
+from library.training.optimizers import OTHER_WAYS
 from library.training.run_settings import RunSettings, group_settings, plain
 
 
@@ -66,6 +67,7 @@ def restore(
             rates = [earlier.get("initial_lr", earlier.get("lr")), plain(new.get("initial_lr", new.get("lr")))]
             if rates[0] != rates[1]:
                 changes[f"learning rate of {new.get('name') or f'group {number}'}"] = rates
+    place_counts(optimizer)
     if not replayed and schedule_state is not None:
         schedule.load_state_dict(schedule_state)
     return changes
@@ -85,6 +87,17 @@ def keep_number_formats(optimizer: Any, saved: Mapping[str, Any]) -> None:
                     now[key] = value.to(now[key].device)
 
 
+def place_counts(optimizer: Any) -> None:
+    """Counts of steps stand where the fused kernel reads them: with the parameters. Those of a state that was written
+    without it are on the CPU."""
+    wrapped = getattr(optimizer, "optimizer", optimizer)
+    for group in wrapped.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            entry = wrapped.state.get(parameter, {})
+            if isinstance(entry.get("step"), torch.Tensor):
+                entry["step"] = entry["step"].to(parameter.device)
+
+
 def advance(schedule: Any, steps: int) -> None:
     """Bring a new schedule to where `steps` optimizer steps lead. Schedules without a state follow the optimizer's own
     count."""
@@ -102,14 +115,13 @@ def advance(schedule: Any, steps: int) -> None:
 
 
 def settable(optimizer: Any, own: RunSettings, recorded: RunSettings | None) -> set[str]:
-    """Keys of groups that a user sets: arguments of the optimizer's class, and what --optimizer_args names."""
+    """Keys of groups that a user sets: arguments of the optimizer's class, and what --optimizer_args names. How the
+    step is computed is one only if it is named: a run that goes on ends in the bytes of one that was not stopped, also
+    where this version chooses another way."""
     cls = type(getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it for fp16
     options = {**own.options, **(recorded.options if recorded else {})}
-    return {
-        "lr",
-        *inspect.signature(cls.__init__).parameters,
-        *(n.split()[1] for n in options if n.startswith("optimizer_args ")),
-    }
+    arguments = set(inspect.signature(cls.__init__).parameters) - set(OTHER_WAYS)
+    return {"lr", *arguments, *(n.split()[1] for n in options if n.startswith("optimizer_args "))}
 
 
 def _recorded_groups(

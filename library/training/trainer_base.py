@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from library.attention import use_attention
+from library.components.transformers_import import import_in_background
+from library.core.attention_modes import AttentionChoice
 from library.core.errors import CheckpointError, ConfigError, Problems, RunInterrupted
+from library.core.garbage import started
 from library.core.options import Config, option_fields, shortened
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.fill_caches import fill_text_cache
@@ -126,6 +130,7 @@ class Trainer:
         if is_main_process() and not self.config[DatasetOptions].debug_dataset:
             clean_up(self.config)
         found, prompts = self.check()
+        started()
         runtime = prepare_runtime(self.config)
         data, strategies, trained = self.data_phase(found, runtime)
         if self.config[DatasetOptions].debug_dataset:
@@ -281,7 +286,12 @@ class Trainer:
     ) -> tuple[torch.nn.Module | None, dict[str, torch.nn.Module]]:
         """Cache latents. The VAE and the parts beside it stay, on the CPU for samples or on the device for live
         encoding, or are released."""
-        vae = KeptModels(lambda: self.frozen(self.family.load_vae(runtime)))
+
+        def load_vae() -> torch.nn.Module:
+            import_in_background()  # text encoders come next, and images are encoded meanwhile
+            return self.frozen(self.family.load_vae(runtime))
+
+        vae = KeptModels(load_vae)
         parts = KeptModels(lambda: self.parts_beside(runtime, "vae"))
         cache_latents(self.config, data, strategies, runtime, vae, parts)
         live = not self.config[CachingOptions].caches_latents
@@ -352,6 +362,7 @@ class Trainer:
         can do it. Checkpointing works in train mode only; the models have no dropout of their own that it would switch
         on."""
         memory = self.config[MemoryOptions]
+        self.choose_attention(models.of_step)
         if memory.gradient_checkpointing:
             for part in models.of_step:
                 if hasattr(part, "enable_gradient_checkpointing"):
@@ -369,6 +380,15 @@ class Trainer:
                         dynamic=memory.dynamo_dynamic, variants=memory.dynamo_cache_size_limit,
                     )  # fmt: skip
 
+    def choose_attention(self, parts: list[torch.nn.Module]) -> None:
+        """Tell these models, which compute in the step, how to compute their attention."""
+        settings = self.family.attention
+        for line in settings.notes if is_main_process() else ():
+            logger.info(line)
+        number = sum(use_attention(part, settings.choice) for part in parts)
+        if not number and settings.choice != AttentionChoice():
+            logger.warning("--attn_mode and --split_attn have no effect: the model computes its attention in a way of its own")
+
     # ---- the Run -----------------------------------------------------------------------------------------------------
 
     def assemble(
@@ -384,7 +404,11 @@ class Trainer:
         for module in hook_modules.values():
             module.to(runtime.device, runtime.trained_dtype)
         extra = [group for groups in self.added_hooks.extra_trainable_params() for group in groups]
-        built = optimizers.build(self.config[OptimizerOptions], [*self.trainable.param_groups(), *extra])
+        built = optimizers.build(
+            self.config[OptimizerOptions], [*self.trainable.param_groups(), *extra],
+            # A fused kernel skips steps of fp16 by itself, and the schedule would not learn of it.
+            fused=runtime.accelerator.scaler is None,
+        )
         settings = settings_of(
             self.config, self.family, self.trainable, built, progress.max_train_steps, hook_modules, data.shadowed
         )

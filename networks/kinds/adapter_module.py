@@ -325,7 +325,11 @@ class AdapterModule(nn.Module):
             kept = torch.stack(
                 [
                     torch.rand(
-                        shape, generator=draws.generator(purpose, row // per_sample, self.lora_name, row % per_sample)
+                        shape,
+                        generator=draws.generator(
+                            purpose, row // per_sample, self.lora_name, row % per_sample, device=hidden.device
+                        ),
+                        device=hidden.device,
                     )
                     >= probability
                     for row in range(rows)
@@ -340,7 +344,8 @@ class AdapterModule(nn.Module):
             return change
         draws, rows = self.step_state.draws, change.shape[0]
         uniform = (
-            torch.rand(rows) if draws is None else draws.batch_uniforms("network row dropout", rows, self.lora_name)
+            torch.rand(rows) if draws is None
+            else draws.batch_uniforms("network row dropout", rows, self.lora_name, device=change.device)
         )
         kept = (uniform >= self.rank_dropout).to(change.device, change.dtype) / (1 - self.rank_dropout)
         return change * kept.view(-1, *[1] * (change.ndim - 1))

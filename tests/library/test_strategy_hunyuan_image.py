@@ -109,7 +109,7 @@ def test_a_cache_stores_a_caption_without_padding(tokenize, encoders) -> None:
 
 
 def test_a_tokenizer_of_a_larger_vocabulary_is_told(tiny, tokenize, encoders) -> None:
-    encoders[0].get_input_embeddings().weight.data = encoders[0].get_input_embeddings().weight.data[:100]
+    encoders[0].get_input_embeddings().num_embeddings = 100
     with pytest.raises(ConfigError, match="Qwen2.5-VL"):
         encoded(tokenize, encoders, ["a cat"])
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.training import loop
+from library.training import loop, optimizers
 from library.training.state_files import SUMS_FILE
 from tests.runs.conftest import Work, fingerprint, read_parts
 from tests.runs.families import refused_run, without
@@ -128,6 +128,16 @@ def test_a_changed_schedule_goes_on_where_it_would_be(
 def test_a_state_of_an_earlier_version_goes_on_to_the_same_bytes(work: Work, options: list[str]) -> None:
     state = interrupted(work, *options, old=True)
     assert fingerprint(go_on(work, state, *options)) == fingerprint(work.folder / "first" / "lora.safetensors")
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["recorded", "earlier version"])
+def test_weights_that_moved_one_by_one_go_on_so(work: Work, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(optimizers, "FUSED", ())
+        state = interrupted(work, old=old)
+    file = go_on(work, state)
+    assert fingerprint(file) == fingerprint(work.folder / "first" / "lora.safetensors")
+    assert "ss_resume_changes" not in read_parts(file)[0]
 
 
 def test_rates_that_group_the_parameters_otherwise(work: Work, rates: list[dict[str, Any]]) -> None:

@@ -65,6 +65,12 @@ UNUSABLE = {
     "torch.optim.Optimizer": "it is the base class of the optimizers",
 }
 TOO_LOW_FOR_ADAPTIVE = 0.1
+FUSED = ("torch.optim.Adam", "torch.optim.AdamW")
+"""classes with a kernel that moves many weights in one call, on `FUSED_DEVICES`; that of SGD wants that either all
+weights have moved before or none, which adapters with parts that stand still do not keep"""
+FUSED_DEVICES = ("cpu", "cuda")
+OTHER_WAYS = ("fused", "foreach", "capturable", "differentiable")
+"""arguments of theirs that choose a way of computing"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,8 +307,10 @@ def check_float16(options: OptimizerOptions) -> None:
         )
 
 
-def build(options: OptimizerOptions, param_groups: Sequence[Mapping[str, Any]]) -> OptimizerBuild:
-    """Make the optimizer for groups with `params`, `lr` and `name`.
+def build(
+    options: OptimizerOptions, param_groups: Sequence[Mapping[str, Any]], *, fused: bool = False
+) -> OptimizerBuild:
+    """Make the optimizer for groups with `params`, `lr` and `name`. `fused`: it may move many weights in one kernel.
 
     Raises ConfigError when nothing is trained or an argument is refused by the optimizer.
     """
@@ -320,8 +328,11 @@ def build(options: OptimizerOptions, param_groups: Sequence[Mapping[str, Any]]) 
         rate = None
         for group in groups:
             group.pop("lr", None)
+    from library.training.optimizers.untraced import leave_compiler_out
+
+    leave_compiler_out(cls)
     try:
-        optimizer = cls(groups, lr=rate, **choice.kwargs)
+        optimizer = cls(groups, lr=rate, **choice.kwargs, **(_fused_argument(choice, groups) if fused else {}))
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{key}={value}" for key, value in choice.kwargs.items())
         if not given:
@@ -342,6 +353,16 @@ def build(options: OptimizerOptions, param_groups: Sequence[Mapping[str, Any]]) 
         optimizer.train()
     args_text = ",".join(f"{key}={value}" for key, value in choice.recorded.items())
     return OptimizerBuild(optimizer, choice, f"{cls.__module__}.{cls.__qualname__}", args_text, log_lines(choice))
+
+
+def _fused_argument(choice: OptimizerChoice, groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """Switches the fused kernel on where the class has one for these weights and the user chose no other way. It is no
+    setting of the run: neither recorded nor, when a run goes on, different from what its state says."""
+    if choice.class_path not in FUSED or any(name in choice.kwargs for name in OTHER_WAYS):
+        return {}
+    weights = [weight for group in groups for weight in group["params"]]
+    fits = all(weight.device.type in FUSED_DEVICES and weight.is_floating_point() for weight in weights)
+    return {"fused": True} if fits else {}
 
 
 def log_lines(choice: OptimizerChoice) -> list[str]:

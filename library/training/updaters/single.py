@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.components.block_ring import bring_weights_home
 from library.training.optimizers.single_steps import GroupCounts, only
 from library.training.updaters.base import Updater, trained_parameters
 from library.training.updaters.bf16_weights import BF16_UPDATES, COMPENSATION, exact_value
@@ -85,11 +86,14 @@ class RoundingUpdater(OrdinaryUpdater):
 def bring_states(run: Run) -> None:
     """What was resumed for weights that wait in main memory (block swap) goes to the device, where they are when they
     are updated. Paged states of bitsandbytes travel by themselves."""
-    for parameter in trained_parameters(run.optimizer):
-        entry = run.optimizer.state.get(parameter, {}) if parameter.device.type == "cpu" else {}
-        for key, value in entry.items():
-            if isinstance(value, torch.Tensor) and value.ndim and not getattr(value, "is_paged", False):
-                entry[key] = value.to(run.runtime.device)
+    for group in run.optimizer.param_groups:
+        counts_too = bool(group.get("fused"))  # the fused kernel reads them with the weights
+        for parameter in group["params"]:
+            entry = run.optimizer.state.get(parameter, {}) if parameter.device.type == "cpu" else {}
+            for key, value in entry.items():
+                is_moved = isinstance(value, torch.Tensor) and (value.ndim or counts_too)
+                if is_moved and not getattr(value, "is_paged", False):
+                    entry[key] = value.to(run.runtime.device)
 
 
 class FusedUpdater(Updater):
@@ -119,8 +123,7 @@ class FusedUpdater(Updater):
 
     def update(self, run: Run) -> None:
         for part in run.models.of_step:
-            if hasattr(part, "prepare_block_swap_before_forward"):
-                part.prepare_block_swap_before_forward()  # hooks find every weight in its place, and none on its way
+            bring_weights_home(part)  # hooks find every weight in its place, and none on its way
         run.lr_scheduler.step()
 
     def end(self, run: Run) -> None:

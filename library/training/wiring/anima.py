@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
-ATTENTION_MODES = ("torch", "sdpa", "xformers", "flash", "sageattn")
 TOKEN_LENGTH = 512
 RATE_PATTERNS = {
     "llm_adapter_lr": r"llm_adapter\..*",
@@ -56,7 +55,6 @@ RATE_SWITCHES = {"llm_adapter_lr": "train_llm_adapter=True", "mod_lr": "include_
 """options of rates whose layers learn only with a network argument"""
 
 _SD_MODELS = "it belongs to Stable Diffusion; Anima has no such variant"
-_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +81,6 @@ class AnimaOptions:
     mod_lr: float | None = option(
         None,
         help="learning rate of the modulations, which adapters train only with --network_args include_patterns; 0 = not trained",
-    )
-    attn_mode: str | None = equivalent_option(
-        None, help="which package computes the attention", choices=(None, *ATTENTION_MODES),
-        reason=f"--attn_mode: {_ATTENTION}"
-    )
-    split_attn: bool = equivalent_option(
-        False, help="one attention call for each sample", reason=f"--split_attn: {_ATTENTION}, which needs no splitting"
     )
     vae_chunk_size: int | None = option(
         None, help="rows that the VAE computes at once, an even number: less memory, equal results; all when not given"

@@ -6,15 +6,23 @@ import dataclasses
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from library.core.attention_modes import Place
 from library.core.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
 from library.core.options import Config, Ignored
 from library.core.registry import import_target
 from library.dataset import CachingOptions
 from library.training import timestep_samplers
-from library.training.option_groups import MemoryOptions
+from library.training.attention_options import (
+    ATTENTION_SWITCHES,
+    AttentionOptions,
+    AttentionSettings,
+    attention_settings,
+)
+from library.training.option_groups import MemoryOptions, PrecisionOptions
 from library.training.sampling_prompts import (
     IMAGE_LINE_OPTIONS,
     VIDEO_LINE_OPTIONS,
@@ -145,6 +153,9 @@ class ModelFamily(ABC):
         """Shared options whose default follows from the values that were given, by name -> default."""
         return {}
 
+    attention_switches: ClassVar[Mapping[str, str]] = ATTENTION_SWITCHES
+    """options that choose how the attention of the denoiser is computed, beside --attn_mode -> the mode; the first that
+    is set counts"""
     part_options: ClassVar[Mapping[str, frozenset[str]]] = {}
     """own options that a part needs, for tools that load one part alone: "vae" and "text_encoders" -> names"""
 
@@ -370,6 +381,18 @@ class ModelFamily(ABC):
         the others are those of the base, as they were; UnsupportedCombination for parts that the family does not write.
         """
         raise UnsupportedCombination(f"{self.name} models cannot be written whole")
+
+    @cached_property
+    def attention(self) -> AttentionSettings:
+        """How the attention of the denoiser is computed in training."""
+        from library.device_utils import get_preferred_device
+
+        place = Place(
+            get_preferred_device().type, self.config[PrecisionOptions].mixed_precision != "no", training=True
+        )
+        return attention_settings(
+            self.config[AttentionOptions], self.attention_switches, self.config.values(), place
+        )
 
     @property
     def second_adapter(self) -> str:

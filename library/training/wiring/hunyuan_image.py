@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from library.core.errors import Problems
-from library.core.options import Ignored, equivalent_option, option, without_effect
+from library.core.options import Ignored, option, without_effect
 from library.families.hunyuan_image import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions, PrecisionOptions
 from library.training.timestep_samplers import TimestepOptions
@@ -35,10 +35,8 @@ logger = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
 TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
-ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")
 
 _SD_MODELS = "it belongs to Stable Diffusion; HunyuanImage has no such variant"
-_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 _STILL = "the text encoders of HunyuanImage are never trained"
 
 
@@ -67,15 +65,6 @@ class HunyuanImageOptions:
     )
     vae_tiling: bool = option(
         False, help="let the VAE compute pictures larger than 384 pixels in tiles: little memory, close results"
-    )
-    attn_mode: str | None = equivalent_option(
-        None,
-        help="which package computes the attention",
-        choices=(None, *ATTENTION_MODES),
-        reason=f"--attn_mode: {_ATTENTION}",
-    )
-    split_attn: bool = equivalent_option(
-        False, help="one attention call for each sample", reason=f"--split_attn: {_ATTENTION}, which needs no splitting"
     )
 
     def __post_init__(self) -> None:

@@ -47,6 +47,7 @@ class VideoFamily(FlowFamily):
     denoiser_option = "dit"
     defaults = video_options.DEFAULTS
     stands_for = video_options.STANDS_FOR
+    attention_switches = video_options.ATTENTION_SWITCHES
     refused = {"weighted_captions": "no video model is trained with weighted words"}
     foreign = {
         **ignored_by_flow("a video model"),

@@ -403,7 +403,7 @@ class WanFamily(VideoFamily):
             models.denoiser, sample.noisy_latents, sample.timesteps, conditioning["t5"],
             y=training_condition(batch.conditions, fun_control=self.task.fun_control),
             vision=vision_tokens(batch.conditions), f_indices=batch.conditions.get("f_indices"),
-            boundary=self.boundary if self.has_two_experts else None, **inputs,
+            boundary=self.boundary if self.has_two_experts else None, known_times=sample.known_times, **inputs,
         )  # fmt: skip
         velocity, extra = self.with_side_outputs(velocity)
         return DiTOutput(velocity, sample.target, extra)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from library.core.errors import ConfigError
 from library.training import optimizers
 from library.training.optimizers import OptimizerOptions
+from library.training.resumed_optimizer import place_counts
+from library.training.updaters.single import bring_states
 
 
 class QuietSgd(torch.optim.SGD):
@@ -60,6 +63,43 @@ def test_groups_keep_their_rates_and_names():
     groups = [group(lr=1e-5), group(lr=1e-3, name="unet plus"), {"params": [], "lr": 1.0}]
     build = optimizers.build(OptimizerOptions(learning_rate=1e-4), groups)
     assert [(g["lr"], g["name"]) for g in build.optimizer.param_groups] == [(1e-5, "unet"), (1e-3, "unet plus")]
+
+
+def moved(build: optimizers.OptimizerBuild) -> torch.Tensor:
+    """The first weights after three steps."""
+    weight = build.optimizer.param_groups[0]["params"][0]
+    for step in range(3):
+        weight.grad = torch.tensor([0.1, -2.0, 3.0]) / (step + 1)
+        build.optimizer.step()
+    return weight.detach()
+
+
+def test_one_kernel_moves_all_weights_where_nothing_else_is_asked_for():
+    plain = optimizers.build(OptimizerOptions(), [group()])
+    fused = optimizers.build(OptimizerOptions(), [group()], fused=True)
+    assert (plain.optimizer.param_groups[0]["fused"], fused.optimizer.param_groups[0]["fused"]) == (None, True)
+    assert fused.metadata_text == plain.metadata_text, "no setting of the run"
+    torch.testing.assert_close(moved(fused), moved(plain), rtol=3e-7, atol=0)
+    for words in ({"optimizer_args": ["foreach=True"]}, {"optimizer_args": ["fused=False"]}, {"optimizer_type": "SGD"}):
+        assert not optimizers.build(OptimizerOptions(**words), [group()], fused=True).optimizer.param_groups[0]["fused"]
+    elsewhere = {"params": [torch.nn.Parameter(torch.ones(3, device="meta"))]}
+    assert not optimizers.build(OptimizerOptions(), [elsewhere], fused=True).optimizer.param_groups[0]["fused"]
+
+
+def test_counts_of_the_one_kernel_stand_with_the_weights():
+    weight = torch.nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = torch.optim.AdamW([{"params": [weight], "fused": True}])
+    optimizer.state[weight] = {"step": torch.ones(()), "exp_avg": torch.ones(3)}
+    place_counts(optimizer)
+    assert optimizer.state[weight]["step"].device.type == "meta"
+    waiting = torch.nn.Parameter(torch.ones(3))  # in main memory, and updated on the device
+    run = SimpleNamespace(
+        optimizer=torch.optim.AdamW([{"params": [waiting], "fused": True}]),
+        runtime=SimpleNamespace(device=torch.device("meta")),
+    )
+    run.optimizer.state[waiting] = {"step": torch.ones(()), "exp_avg": torch.ones(3)}
+    bring_states(run)
+    assert {value.device.type for value in run.optimizer.state[waiting].values()} == {"meta"}
 
 
 def test_nothing_to_train_is_an_error():
