@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from library.components import activation_offload
+from library.components.attention_backends import KERNELS, torch_attention
 from library.safetensors_utils import without_values
 
 META = torch.device("meta")
@@ -40,6 +42,7 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
+        self.away = _LeavingStore()
         self._seen: dict[int, weakref.ref] = {}
         self._known = WeakIdKeyDictionary()
         self._forms: dict[tuple, tuple | None] = {}
@@ -209,6 +212,7 @@ _WIDE_ON_GPU = frozenset({
     F.softplus, F.cosine_similarity, torch.reciprocal, F.normalize,
 })  # fmt: skip
 """computed in float32 on a GPU"""
+_RANDOM = frozenset({torch.rand, torch.randn, torch.randint, torch.normal})
 _WIDE_ON_CPU = frozenset({F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, torch.prod})
 
 
@@ -231,6 +235,8 @@ class _AsOnTheDevice(TorchFunctionMode):
             dtype = _AUTOCAST_DTYPE("cpu") if func in _NARROW else torch.float32
             args = tuple(self._cast(value, dtype) for value in args)
             kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}
+        if func in _RANDOM and "generator" in kwargs and torch.device(kwargs.get("device") or "cpu") == META:
+            kwargs = {name: value for name, value in kwargs.items() if name != "generator"}  # meta devices have none
         if func is F.scaled_dot_product_attention and args and args[0].device == META:
             return attention(*args, **kwargs)
         return func(*args, **kwargs)
@@ -295,6 +301,46 @@ def _autocast_class(mode: _AsOnTheDevice) -> type[torch.autocast]:
     return Autocast
 
 
+_GENERATOR = torch.Generator
+
+
+class _Generator(_GENERATOR):
+    """One for the meta device is one of the CPU that nobody asks."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> torch.Generator:
+        return _GENERATOR("cpu" if torch.device(device) == META else device)
+
+
+class _LeavingStore:
+    """In the place of the store of activations that wait in main memory: they leave the device and come back as new
+    tensors. `waiting`: bytes that are away, `most` of them at one time."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.most = 0
+
+    def keeping(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self._send, lambda form: torch.empty_strided(**form.how))
+
+    def _send(self, tensor: torch.Tensor) -> _Form:
+        size = tensor.numel() * tensor.element_size()
+        self.waiting += size
+        self.most = max(self.most, self.waiting)
+        form = _Form(dict(size=tensor.shape, stride=tensor.stride(), dtype=tensor.dtype, device=META))
+        weakref.finalize(form, self._end, size)
+        return form
+
+    def _end(self, size: int) -> None:
+        self.waiting -= size
+
+
+class _Form:
+    """What a tensor that is away comes back as."""
+
+    def __init__(self, how: dict[str, Any]) -> None:
+        self.how = how
+
+
 @contextmanager
 def tracing(kind: str) -> Iterator[MemoryTracker]:
     """Inside, models that are loaded for the meta device have no values, and what is computed with them is counted as a
@@ -310,9 +356,14 @@ def tracing(kind: str) -> Iterator[MemoryTracker]:
         stack.enter_context(
             patch.object(torch, "get_autocast_dtype", lambda kind: _AUTOCAST_DTYPE(_known_kind(kind)))
         )
+        tracker = MemoryTracker()
+        if kind != "cpu":  # on which nothing leaves
+            stack.enter_context(patch.object(activation_offload, "_STORE", tracker.away))
+        stack.enter_context(patch.object(torch, "Generator", _Generator))
+        stack.enter_context(patch.dict(KERNELS, {name: torch_attention for name in KERNELS if name != "torch_math"}))
         stack.enter_context(without_values())
         stack.enter_context(mode)
-        yield stack.enter_context(MemoryTracker())
+        yield stack.enter_context(tracker)
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
