@@ -78,7 +78,8 @@ class Runtime:
 
     def clip_gradients(self, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor | None:
         """Clip to a global norm; returns the norm before clipping, a tensor on the device."""
-        return self.accelerator.clip_grad_norm_(parameters, max_norm)
+        self.unscale_gradients()  # accelerate does the same after importing torch.distributed.tensor, half a second
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def unscale_gradients(self) -> None:
         """Take the factor of fp16 off the gradients, which clipping does on its way; hooks read their true size."""
