@@ -53,7 +53,7 @@ def what_it_trains(command: Sequence[str]) -> tuple[str, str, list[str]]:
             return *known[path.stem], rest
         raise ConfigError(f"{word} is no training script{did_you_mean(path.stem, known) or ''}")
     raise ConfigError(
-        "no training script is named; needed: its command line, as in plan_memory.py flux_train_network.py --config_file"
+        "no training script is named; needed: its command line, as in plan_memory.py train_network.py --config_file"
         " train.toml"
     )
 
