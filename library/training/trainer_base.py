@@ -24,7 +24,7 @@ from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.fill_caches import fill_text_cache
 from library.dataset.strategies import StrategySet, Texts
 from library.device_utils import clean_memory_on_device
-from library.training import checks, loss_weights, losses, optimizers, schedulers, timestep_samplers
+from library.training import checks, loss_weights, losses, optimizers, schedulers
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
 from library.training.checkpoint import resume_point
 from library.training.compilation import checkpoint_activations, compile_blocks
@@ -52,7 +52,14 @@ from library.training.memory.plan import MemoryPlan, plan_of
 from library.training.memory.samples import Demand, demands
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
-from library.training.option_groups import LoopOptions, MemoryOptions, ResumeOptions, SamplingOptions, SavingOptions
+from library.training.option_groups import (
+    LoopOptions,
+    MemoryOptions,
+    PrecisionOptions,
+    ResumeOptions,
+    SamplingOptions,
+    SavingOptions,
+)
 from library.training.own_hooks import make_hooks, names_never_called
 from library.training.progress import Progress
 from library.training.prompt_files import check_files
@@ -331,7 +338,7 @@ class Trainer:
         dtype = self.trainable.text_encoder_dtype(self.family, runtime)
         held = runtime
         if dtype is not None:
-            held = dataclasses.replace(runtime, weight_dtype=dtype, text_encoder_dtype=dtype)
+            held = dataclasses.replace(runtime, weight_dtype=dtype, text_encoder_dtype=dtype, text_form=None)
         encoders = [e if e is None else self.frozen(e) for e in self.family.load_text_encoders(held)]
         self.trainable.prepare_text_encoders(self.family, encoders, runtime)
         return encoders
@@ -350,6 +357,10 @@ class Trainer:
         denoiser = self.family.load_denoiser(
             dataclasses.replace(runtime, denoiser_dtype=self.trainable.denoiser_dtype(runtime))
         )
+        if self.config[PrecisionOptions].multiplies_fp8:
+            from library.fp8_optimization_utils import multiply_in_fp8
+
+            logger.info("--fp8_fast: %d layers of the denoiser multiply in 8 bits", multiply_in_fp8(denoiser))
         self.added_hooks.on_transformer_loaded(denoiser)
         return self.frozen(denoiser)
 
