@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,10 +67,10 @@ class HostWaits(TorchDispatchMode):
             return self._copied(args[0], kwargs)
         if func is aten.copy_.default and args[0].device != args[1].device:
             waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
-            if args[0].device != DEVICE:
-                self.note("copy to the host")
+            to_host = args[0].device != DEVICE
+            self.note(f"copy to the {'host' if to_host else 'device'}") if waits else None
+            if to_host:
                 return args[0].fill_(1)
-            self.note("copy to the device") if waits else None
         if on_device and func in OF_VALUES:
             self.note(func.name())
             return torch.ones_like(args[0]).nonzero() if func is aten.nonzero.default else func(*args, **kwargs)
@@ -126,6 +127,7 @@ def imitate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": kind != DEVICE.type and enabled(kind))
     patch.setattr(torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == DEVICE.type else autocast(kind, *a, **k))
     patch.setattr(keyed_random, "keyed_generator", keyed_generator)
+    patch.setattr(torch, DEVICE.type, SimpleNamespace(manual_seed=lambda seed: None), raising=False)
 
 
 def move_run(run: Run) -> None:
