@@ -140,4 +140,5 @@ def move_run(run: Run) -> None:
     moved = {old[name]: p for module, old in named for name, p in module.named_parameters(remove_duplicate=False)}
     for group in run.optimizer.param_groups:
         group["params"] = [moved.get(parameter, parameter) for parameter in group["params"]]
+        group.update({"fused": False} if group.get("fused") else {})  # there is no such kernel for "meta"
     object.__setattr__(run.runtime, "device", DEVICE)
