@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from library.components.device_transfers import Event, Pairs, Transfers
 from library.core import keyed_random
+from library.training import host_copies
 
 if TYPE_CHECKING:
     import pytest
@@ -117,6 +119,14 @@ class _ListsToDevice(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class QueuedTransfers(Transfers):
+    """Copies beside the computation, as of a device with streams."""
+
+    def copy(self, pairs: Pairs, after: Event) -> Event:
+        for target, source in pairs:
+            target.copy_(source, non_blocking=True)
+
+
 def imitate(patch: pytest.MonkeyPatch) -> None:
     """What "meta" lacks of a device: number formats of autocast, and generators."""
     enabled, autocast, generator = torch.is_autocast_enabled, torch.autocast, keyed_random.keyed_generator
@@ -127,6 +137,7 @@ def imitate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": kind != DEVICE.type and enabled(kind))
     patch.setattr(torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == DEVICE.type else autocast(kind, *a, **k))
     patch.setattr(keyed_random, "keyed_generator", keyed_generator)
+    patch.setattr(host_copies, "transfers_to", QueuedTransfers)
     patch.setattr(torch, DEVICE.type, SimpleNamespace(manual_seed=lambda seed: None), raising=False)
 
 

@@ -52,7 +52,8 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/training/known_options*.py", 0),
     # 1: building blocks
     ("library/utils.py", 1), ("library/device_utils.py", 1), ("library/attention.py", 1),
-    ("library/custom_offloading_utils.py", 1),
+    ("library/custom_offloading_utils.py", 1), ("library/components/device_transfers.py", 1),
+    ("library/components/block_ring.py", 1), ("library/components/activation_offload.py", 1),
     ("library/*_models.py", 1), ("library/*_vae.py", 1),
     ("library/components/*_models.py", 1), ("library/components/tiling.py", 1),
     ("library/components/attention_backends.py", 1),

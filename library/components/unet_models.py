@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from library.attention import AttentionModule, timestep_embedding
 from library.core.attention_modes import ATTENTION_MODES
-from library.custom_offloading_utils import run_checkpointed
+from library.custom_offloading_utils import CheckpointedBlocks
 
 if TYPE_CHECKING:
     from library.components.control_models import Control
@@ -244,7 +244,7 @@ def with_skip(x: Tensor, skip: Tensor) -> Tensor:
     return torch.cat((fitted(x, skip.shape[2:]), skip), dim=1)
 
 
-class UNetBase(nn.Module):
+class UNetBase(CheckpointedBlocks, nn.Module):
     """Switches and small things of both module trees. Subclasses build the layers and the forward pass."""
 
     params: UNetParams
@@ -252,19 +252,8 @@ class UNetBase(nn.Module):
     def __init__(self, params: UNetParams) -> None:
         super().__init__()
         self.params = params
-        self.gradient_checkpointing = False
-        self.cpu_offload_checkpointing = False
+        self.init_checkpointing()
         self.deep_shrink: DeepShrink | None = None
-
-    def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
-        """Recompute blocks in the backward pass while in train mode; `cpu_offload` keeps the block inputs on the
-        CPU."""
-        self.gradient_checkpointing = True
-        self.cpu_offload_checkpointing = cpu_offload
-
-    def disable_gradient_checkpointing(self) -> None:
-        self.gradient_checkpointing = False
-        self.cpu_offload_checkpointing = False
 
     @property
     def device(self) -> torch.device:
@@ -302,6 +291,4 @@ class UNetBase(nn.Module):
 
     def run_block(self, block: nn.Module, x: Tensor, *context: Tensor) -> Tensor:
         """One residual or transformer block, checkpointed where that is switched on."""
-        if torch.is_grad_enabled() and self.gradient_checkpointing and self.training:
-            return run_checkpointed(lambda state: block(state, *context), (x,), self.cpu_offload_checkpointing)
-        return block(x, *context)
+        return self.checkpointed(lambda state: block(state, *context), (x,))

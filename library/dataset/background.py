@@ -20,7 +20,7 @@ class BackgroundWriter:
     first error of an earlier job. Leaving the block waits for all jobs, also when it is left by an error or an
     interrupt."""
 
-    def __init__(self, backlog: int = 16) -> None:
+    def __init__(self, backlog: int = 8) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache-writer")
         self._slots = threading.Semaphore(backlog)
         self._error: BaseException | None = None

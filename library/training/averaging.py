@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from library.components.block_ring import bring_weights_home
 from library.core.errors import CheckpointError
-from library.custom_offloading_utils import moving_weights
 from library.device_utils import copies_are_queued
-from library.training.host_copies import HostCopies
+from library.training.host_copies import HostCopies, Merge
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """(average, weight)"""
@@ -43,26 +43,32 @@ class WeightAverage:
 
     def begin(self) -> None:
         """It is what the weights are now."""
-        self._copies.settle()
-        self._tensors = {name: self._kept(parameter) for name, parameter in self.parameters().items()}
+        if self._tensors:
+            self._bring(_replace)
+        else:
+            self._tensors = {name: self._kept(parameter) for name, parameter in self.parameters().items()}
 
-    @torch.no_grad()
     def follow(self, share: float) -> None:
         """Go by `share` towards the weights."""
 
-        def add(averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> None:
-            torch._foreach_lerp_(list(averages), [weight.to(torch.float32) for weight in weights], share)
+        def approach(averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> None:
+            torch._foreach_lerp_(averages, [weight.to(torch.float32) for weight in weights], share)
 
-        beside: list[Pair] = []  # the others are in main memory, and their weights are not
-        apart: list[Pair] = []
+        self._bring(approach)
+
+    @torch.no_grad()
+    def _bring(self, into: Merge) -> None:
+        """The weights into their averages, in parts."""
+        beside: list[Pair] = []
+        apart: list[Pair] = []  # the average is in main memory, the weight is not
         for name, parameter in self.parameters().items():
             pair = (self._tensors[name], parameter.detach())
             is_apart = pair[0].device.type == "cpu" and copies_are_queued(pair[1].device)
             (apart if is_apart else beside).append(pair)
         for part in parts_of(beside, PART_BYTES):
-            add([average for average, _ in part], [weight.to(average) for average, weight in part])
+            into([average for average, _ in part], [weight.to(average) for average, weight in part])
         for part in parts_of(apart, PART_BYTES):
-            self._copies.add([average for average, _ in part], [weight for _, weight in part], add)
+            self._copies.add([average for average, _ in part], [weight for _, weight in part], into)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {
@@ -77,7 +83,7 @@ class WeightAverage:
         """Inside, the weights are the average; afterwards they are as before, to the bit. Where both have one type and
         place their memory is exchanged and nothing is copied, but for weights whose memory block swap gives to
         others."""
-        moving = set().union(*(moving_weights(module) for module in self._modules().values()))
+        moving = self._brought_home()
         exchanged: dict[torch.nn.Parameter, torch.Tensor] = {}
         copied: dict[torch.nn.Parameter, torch.Tensor] = {}
         for name, parameter in self.parameters().items():
@@ -90,10 +96,15 @@ class WeightAverage:
         try:
             yield
         finally:
+            self._brought_home()
             for parameter, data in exchanged.items():
                 parameter.data = data
             for parameter, values in copied.items():
                 parameter.data.copy_(values)
+
+    def _brought_home(self) -> set[torch.Tensor]:
+        """The weights that block swap moves, after it has put them into their places."""
+        return set().union(*(bring_weights_home(module) for module in self._modules().values()))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {name: tensor.cpu() for name, tensor in self.tensors.items()}
@@ -112,6 +123,10 @@ class WeightAverage:
         self._tensors = {
             name: state[name].to("cpu" if self._on_cpu else p.device, torch.float32) for name, p in parameters.items()
         }
+
+
+def _replace(averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> None:
+    torch._foreach_copy_(averages, weights)
 
 
 def parts_of(pairs: Sequence[Pair], most_bytes: int) -> Iterator[list[Pair]]:

@@ -122,8 +122,8 @@ def _precision(run: Run) -> str:
     text = f"computing in {str(runtime.weight_dtype).removeprefix('torch.')}" + (
         " (autocast)" if precision.mixed_precision != "no" else ""
     )
-    if runtime.denoiser_dtype != runtime.weight_dtype:
-        text += f", frozen weights in {str(runtime.denoiser_dtype).removeprefix('torch.')}"
+    if runtime.denoiser_form:
+        text += f", frozen weights in {runtime.denoiser_form}"
     return f"{text}, trained weights in {str(runtime.trained_dtype).removeprefix('torch.')}"
 
 

@@ -41,6 +41,17 @@ def test_help_beside_a_bare_interpreter(tmp_path, capsys):
     assert "--help of tools/convert_lora.py" in capsys.readouterr().out
 
 
+def test_caching_beside_the_encoder_alone(tmp_path):
+    path = tmp_path / "figures.json"
+    assert command.main(["caching", "--quick", "--families", "sdxl", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())["figures"]
+    assert [figure["case"] for figure in figures] == [
+        "sdxl, latents: encoder busy", "sdxl, latents", "sdxl, text: encoder busy", "sdxl, text",
+    ]  # fmt: skip
+    assert all(0 < figures[k]["ours"]["median"] <= 1 for k in (0, 2))
+    assert all(0 < figures[k]["baselines"][0]["median"] for k in (1, 3))
+
+
 @pytest.mark.full
 def test_merging_beside_a_copy(tmp_path):
     path = tmp_path / "figures.json"

@@ -181,8 +181,8 @@ class AnimaFamily(FlowFamily):
 
     def _size_problems(self) -> list[str]:
         """Sizes of the files against each other; headers only."""
-        from library.custom_offloading_utils import row_swap_problem
         from library.anima_utils import fitting_problems
+        from library.custom_offloading_utils import row_swap_problem
 
         params, adapter = self._denoiser_info.params, self._adapter
         place = self.opts.llm_adapter_path or self._denoiser_path
@@ -298,17 +298,10 @@ class AnimaFamily(FlowFamily):
         return vae
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """[Qwen3]. With 8-bit storage it is read in the compute type first, because only its linear layers shrink."""
+        """[Qwen3]."""
         from library.components.llm_encoder_utils import load_qwen3
 
-        qwen3 = load_qwen3(
-            self.opts.qwen3, runtime.weight_dtype, runtime.device, self._disable_mmap, transform=self.transform
-        )
-        if runtime.text_encoder_dtype != runtime.weight_dtype:
-            from library.fp8_optimization_utils import shrink_linears_to_fp8
-
-            shrink_linears_to_fp8(qwen3)
-        return [qwen3]
+        return [self.stored_encoder(load_qwen3, self.opts.qwen3, runtime)]
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""
@@ -318,9 +311,8 @@ class AnimaFamily(FlowFamily):
         device = "cpu" if swap else runtime.device
         denoiser = load_anima(
             self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap,
-            llm_adapter_path=self.opts.llm_adapter_path,
-            transform=self.transform,
-        )
+            llm_adapter_path=self.opts.llm_adapter_path, transform=self.transform, form=runtime.denoiser_form,
+        )  # fmt: skip
         if swap:
             denoiser.enable_block_swap(swap, runtime.device)
             denoiser.move_to_device_except_swap_blocks(runtime.device)

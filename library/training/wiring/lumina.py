@@ -225,17 +225,10 @@ class LuminaFamily(FlowFamily):
         return load_ae(self._ae_path, runtime.vae_dtype, runtime.device, self._disable_mmap)
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """[Gemma 2]. With 8-bit storage it is read in the compute type first, because only its linear layers shrink."""
+        """[Gemma 2]."""
         from library.components.gemma_encoder_utils import load_gemma2
 
-        gemma2 = load_gemma2(
-            self._gemma2_path, runtime.weight_dtype, runtime.device, self._disable_mmap, transform=self.transform
-        )
-        if runtime.text_encoder_dtype != runtime.weight_dtype:
-            from library.fp8_optimization_utils import shrink_linears_to_fp8
-
-            shrink_linears_to_fp8(gemma2)
-        return [gemma2]
+        return [self.stored_encoder(load_gemma2, self._gemma2_path, runtime)]
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""
@@ -244,7 +237,8 @@ class LuminaFamily(FlowFamily):
         swap = self.config[MemoryOptions].blocks_to_swap or 0
         device = "cpu" if swap else runtime.device
         denoiser = load_lumina(
-            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, transform=self.transform
+            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, transform=self.transform,
+            form=runtime.denoiser_form,
         )
         if swap:
             denoiser.enable_block_swap(swap, runtime.device)

@@ -52,9 +52,6 @@ class VideoOptions:
         " and neither VAE nor text encoders are needed where the caches are complete",
     )
     guidance_scale: float = option(1.0, help="embedded guidance that models distilled for it are trained with")
-    fp8_scaled: bool = option(
-        False, help="keep the large matrices of the denoiser in 8 bits, with scales by which they use the whole range"
-    )
     gradient_checkpointing_cpu_offload: bool = option(
         False, help="another name of --cpu_offload_checkpointing, for --gradient_checkpointing"
     )

@@ -7,19 +7,37 @@ import threading
 import pytest
 import torch
 
+from library.components.device_transfers import Event, Transfers
+from library.training import host_copies
 from library.training.averaging import WeightAverage, parts_of
 from library.training.host_copies import MOST_ON_THE_WAY, HostCopies
 from tests.waiting import PATIENCE
+
+
+class Gated(Transfers):
+    """Copies that are complete when `gate` opens; what the sources become meanwhile does not count."""
+
+    gate: threading.Event
+
+    def finish(self, event: Event) -> None:
+        assert self.gate.wait(PATIENCE)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    found = threading.Event()
+    transfers = Gated(torch.device("cpu"))
+    transfers.gate = found
+    monkeypatch.setattr(host_copies, "transfers_to", lambda device: transfers)
+    return found
 
 
 def replace(targets, sources) -> None:
     targets[0].copy_(sources[0])
 
 
-def test_merges_wait_for_the_device_and_keep_their_order() -> None:
-    """The device is done when `gate` opens; what the sources become meanwhile does not count."""
-    gate = threading.Event()
-    copies = HostCopies(lambda device: lambda: gate.wait(PATIENCE))
+def test_merges_wait_for_the_device_and_keep_their_order(gate: threading.Event) -> None:
+    copies = HostCopies()
     target, source = torch.zeros(3), torch.ones(3)
     for number in range(MOST_ON_THE_WAY):
         source.fill_(number + 1)
@@ -31,9 +49,8 @@ def test_merges_wait_for_the_device_and_keep_their_order() -> None:
     assert torch.equal(target, torch.full((3,), 12.0))
 
 
-def test_no_more_parts_than_allowed_are_on_their_way() -> None:
-    gate, target = threading.Event(), torch.zeros(1)
-    copies = HostCopies(lambda device: lambda: gate.wait(PATIENCE))
+def test_no_more_parts_than_allowed_are_on_their_way(gate: threading.Event) -> None:
+    copies, target = HostCopies(), torch.zeros(1)
     for _ in range(MOST_ON_THE_WAY):
         copies.add([target], [torch.ones(1)], replace)
     third = threading.Thread(target=copies.add, args=([target], [torch.full((1,), 7.0)], replace))
@@ -76,9 +93,9 @@ def test_an_average_in_main_memory_is_that_of_the_device(monkeypatch: pytest.Mon
         with torch.no_grad():
             for layer in layers.values():
                 layer.weight.add_(0.1 * step)
-        plain.follow(0.3)
         with monkeypatch.context() as patch:
             patch.setattr("library.training.averaging.copies_are_queued", lambda device: True)
-            beside.follow(0.3)
+            beside.begin() if step == 0 else beside.follow(0.3)
+        plain.begin() if step == 0 else plain.follow(0.3)
     for name, tensor in plain.tensors.items():
         assert torch.equal(beside.tensors[name], tensor)
