@@ -66,7 +66,7 @@ def rotate_pairs(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     if torch.compiler.is_compiling():  # it fuses these, and has no complex numbers
         first, second = pairs.unbind(-1)
         return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
-    return torch.view_as_real(as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)  # one kernel, the same numbers
+    return torch.view_as_real(as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)  # one kernel
 
 
 def as_complex(pairs: Tensor) -> Tensor:
