@@ -1,7 +1,7 @@
 """What merging a LoRA into a large model costs: memory against the size of the model, time against a plain copy of the
 file.
 
-    python benchmarks/merge.py [--gigabytes 4] [--folder DIR] [--sparse]
+    python -m benchmarks merge [--gigabytes 4] [--folder DIR] [--sparse]
 
 The model is a file in the layout of FLUX.1 with its real widths, in bfloat16, with as many blocks as fit the size (all
 57 make 23.8 GB, 12 billion parameters). The merge is the command line of tools/merge_lora.py in a process of its own.
@@ -20,14 +20,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.figures import Baseline, Figure, spread
+from benchmarks.model_files import Shapes, count_of, shapes_of, write_random
+from benchmarks.processes import ROOT
 
-HIDDEN, MLP, CONTEXT = 3072, 12288, 4096
-DOUBLE, SINGLE = 19, 38
+MOST_MEMORY = 0.25
+"""of the model, above what the process has with torch loaded"""
+DOUBLE = 19
+"""double blocks of FLUX.1; it has twice as many single ones"""
 RANK = 16
 CHUNK = 16 << 20
 
@@ -46,70 +48,20 @@ print(json.dumps({"code": code, "seconds": time.perf_counter() - start, "before"
 """
 
 
-def model_shapes(units: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a denoiser with `units` double and twice as many single blocks."""
-    h = HIDDEN
-    shapes = {
-        "img_in": (h, 64),
-        "txt_in": (h, CONTEXT),
-        "final_layer.linear": (64, h),
-        "final_layer.adaLN_modulation.1": (2 * h, h),
-    }
-    for name, size in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
-        shapes |= {f"{name}.in_layer": (h, size), f"{name}.out_layer": (h, h)}
-    norms = {}
-    for number in range(units):
-        for side in ("img", "txt"):
-            place = f"double_blocks.{number}.{side}"
-            shapes |= {f"{place}_mod.lin": (6 * h, h), f"{place}_attn.qkv": (3 * h, h), f"{place}_attn.proj": (h, h)}
-            shapes |= {f"{place}_mlp.0": (MLP, h), f"{place}_mlp.2": (h, MLP)}
-            norms |= {f"{place}_attn.norm.{which}_norm.scale": (128,) for which in ("query", "key")}
-    for number in range(2 * units):
-        place = f"single_blocks.{number}"
-        shapes |= {
-            f"{place}.modulation.lin": (3 * h, h),
-            f"{place}.linear1": (3 * h + MLP, h),
-            f"{place}.linear2": (h, h + MLP),
-        }
-        norms |= {f"{place}.norm.{which}_norm.scale": (128,) for which in ("query", "key")}
-    weights = {f"{name}.weight": shape for name, shape in shapes.items()}
-    return {**weights, **{f"{name}.bias": shape[:1] for name, shape in shapes.items()}, **norms}
+def model_shapes(units: int) -> Shapes:
+    """Names and shapes of a FLUX.1 denoiser with `units` double and twice as many single blocks, and its real
+    widths."""
+    from library.flux_models import Flux, FluxParams
+
+    return shapes_of(lambda: Flux(FluxParams(depth=units, depth_single_blocks=2 * units)))
 
 
 def units_for(gigabytes: float) -> int:
-    sizes = [sum(2 * _count(shape) for shape in model_shapes(units).values()) for units in (0, 1)]
-    return max(1, min(DOUBLE, round((gigabytes * 1e9 - sizes[0]) / (sizes[1] - sizes[0]))))
+    one, two = (2 * count_of(model_shapes(units)) for units in (1, 2))
+    return max(1, min(DOUBLE, 1 + round((gigabytes * 1e9 - one) / (two - one))))
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-def write_model(path: Path, shapes: dict[str, tuple[int, ...]], sparse: bool) -> None:
-    import torch
-
-    from library.safetensors_utils import file_layout, stream_file_atomic
-
-    infos = {key: (torch.bfloat16, shape) for key, shape in shapes.items()}
-    if sparse:
-        header, _, size = file_layout(infos, None)
-        with open(path, "wb") as file:
-            file.write(header)
-            file.truncate(size)
-        return
-    noise = torch.randn(max(_count(shape) for shape in shapes.values()), dtype=torch.bfloat16)
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for key, shape in shapes.items():
-            yield key, noise[: _count(shape)].view(shape)
-
-    stream_file_atomic(infos, tensors(), path)
-
-
-def write_lora(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def write_lora(path: Path, shapes: Shapes) -> None:
     """Rank 16 on every layer of the blocks."""
     import torch
 
@@ -158,45 +110,44 @@ def merge(model: Path, lora: Path, target: Path) -> dict[str, float]:
     return result
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the model; 23.8 is all of FLUX.1")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gigabytes", type=float, help="size of the model (default: 4); 23.8 is all of FLUX.1")
     parser.add_argument("--folder", help="where the files are written; the system's temporary folder when not given")
     parser.add_argument("--sparse", action="store_true", help="a model of zeros that takes no space")
-    args = parser.parse_args(argv)
-    shapes = model_shapes(units_for(args.gigabytes))
-    size = sum(2 * _count(shape) for shape in shapes.values())
-    folder = Path(tempfile.mkdtemp(prefix="merge-", dir=args.folder))
+    parser.add_argument("--runs", type=int, help="merges, each with a copy beside it (default: 3)")
+
+
+def measure(options: argparse.Namespace) -> list[Figure]:
+    shapes = model_shapes(units_for(options.gigabytes or (0.01 if options.quick else 4.0)))
+    size = 2 * count_of(shapes)
+    folder = Path(tempfile.mkdtemp(prefix="merge-", dir=options.folder))
     try:
-        free, needed = shutil.disk_usage(folder).free, size * (1 if args.sparse else 2)
-        if free < needed * 1.1:
-            raise SystemExit(
-                f"{folder} has {free / 1e9:.1f} GB free; needed are {needed * 1.1 / 1e9:.1f} GB: give a smaller "
-                "--gigabytes"
-            )
+        check_room(folder, size * (1 if options.sparse else 2))
         model, lora = folder / "model.safetensors", folder / "lora.safetensors"
-        write_model(model, shapes, args.sparse)
+        write_random(model, shapes, sparse=options.sparse)
         write_lora(lora, shapes)
-        copy = copy_seconds(model, folder / "copy.safetensors")
-        merged = merge(model, lora, folder / "merged.safetensors")
+        copies, merges = [], []
+        for _ in range(options.runs or (1 if options.quick else 3)):
+            copies.append(copy_seconds(model, folder / "copy.safetensors"))
+            merges.append(merge(model, lora, folder / "merged.safetensors"))
+            (folder / "merged.safetensors").unlink()
     finally:
         shutil.rmtree(folder)
-    above = merged["peak"] - merged["before"]
-    print(
-        f"model            {size / 1e9:8.2f} GB, {size / 2e9:.1f} billion parameters{', sparse' if args.sparse else ''}"
-    )
-    print(
-        f"peak memory      {above / 1e9:8.2f} GB above {merged['before'] / 1e9:.2f} GB with torch loaded = "
-        f"{above / size:.1%} of the model"
-    )
-    print(f"merge            {merged['seconds']:8.1f} s = {size / merged['seconds'] / 1e6:.0f} MB/s")
-    print(
-        f"copy             {copy:8.1f} s = {size / copy / 1e6:.0f} MB/s; merging takes {merged['seconds'] / copy:.2f} "
-        "times as long"
-    )
-    return {"size": size, "above": above, "merge": merged["seconds"], "copy": copy}
+    case = f"a LoRA into {size / 1e9:.2f} GB{', sparse' if options.sparse else ''}"
+    above = spread((merged["peak"] - merged["before"]) / 1e9 for merged in merges)
+    return [
+        Figure(
+            "merge", f"{case}, memory beyond torch", "GB", above,
+            (Baseline("the model", spread(size / 1e9), MOST_MEMORY),),
+            notes={"parameters": size // 2, "GB with torch loaded": merges[0]["before"] / 1e9},
+        ),
+        Figure("merge", case, "s", spread(m["seconds"] for m in merges), (Baseline("copy of the file", spread(copies)),)),
+    ]  # fmt: skip
 
 
-if __name__ == "__main__":
-    result = main()
-    sys.exit(0 if result["above"] < result["size"] / 4 else 1)
+def check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.1:
+        raise SystemExit(
+            f"{folder} has {free / 1e9:.1f} GB free; needed are {needed * 1.1 / 1e9:.1f} GB: give a smaller --gigabytes"
+        )

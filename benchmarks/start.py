@@ -1,6 +1,6 @@
 """What a start costs with few and with many pictures: the first one, which fills the caches on disk, and the second.
 
-    python benchmarks/start.py [--family sdxl] [--counts 20 20000] [--runs 5] [--latents_only] [--encode_all] [--folder DIR]
+    python -m benchmarks start [--family sdxl] [--counts 20 20000] [--runs 5] [--latents_only] [--encode_all] [--folder DIR]
 
 Small noise pictures with captions and a tiny random model; every run is the real script in a process of its own and
 trains one step. Beside it stands the least that a start must do for as many pictures: list the folder, read every
@@ -26,11 +26,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.figures import Baseline, Figure, spread
+from benchmarks.processes import ROOT, used_by
+
+TIMES_THE_LEAST, MOST_SECONDS, MOST_BYTES = 2.0, 10.0, 1024
+"""wanted of a second start with many pictures: beyond few pictures at most so many times the least; at most so long; so
+much memory for each picture"""
 
 SIZE_PX = 64
 DISTINCT = 64
@@ -51,7 +55,8 @@ class Start:
 
     seconds: float
     cpu: float
-    memory_mb: float
+    memory: int
+    """bytes at most"""
     opened: dict[str, int]
     decoded: int
 
@@ -140,18 +145,12 @@ def copy_caches(folder: Path, count: int) -> None:
 def measured(script: str, argv: list[str], folder: Path) -> Start:
     """Run a script in a process of its own."""
     report = folder / "report.json"
-    command = [sys.executable, __file__, "--child", script, str(report), str(folder / "images"), *argv]
-    with open(folder / "log.txt", "wb") as log:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-    if status:
-        sys.exit(f"the run failed:\n{(folder / 'log.txt').read_text(errors='replace')[-4000:]}")
+    command = [sys.executable, "-m", "benchmarks.start", "--child", script, str(report), str(folder / "images"), *argv]
+    started = time.perf_counter()
+    used = used_by(command, folder / "log.txt", {"OMP_NUM_THREADS": "1"})
+    seconds = time.perf_counter() - started
     counts = json.loads(report.read_text(encoding="utf-8"))
-    return Start(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, counts["opened"], counts["decoded"])
+    return Start(seconds, used.cpu, used.memory, counts["opened"], counts["decoded"])
 
 
 class Case:
@@ -187,62 +186,65 @@ class Case:
     def second(self) -> None:
         """One more second start, and the baseline."""
         self.seconds.append(self.start())
-        command = [sys.executable, __file__, "--baseline", str(self.images)]
-        self.baselines.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+        command = [sys.executable, "-m", "benchmarks.start", "--baseline", str(self.images)]
+        self.baselines.append(float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout))
 
     @property
     def least(self) -> Start:
         return min(self.seconds, key=lambda start: start.cpu)
 
-    def print(self) -> None:
-        for name, start in (("first", self.first), *(("second", start) for start in self.seconds)):
-            opened = " ".join(f"{start.opened[kind]:>8}" for kind in KINDS.values())
-            print(
-                f"{self.count:>9} {name:>8} {start.seconds:>8.1f} {start.cpu:>7.2f} {start.memory_mb:>6.0f} "
-                f"{start.decoded:>8}          {opened}"
-            )
-        print(f"{self.count:>9} {'baseline':>8} {'':>8} {min(self.baselines):>7.2f}", flush=True)
+    def notes(self) -> dict[str, object]:
+        return {"first": asdict(self.first), "second": [asdict(start) for start in self.seconds]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", default="sdxl", help="tiny model to train (default: sdxl)")
-    parser.add_argument(
-        "--counts", type=int, nargs="+", default=[20, 20000], help="numbers of pictures (default: 20 20000)"
-    )
-    parser.add_argument("--runs", type=int, default=5, help="second starts with each number (default: 5)")
+    parser.add_argument("--counts", type=int, nargs=2, metavar=("FEW", "MANY"),
+                        help="numbers of pictures (default: 20 20000)")
+    parser.add_argument("--runs", type=int, help="second starts with each number (default: 5)")
     parser.add_argument("--latents_only", action="store_true", help="cache no text encoder outputs")
     parser.add_argument(
         "--encode_all", action="store_true", help="encode every picture in the first start, instead of copying caches"
     )
     parser.add_argument("--folder", help="work in this folder and leave it (default: a temporary one)")
-    options = parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> list[Figure]:
     caches_text = options.family not in ("sd1", "sd2") and not options.latents_only
     more = ["--network_train_unet_only", *(["--cache_text_encoder_outputs_to_disk"] if caches_text else [])]
+    counts = sorted(options.counts or ([4, 80] if options.quick else [20, 20000]))
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(options.folder or temporary)
-        print(f"{options.family}, latents{' and text encoder outputs' if caches_text else ''} on disk")
-        print(
-            f"{'pictures':>9} {'start':>8} {'seconds':>8} {'CPU s':>7} {'MB':>6} {'decoded':>8}  opened: pictures "
-            "captions caches",
-            flush=True,
-        )
-        cases = [
-            Case(options.family, count, place / str(count), more, options.encode_all)
-            for count in sorted(options.counts)
-        ]
-        for _ in range(options.runs):
-            for case in cases:
-                case.second()
-        for case in cases:
-            case.print()
-        few, many = cases[0], cases[-1]
-        if few is not many:
-            beyond, least = many.least.cpu - few.least.cpu, min(many.baselines)
-            print(
-                f"second start: {beyond:.2f} CPU s beyond {few.count} pictures, {beyond / least:.2f} times the "
-                "baseline (at most 2)"
-            )
+        few, many = (Case(options.family, count, place / str(count), more, options.encode_all) for count in counts)
+        for _ in range(options.runs or (1 if options.quick else 5)):
+            few.second()
+            many.second()
+    return figures_of(few, many, options.family)
+
+
+def figures_of(few: Case, many: Case, family: str) -> list[Figure]:
+    """The second start with many pictures: what they cost, how long it takes, what memory each takes; and what the
+    first one decoded."""
+    least = spread(min(many.baselines))
+    memory = (many.least.memory - few.least.memory) / (many.count - few.count)
+    name = f"{family}, second start"
+    return [
+        Figure(
+            "start", f"{name}: {many.count} pictures beyond {few.count}", "s of CPU",
+            spread(many.least.cpu - few.least.cpu),
+            (Baseline("list, headers and captions", least, TIMES_THE_LEAST),),
+            notes={str(case.count): case.notes() for case in (few, many)},
+        ),
+        Figure(
+            "start", f"{name}: {many.count} pictures and one step", "s", spread(s.seconds for s in many.seconds),
+            wanted=MOST_SECONDS,
+        ),
+        Figure("start", f"{name}: memory of a picture", "bytes", spread(memory), wanted=MOST_BYTES),
+        Figure(
+            "start", f"{family}, first start", "decoded", spread(few.first.decoded),
+            (Baseline("pictures", spread(few.count), 1.0),),
+        ),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -251,4 +253,4 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--baseline"]:
         baseline(sys.argv[2])
     else:
-        main()
+        sys.exit("this is a subject: python -m benchmarks start")

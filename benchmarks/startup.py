@@ -1,45 +1,48 @@
-"""How long `--help` takes for every script and tool, against a bare interpreter in the same run.
+"""How long `--help` takes for every script and tool, beside a bare interpreter.
 
-    python benchmarks/startup.py [--runs 7]
-
-Prints the median and the fastest of several runs, in turn with the baseline, so that both see the same load of the
-machine.
+CPU time of a process, in turn with the interpreter. What is compared is the slowest script and the middle one; the JSON
+file has all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.figures import Baseline, Figure, spread
+from benchmarks.processes import ROOT, cpu_seconds
 
 
-def seconds(command: list[str]) -> float:
-    started = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    return time.perf_counter() - started
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", type=int, help="counted runs of each script (default: 5)")
+    parser.add_argument("--scripts", nargs="+", metavar="FILE", help="these alone, by their paths in the repository")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=7, help="counted runs of each script (default: 7)")
-    runs = parser.parse_args().runs
-    scripts = [path for path in sorted(ROOT.glob("*.py")) if path.name != "setup.py"]
-    scripts += [path for path in sorted((ROOT / "tools").glob("*.py")) if path.name != "__init__.py"]
+def measure(options: argparse.Namespace) -> list[Figure]:
+    runs = options.runs or (1 if options.quick else 5)
+    scripts = [ROOT / name for name in options.scripts or ()] or every_script()[: 2 if options.quick else None]
     bare = [sys.executable, "-c", "pass"]
-    print(f"{'script':<44} {'median':>8} {'fastest':>8} {'bare':>8}")
+    own: dict[str, list[float]] = {}
+    beside: dict[str, list[float]] = {}
     for script in scripts:
-        command = [sys.executable, str(script), "--help"]
-        seconds(command)  # byte code and disk cache
-        pairs = [(seconds(command), seconds(bare)) for _ in range(runs)]
-        own, baseline = zip(*pairs)
-        name = script.relative_to(ROOT).as_posix()
-        print(f"{name:<44} {statistics.median(own):>7.3f}s {min(own):>7.3f}s {statistics.median(baseline):>7.3f}s")
+        command, name = [sys.executable, str(script), "--help"], script.relative_to(ROOT).as_posix()
+        cpu_seconds(command)  # byte code and disk cache
+        pairs = [(cpu_seconds(command), cpu_seconds(bare)) for _ in range(runs)]
+        own[name], beside[name] = (list(side) for side in zip(*pairs))
+    middles = {name: statistics.median(values) for name, values in own.items()}
+    ordered = sorted(middles, key=middles.__getitem__)
+    chosen = {"the slowest": ordered[-1], f"the middle one of {len(ordered)}": ordered[len(ordered) // 2]}
+    return [
+        Figure(
+            "help", f"--help of {name}, {which}", "s of CPU", spread(own[name]),
+            (Baseline("bare interpreter", spread(beside[name])),), notes={"medians of all": middles},
+        )
+        for which, name in chosen.items()
+    ]  # fmt: skip
 
 
-if __name__ == "__main__":
-    main()
+def every_script() -> list[Path]:
+    scripts = [path for path in sorted(ROOT.glob("*.py")) if path.name != "setup.py"]
+    return scripts + [path for path in sorted((ROOT / "tools").glob("*.py")) if path.name != "__init__.py"]

@@ -15,16 +15,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import (
+    AttentionModule,
     DeviceTables,
     modulate,
     never_empty,
     per_token,
     rms_normed,
     rotate_halves,
-    scaled_attention,
     timestep_embedding,
 )
-from library.custom_offloading_utils import BlockStackMixin
+from library.custom_offloading_utils import RING_SIZE, BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
 NORM_EPS = 1e-6
@@ -152,7 +152,7 @@ class RMSNorm(nn.Module):
         return rms_normed(x, NORM_EPS).to(x.dtype) * self.weight.to(x.dtype)
 
 
-class Attention(nn.Module):
+class Attention(AttentionModule):
     """Self-attention, or cross-attention to `context_dim`; RMS norm per head on query and key."""
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None) -> None:
@@ -176,7 +176,7 @@ class Attention(nn.Module):
         query, key = self.q_norm(query), self.k_norm(key)
         if query_rope is not None and key_rope is not None:
             query, key = rotate_halves(query, query_rope), rotate_halves(key, key_rope)
-        return scaled_attention(query, key, value, key_mask)
+        return self.scaled_attention(query, key, value, key_mask)
 
 
 class ImageAttention(Attention):
@@ -447,12 +447,13 @@ class Anima(BlockStackMixin, nn.Module):
                 f"{p.max_img_w}"
             )
 
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
-        """Keep the weights of some blocks on the CPU while others compute. On a CPU `device` nothing moves.
+    def enable_block_swap(self, blocks_to_swap: int, device: torch.device, ring_size: int = RING_SIZE) -> None:
+        """Keep the weights of some blocks on the CPU while others compute, with so many places on the device for them. On
+        a CPU `device` nothing moves.
 
         ValueError when more blocks are asked for than `row_swap_problem` allows.
         """
-        self.swap_row(self.blocks, blocks_to_swap, device)
+        self.swap_row(self.blocks, blocks_to_swap, device, ring_size)
 
 
 def _with_mask(x: Tensor, padding_mask: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from library.device_utils import to_device
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def predict_velocity(
     gradients take the same way. A model without an adapter attends to the states themselves. With `feature_layer` among
     `inputs` the result is (velocity, tokens [B, L, D] after that block).
     """
-    given = {name: tensor.to(noisy_latents.device) for name, tensor in conditioning.items()}
+    given = {name: to_device(tensor, noisy_latents.device) for name, tensor in conditioning.items()}
     velocity = denoiser(
         noisy_latents[:, :, None],  # an image is one frame: [B, C, 1, H, W]
         timesteps.float() / NUM_TRAIN_TIMESTEPS,

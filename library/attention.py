@@ -8,20 +8,43 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from library.components.attention_backends import KERNELS, by_sample
+from library.core.attention_modes import AttentionChoice
 
-def scaled_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None) -> Tensor:
+
+def scaled_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None,
+    choice: AttentionChoice = AttentionChoice(),
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for [B, heads, L, D]; `key_mask` [B, L], true or 1 = attend. Returns [B, L, heads *
     D].
 
     Query and key may come in float32 (from norms and rotations); they are rounded to the type of `value` here.
     """
-    mask = None if key_mask is None else key_mask.bool()[:, None, None, :]  # [B, 1, 1, L]
-    attended = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value, attn_mask=mask)
-    return attended.transpose(1, 2).flatten(2)  # [B, L, heads * D]
+    mask = None if key_mask is None else key_mask.bool()
+    states, kernel = (query.to(value.dtype), key.to(value.dtype), value), KERNELS[choice.mode]
+    attended = by_sample(kernel, *states, mask) if choice.split else kernel(*states, mask)  # [B, L, heads, D]
+    return attended.flatten(2)
+
+
+class AttentionModule(nn.Module):
+    """A module whose forward computes attention, in the way that is chosen for its model (`use_attention`)."""
+
+    attention_choice = AttentionChoice()
+
+    def scaled_attention(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        return scaled_attention(query, key, value, key_mask, self.attention_choice)
+
+
+def use_attention(model: nn.Module, choice: AttentionChoice) -> int:
+    """Let every AttentionModule of a model compute in this way; returns their number."""
+    found = [module for module in model.modules() if isinstance(module, AttentionModule)]
+    for module in found:
+        module.attention_choice = choice
+    return len(found)
 
 
 class DeviceTables:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from library.device_utils import to_device
 from library.flux_train_utils import on_packed_latents
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def predict_velocity(
     `timesteps` [B] are on the 0..1000 scale, float32. `conditioning` has the keys of the family. With `feature_layer`
     among `inputs` the result is (velocity, tokens [B, L, hidden] after that block).
     """
-    mask = conditioning["t5_attn_mask"].to(noisy_latents.device)
+    mask = to_device(conditioning["t5_attn_mask"], noisy_latents.device)
     return on_packed_latents(
         denoiser, noisy_latents, timesteps, conditioning["t5_out"], txt_attention_mask=mask, **inputs
     )

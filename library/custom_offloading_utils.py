@@ -1,204 +1,36 @@
-"""Keeping weights and activations off the device: swapped blocks and checkpoints stored on the CPU."""
+"""Where the blocks of a denoiser are kept, and what of them: checkpoints, and blocks that wait in main memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from library.components.activation_offload import run_checkpointed
+from library.components.block_ring import RING_SIZE, BlockOffloader
 from library.core.lazy_names import homes, lazy_names
 
 __getattr__, __dir__ = lazy_names(
-    __name__, homes("library.compat.offloading", "Offloader", "ModelOffloader", "create_cpu_offloading_wrapper")
-)
+    __name__,
+    homes(
+        "library.compat.offloading", "Offloader", "ModelOffloader", "create_cpu_offloading_wrapper", "weighs_to_device",
+        "swap_weight_devices_cuda", "swap_weight_devices_no_cuda",
+    ),
+)  # fmt: skip
 
 
-def run_checkpointed(function: Callable[..., Any], hidden: Sequence[Tensor], cpu_offload: bool = False) -> Any:
-    """function(*hidden), recomputed in the backward pass; with `cpu_offload` the kept inputs wait on the CPU.
-
-    Only `hidden` counts as input: what `function` captured (conditioning, positions) is shared by all blocks and stays.
-    """
-    # the inputs of a non-reentrant checkpoint are ordinary saved tensors, so the saved-tensor hooks of torch apply to
-    # them
-    place = torch.autograd.graph.save_on_cpu() if cpu_offload else nullcontext()
-    with place:
-        return checkpoint(function, *hidden, use_reentrant=False)
-
-
-def weighs_to_device(layer: nn.Module, device: torch.device) -> None:
-    """Move the `weight` of every sub-module; biases, norms and buffers stay where they are."""
-    for weight in swappable_weights(layer).values():
-        weight.data = weight.data.to(device)
-
-
-def swappable_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> the parameters that block swap moves: `weight` of each linear or convolution inside."""
-    return {
-        name: module.weight
-        for name, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and isinstance(module.weight, nn.Parameter)
-    }
-
-
-class BlockOffloader:
-    """Swaps the weights of a row of equal blocks between CPU and device while the row runs forward and backward.
-
-    Of N blocks, S are away at any time. A forward starts with blocks 0..N-S-1 on the device; as soon as block i < S has
-    run, its place is given to block N-S+i. The backward pass goes the same way back. A transfer runs in one worker
-    thread on a stream of its own and is awaited before the block is used. Whatever layout a pass leaves behind (no
-    backward, an exception, a second forward), `arm` restores the start layout, and a block that is needed is fetched.
-    On a CPU device every method does nothing.
-    """
-
-    def __init__(self, blocks: Sequence[nn.Module], num_swapped: int, device: torch.device) -> None:
-        self.device = torch.device(device)
-        self.active = num_swapped > 0 and self.device.type != "cpu"
-        self.blocks = list(blocks)
-        self.weights = [swappable_weights(block) for block in self.blocks]
-        self.num_swapped = num_swapped
-        self.pending: dict[int, Future] = {}
-        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-swap") if self.active else None
-        self.stream = torch.cuda.Stream(self.device) if self.active and self.device.type == "cuda" else None
-
-    @property
-    def first_away(self) -> int:
-        return len(self.blocks) - self.num_swapped
-
-    def cpu_weights(self) -> list[nn.Parameter]:
-        """The weights that are on the CPU when a forward starts."""
-        return [weight for block in self.weights[self.first_away :] for weight in block.values()] if self.active else []
-
-    def is_here(self, index: int) -> bool:
-        return all(weight.device.type == self.device.type for weight in self.weights[index].values())
-
-    def bring(self, index: int) -> None:
-        weighs_to_device(self.blocks[index], self.device)
-
-    def send_away(self, index: int) -> None:
-        weighs_to_device(self.blocks[index], torch.device("cpu"))
-
-    def swap(self, outgoing: int, incoming: int, ready: torch.cuda.Event | None) -> None:
-        """Exchange the places of two blocks; runs in the worker thread."""
-        if self.stream is None:
-            swap_weight_devices_no_cuda(self.device, self.blocks[outgoing], self.blocks[incoming])
-        else:
-            swap_weight_devices_cuda(self.device, self.blocks[outgoing], self.blocks[incoming], self.stream, ready)
-
-    def arm(self) -> None:
-        """Restore the layout that a forward starts with."""
-        if not self.active:
-            return
-        self._wait_all()
-        for index in range(self.first_away, len(self.blocks)):  # first make room, then fetch
-            self.send_away(index)
-        for index in range(self.first_away):
-            self._fetch(index)
-
-    def before_block(self, index: int) -> None:
-        if self.active:
-            self._fetch(index)
-
-    def after_block(self, index: int, outputs: Sequence[Tensor]) -> None:
-        """Start the transfer that block `index` makes room for, and arrange its return for the backward pass."""
-        if not self.active:
-            return
-        for output in outputs:
-            if output.requires_grad:
-                output.register_hook(lambda grad, index=index: self.before_backward(index))
-        if index < self.num_swapped:
-            self._exchange(index, self.first_away + index)
-
-    def before_backward(self, index: int) -> None:
-        """Gradients have reached the output of a block: the one after it is done, the next ones will be needed."""
-        done = len(self.blocks) - 1 - index
-        if 0 < done <= self.num_swapped:
-            self._exchange(index + 1, self.num_swapped - done)
-        self._fetch(index)
-
-    def _fetch(self, index: int) -> None:
-        if index in self.pending:
-            self.pending.pop(index).result()
-        if not self.is_here(index):
-            self.bring(index)
-
-    def _exchange(self, outgoing: int, incoming: int) -> None:
-        if (
-            self._is_moving(outgoing)
-            or self._is_moving(incoming)
-            or self.is_here(incoming)
-            or not self.is_here(outgoing)
-        ):
-            return
-        # the transfer may overwrite the outgoing weights only after the work queued so far has read them
-        ready = torch.cuda.current_stream(self.device).record_event() if self.stream is not None else None
-        self.pending[outgoing] = self.pending[incoming] = self.worker.submit(self.swap, outgoing, incoming, ready)
-
-    def _is_moving(self, index: int) -> bool:
-        return index in self.pending and not self.pending[index].done()
-
-    def _wait_all(self) -> None:
-        for index in list(self.pending):
-            self.pending.pop(index).result()
-
-
-def moving_weights(module: nn.Module) -> set[nn.Parameter]:
-    """Those of a denoiser that change their memory while it runs."""
-    active = (one for one in getattr(module, "offloaders", ()) if one is not None and one.active)
-    return {weight for offloader in active for block in offloader.weights for weight in block.values()}
-
-
-BLOCKS_THAT_STAY = 2
-"""of a row of blocks, where a family does not say otherwise"""
-
-
-class BlockStackMixin:
-    """What a denoiser made of rows of equal blocks does with its memory: checkpoints, and blocks that wait on the CPU.
-
-    A module calls `init_block_stack` in its constructor, runs its blocks through `run_block`, and fills `offloaders`
-    (one per row of blocks, None = that row stays) in its own `enable_block_swap`.
-    """
+class CheckpointedBlocks:
+    """The switches of gradient checkpointing. A module calls `init_checkpointing` in its constructor and runs its
+    blocks through `checkpointed`."""
 
     training: bool
     gradient_checkpointing: bool
     cpu_offload_checkpointing: bool
-    offloaders: tuple[BlockOffloader | None, ...]
-    blocks_that_stay: ClassVar[int] = BLOCKS_THAT_STAY
-    """of each row, with block swap"""
 
-    def init_block_stack(self, num_rows: int) -> None:
-        self.gradient_checkpointing = False
-        self.cpu_offload_checkpointing = False
-        self.offloaders = (None,) * num_rows
-
-    def swap_row(self, blocks: nn.ModuleList, blocks_to_swap: int, device: torch.device) -> None:
-        """`enable_block_swap` where one row of blocks takes part. ValueError when more are asked for than
-        `row_swap_problem` allows."""
-        problem = row_swap_problem(blocks_to_swap, len(blocks), self.blocks_that_stay)
-        if problem:
-            raise ValueError(problem)
-        self.offloaders = (BlockOffloader(blocks, blocks_to_swap, device) if blocks_to_swap else None,)
-
-    def run_block(
-        self, block: nn.Module, index: int, offloader: BlockOffloader | None, hidden: tuple[Tensor, ...], context: tuple
-    ) -> tuple[Tensor, ...]:
-        """One block on its hidden states, checkpointed and with its weights fetched where that is switched on."""
-        if offloader is not None:
-            offloader.before_block(index)
-        # autograd keeps the weights that a block ran with; where they move meanwhile, the block has to run again
-        moving = offloader is not None and offloader.active
-        if torch.is_grad_enabled() and (moving or (self.gradient_checkpointing and self.training)):
-            output = run_checkpointed(lambda *states: block(*states, *context), hidden, self.cpu_offload_checkpointing)
-        else:
-            output = block(*hidden, *context)
-        outputs = output if isinstance(output, tuple) else (output,)
-        if offloader is not None:
-            offloader.after_block(index, outputs)
-        return outputs
+    def init_checkpointing(self) -> None:
+        self.disable_gradient_checkpointing()
 
     def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
         """Recompute blocks in the backward pass while in train mode; `cpu_offload` keeps the block inputs on the
@@ -210,24 +42,80 @@ class BlockStackMixin:
         self.gradient_checkpointing = False
         self.cpu_offload_checkpointing = False
 
+    @property
+    def checkpoints(self) -> bool:
+        """Whether a block that runs now is to be computed again in the backward pass."""
+        return torch.is_grad_enabled() and self.gradient_checkpointing and self.training
+
+    def checkpointed(self, compute: Callable[..., Any], hidden: Sequence[Tensor]) -> Any:
+        """compute(*hidden), with a checkpoint where that is switched on."""
+        if self.checkpoints:
+            return run_checkpointed(compute, hidden, self.cpu_offload_checkpointing)
+        return compute(*hidden)
+
+
+BLOCKS_THAT_STAY = 2
+"""of a row of blocks, where a family does not say otherwise"""
+
+
+class BlockStackMixin(CheckpointedBlocks):
+    """What a denoiser made of rows of equal blocks does with its memory: checkpoints, and blocks that wait on the CPU.
+
+    A module calls `init_block_stack` in its constructor, runs its blocks through `run_block`, and fills `offloaders`
+    (one per row of blocks, None = that row stays) in its own `enable_block_swap`.
+    """
+
+    offloaders: tuple[BlockOffloader | None, ...]
+    blocks_that_stay: ClassVar[int] = BLOCKS_THAT_STAY
+    """of each row, with block swap"""
+
+    def init_block_stack(self, num_rows: int) -> None:
+        self.init_checkpointing()
+        self.offloaders = (None,) * num_rows
+
+    def swap_row(self, blocks: nn.ModuleList, blocks_to_swap: int, device: torch.device, ring_size: int) -> None:
+        """`enable_block_swap` where one row of blocks takes part. ValueError when more are asked for than
+        `row_swap_problem` allows."""
+        problem = row_swap_problem(blocks_to_swap, len(blocks), self.blocks_that_stay)
+        if problem:
+            raise ValueError(problem)
+        self.offloaders = (BlockOffloader(blocks, blocks_to_swap, device, ring_size) if blocks_to_swap else None,)
+
+    def run_block(
+        self, block: nn.Module, index: int, offloader: BlockOffloader | None, hidden: tuple[Tensor, ...], context: tuple
+    ) -> tuple[Tensor, ...]:
+        """One block on its hidden states, checkpointed and with its weights fetched where that is switched on."""
+        travels = offloader is not None and offloader.travels(index)
+
+        def compute(*states: Tensor) -> Any:
+            if travels:
+                offloader.before_block(index)
+            return block(*states, *context)
+
+        if travels and torch.is_grad_enabled() and not self.checkpoints:
+            with offloader.keeping(index):
+                output = compute(*hidden)
+        else:
+            output = self.checkpointed(compute, hidden)
+        outputs = output if isinstance(output, tuple) else (output,)
+        if offloader is not None:
+            offloader.after_block(index, outputs)
+        return outputs
+
     def prepare_block_swap_before_forward(self) -> None:
-        """Bring the swapped blocks into the layout a forward starts with; costs nothing when they are in it."""
+        """A forward pass begins: what it needs first of the swapped blocks sets out for the device."""
         for offloader in self.offloaders:
             if offloader is not None:
                 offloader.arm()
 
     def move_to_device_except_swap_blocks(self, device: torch.device) -> None:
         """Move everything but the weights that block swap keeps on the CPU."""
-        swapped = {
-            id(weight) for offloader in self.offloaders if offloader is not None for weight in offloader.cpu_weights()
-        }
+        offloaders = [one for one in self.offloaders if one is not None]
+        travelling = {id(tensor) for offloader in offloaders for tensor in offloader.travelling()}
         for module in self.modules():
-            for parameter in module.parameters(recurse=False):
-                if id(parameter) not in swapped:
-                    parameter.data = parameter.data.to(device)
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(device)
-        self.prepare_block_swap_before_forward()
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if id(tensor) not in travelling:
+                    tensor.data = tensor.data.to(device)
 
 
 class StreamStackMixin(BlockStackMixin):
@@ -239,8 +127,9 @@ class StreamStackMixin(BlockStackMixin):
     def repeated_blocks(self) -> list[nn.Module]:
         return [*self.double_blocks, *self.single_blocks]
 
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
-        """Keep the weights of some blocks on the CPU while others compute. On a CPU `device` nothing moves.
+    def enable_block_swap(self, blocks_to_swap: int, device: torch.device, ring_size: int = RING_SIZE) -> None:
+        """Keep the weights of some blocks on the CPU while others compute, with so many places of each row on the
+        device for them. On a CPU `device` nothing moves.
 
         ValueError when more blocks are asked for than `stream_swap_problem` allows.
         """
@@ -250,8 +139,8 @@ class StreamStackMixin(BlockStackMixin):
             raise ValueError(problem)
         num_double, num_single = split_blocks_to_swap(blocks_to_swap)
         self.offloaders = (
-            BlockOffloader(self.double_blocks, num_double, device) if num_double else None,
-            BlockOffloader(self.single_blocks, num_single, device) if num_single else None,
+            BlockOffloader(self.double_blocks, num_double, device, ring_size) if num_double else None,
+            BlockOffloader(self.single_blocks, num_single, device, ring_size) if num_single else None,
         )
 
 
@@ -288,39 +177,3 @@ def row_swap_problem(blocks_to_swap: int, num_blocks: int, staying: int = BLOCKS
     if blocks_to_swap <= allowed:
         return None
     return f"--blocks_to_swap is {blocks_to_swap}; this model has {num_blocks} blocks, at most {allowed} can be swapped"
-
-
-def swap_weight_devices_no_cuda(device: torch.device, layer_to_cpu: nn.Module, layer_to_cuda: nn.Module) -> None:
-    """Weights of `layer_to_cpu` go to the CPU, those of `layer_to_cuda` to the device."""
-    weighs_to_device(layer_to_cpu, torch.device("cpu"))
-    weighs_to_device(layer_to_cuda, device)
-
-
-def swap_weight_devices_cuda(
-    device: torch.device, layer_to_cpu: nn.Module, layer_to_cuda: nn.Module, stream: torch.cuda.Stream | None = None,
-    ready: torch.cuda.Event | None = None,
-) -> None:
-    """Exchange the storages of two equal blocks on `stream` (the present one when None), so that no new device memory
-    is taken.
-
-    Weights without a partner of the same name, shape and type are moved on their own.
-    """
-    stream = torch.cuda.current_stream(device) if stream is None else stream
-    leaving, arriving = swappable_weights(layer_to_cpu), swappable_weights(layer_to_cuda)
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        if ready is not None:
-            stream.wait_event(ready)
-        for name, parameter in arriving.items():
-            partner = leaving.pop(name, None)
-            if partner is None or partner.shape != parameter.shape or partner.dtype != parameter.dtype:
-                if partner is not None:
-                    partner.data = partner.data.to("cpu")
-                parameter.data = parameter.data.to(device)
-                continue
-            place, source = partner.data, parameter.data
-            partner.data = place.to("cpu")
-            place.copy_(source)
-            parameter.data = place
-        for parameter in leaving.values():
-            parameter.data = parameter.data.to("cpu")
-    stream.synchronize()

@@ -8,6 +8,30 @@ import gc
 import torch
 
 
+QUEUED_COPIES = ("cuda", "meta")
+"""devices that copy from page-locked memory in the order of their work while the host goes on; elsewhere (MPS) such
+a copy may be read before it is there. "meta" has no numbers: tests use it"""
+
+
+def copies_are_queued(device: torch.device | str) -> bool:
+    """Whether a copy to the device needs no waiting."""
+    return torch.device(device).type in QUEUED_COPIES
+
+
+def to_device(tensor: torch.Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`tensor` on `device` and, with `dtype`, of that type, converted there. The host does not wait: page-locked memory
+    is between them, which torch keeps until the copy was made."""
+    if tensor.device.type == "cpu" and copies_are_queued(device):
+        source = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+        tensor = source.to(device, non_blocking=True)
+    return tensor.to(device=device, dtype=dtype)
+
+
+def to_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
+    """`tensor` on the device and in the type of `example`; see `to_device`."""
+    return to_device(tensor, example.device, example.dtype)
+
+
 @functools.lru_cache(maxsize=None)
 def get_preferred_device() -> torch.device:
     """CUDA when it is there, then XPU, then MPS, else the CPU."""

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import (
+    AttentionModule,
     DeviceTables,
     modulate,
     of_joined_tokens,
@@ -27,7 +28,6 @@ from library.attention import (
     rms_normed,
     rope_cos_sin,
     rotate_pairs,
-    scaled_attention,
     timestep_embedding,
 )
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
@@ -159,7 +159,7 @@ def _mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden))
 
 
-class DoubleStreamBlock(nn.Module):
+class DoubleStreamBlock(AttentionModule):
     """Text and image with weights of their own and one attention over both. `modulates`: shifts, scales and gates are
     made here of a vector; else they are given."""
 
@@ -188,7 +188,7 @@ class DoubleStreamBlock(nn.Module):
         img_qkv = self.img_attn.query_key_value(modulate(self.img_norm1(img), img_shift1, img_scale1))
         txt_qkv = self.txt_attn.query_key_value(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1))
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv))  # text first
-        attended = scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), value, key_mask)
+        attended = self.scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), value, key_mask)
         txt_attended, img_attended = attended.split((txt.shape[1], img.shape[1]), dim=1)
 
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attended))
@@ -198,7 +198,7 @@ class DoubleStreamBlock(nn.Module):
         return img, txt
 
 
-class SingleStreamBlock(nn.Module):
+class SingleStreamBlock(AttentionModule):
     """Attention and MLP in parallel on the joined tokens, with fused input and output projections."""
 
     def __init__(self, params: StreamParams, modulates: bool = True) -> None:
@@ -220,7 +220,7 @@ class SingleStreamBlock(nn.Module):
         qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split_sizes, dim=-1)
         query, key, value = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
         query, key = self.norm(query, key)
-        attended = scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), value, key_mask)
+        attended = self.scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), value, key_mask)
         return torch.addcmul(x, gate, self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1)))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from library.components.control_models import Control, GuidedBy
 from library.core.lazy_names import homes, lazy_names
+from library.device_utils import to_device
 from library.flux_utils import pack_latents, prepare_img_ids, unpack_latents
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
@@ -81,9 +82,9 @@ def predict_velocity(
     device = noisy_latents.device
     return on_packed_latents(
         denoiser, noisy_latents, timesteps, conditioning["t5_out"],
-        y=conditioning["l_pooled"].to(device),
+        y=to_device(conditioning["l_pooled"], device),
         guidance=torch.full((len(noisy_latents),), float(guidance), device=device, dtype=torch.float32),
-        txt_attention_mask=conditioning["t5_attn_mask"].to(device) if use_t5_mask else None,
+        txt_attention_mask=to_device(conditioning["t5_attn_mask"], device) if use_t5_mask else None,
         **inputs,
     )
 
@@ -96,7 +97,7 @@ def on_packed_latents(
     velocity = denoiser(
         img=pack_latents(noisy_latents),  # [B, (H/2)(W/2), 4C]
         img_ids=prepare_img_ids(1, height, width),
-        txt=text.to(noisy_latents.device),
+        txt=to_device(text, noisy_latents.device),
         txt_ids=torch.zeros(1, text.shape[1], 3),  # as those of every text, on the CPU, where positions are read
         timesteps=timesteps.float() / NUM_TRAIN_TIMESTEPS,
         **inputs,

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import (
+    AttentionModule,
     DeviceTables,
     modulate,
     never_empty,
@@ -23,7 +24,6 @@ from library.attention import (
     per_token,
     plain_norm,
     rope_cos_sin,
-    scaled_attention,
     timestep_embedding,
 )
 from library.components.hunyuan_stream_models import RMSNorm, Rope, TextProjection, rotated
@@ -183,7 +183,7 @@ class Attention(nn.Module):
         return self.heads(x, ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k"))
 
 
-class RefinerBlock(nn.Module):
+class RefinerBlock(AttentionModule):
     """Self-attention and feed-forward over the text, gated by a vector."""
 
     def __init__(self, params: FramePackParams) -> None:
@@ -198,7 +198,7 @@ class RefinerBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor, key_mask: Tensor | None) -> Tensor:
         attention_gate, mlp_gate = self.norm_out(vec)
         query, key, value = self.attn.heads(self.norm1(x), ("to_q", "to_k", "to_v"))
-        x = torch.addcmul(x, attention_gate, self.attn.to_out[0](scaled_attention(query, key, value, key_mask)))
+        x = torch.addcmul(x, attention_gate, self.attn.to_out[0](self.scaled_attention(query, key, value, key_mask)))
         return torch.addcmul(x, mlp_gate, self.ff(self.norm2(x)))
 
 
@@ -297,7 +297,7 @@ def frame_rope(
     return cos, sin
 
 
-class HunyuanVideoTransformerBlock(nn.Module):
+class HunyuanVideoTransformerBlock(AttentionModule):
     """Frames and text with weights of their own and one attention over both."""
 
     def __init__(self, params: FramePackParams) -> None:
@@ -320,7 +320,7 @@ class HunyuanVideoTransformerBlock(nn.Module):
         of_img = self.attn.own(modulate(self.plain(img), shift, scale))
         of_txt = self.attn.added(modulate(self.plain(txt), c_shift, c_scale))
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(of_img, of_txt))  # [B, heads, L + T, D]
-        attended = scaled_attention(rotated(query, rope), rotated(key, rope), value, key_mask)
+        attended = self.scaled_attention(rotated(query, rope), rotated(key, rope), value, key_mask)
         img_attended, txt_attended = attended.split((img.shape[1], txt.shape[1]), dim=1)
 
         img = torch.addcmul(img, gate, self.attn.to_out[0](img_attended))
@@ -330,7 +330,7 @@ class HunyuanVideoTransformerBlock(nn.Module):
         return img, txt
 
 
-class HunyuanVideoSingleTransformerBlock(nn.Module):
+class HunyuanVideoSingleTransformerBlock(AttentionModule):
     """Attention and feed-forward in parallel on the joined tokens."""
 
     def __init__(self, params: FramePackParams) -> None:
@@ -348,7 +348,7 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
         shift, scale, gate = self.norm(vec)
         normed = modulate(self.plain(x), shift, scale)
         query, key, value = self.attn.own(normed)
-        attended = scaled_attention(rotated(query, rope), rotated(key, rope), value, key_mask)
+        attended = self.scaled_attention(rotated(query, rope), rotated(key, rope), value, key_mask)
         return torch.addcmul(x, gate, self.proj_out(torch.cat((attended, self.act_mlp(self.proj_mlp(normed))), dim=-1)))
 
 

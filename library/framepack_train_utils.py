@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from library.components.clip_tokens import needed_text, times_of_tokens
+from library.device_utils import to_device, to_like
 from library.framepack_models import CleanFrames
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
@@ -47,9 +48,9 @@ def predict_velocity(
     scales = torch.full((len(noisy_latents),), guidance * NUM_TRAIN_TIMESTEPS, device=device, dtype=torch.float32)
     tokens = noisy_latents[0, 0].numel() // (denoiser.params.patch[1] * denoiser.params.patch[2])
     return denoiser(
-        noisy_latents, times_of_tokens(timesteps.float(), noisy_latents.shape[2], tokens), states.to(device),
-        None if mask is None else mask.to(device), conditioning["clip_l_pooler"].to(device),
-        conditions[IMAGE_EMBEDDINGS].to(device), conditions[LATENT_INDICES],
+        noisy_latents, times_of_tokens(timesteps.float(), noisy_latents.shape[2], tokens), to_device(states, device),
+        None if mask is None else to_device(mask, device), to_device(conditioning["clip_l_pooler"], device),
+        to_device(conditions[IMAGE_EMBEDDINGS], device), conditions[LATENT_INDICES],
         clean_frames(conditions, noisy_latents), guidance=scales, **inputs,
     )  # fmt: skip
 
@@ -65,5 +66,5 @@ def clean_frames(conditions: Mapping[str, Tensor], noisy_latents: Tensor) -> Cle
         if frames is None:
             batch, channels, _, height, width = noisy_latents.shape
             frames = noisy_latents.new_zeros(batch, channels, places.shape[1], height, width)
-        parts[part] = (frames.to(noisy_latents), places)
+        parts[part] = (to_like(frames, noisy_latents), places)
     return CleanFrames(**parts)

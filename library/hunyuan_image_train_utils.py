@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.device_utils import to_device
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, with_spread
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def predict_velocity(
     are not distilled ignore. `conditioning` has the keys of the family. With `feature_layer` among `inputs` the result
     is (velocity, tokens [B, H * W, D] after that block). """  # fmt: skip
     device = noisy_latents.device
-    text = {name: None if tensor is None else tensor.to(device) for name, tensor in needed_text(conditioning).items()}
+    needed = needed_text(conditioning)
+    text = {name: None if tensor is None else to_device(tensor, device) for name, tensor in needed.items()}
     scales = torch.full((len(noisy_latents),), guidance * NUM_TRAIN_TIMESTEPS, device=device, dtype=torch.float32)
     return denoiser(
         noisy_latents, timesteps.float(), text["vlm_embed"], text["vlm_mask"], text["byt5_embed"], text["byt5_mask"],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from library.components.clip_tokens import needed_text, times_of_tokens
+from library.device_utils import to_device, to_like
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
 if TYPE_CHECKING:
@@ -38,13 +39,15 @@ def predict_velocity(
     if params.shown_channels:
         if first_frame is None:
             raise ValueError("first_frame is None; a model from image to video is shown the latents of a first frame")
-        given = torch.cat((noisy_latents, shown_latents(first_frame.to(noisy_latents), noisy_latents.shape[2])), dim=1)
+        shown = shown_latents(to_like(first_frame, noisy_latents), noisy_latents.shape[2])
+        given = torch.cat((noisy_latents, shown), dim=1)
     states, mask = needed_text(conditioning["llm"], conditioning["llm_mask"])
     frames, height, width = (size // step for size, step in zip(given.shape[2:], params.patch_size))
     times = times_of_tokens(timesteps.float(), frames, frames * height * width)
     scales = torch.full((len(given),), guidance * guidance_factor, device=device, dtype=torch.float32)
     return denoiser(
-        given, times, states.to(device), None if mask is None else mask.to(device), conditioning["clipL"].to(device),
+        given, times, to_device(states, device), None if mask is None else to_device(mask, device),
+        to_device(conditioning["clipL"], device),
         guidance=scales if params.guidance_embed else None, **inputs,
     )  # fmt: skip
 

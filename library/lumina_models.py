@@ -14,16 +14,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import (
+    AttentionModule,
     DeviceTables,
     never_empty,
     of_joined_tokens,
     per_token,
     rope_cos_sin,
     rotate_pairs,
-    scaled_attention,
     timestep_embedding,
 )
-from library.custom_offloading_utils import BlockStackMixin
+from library.custom_offloading_utils import RING_SIZE, BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
 
@@ -88,7 +88,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-class JointAttention(nn.Module):
+class JointAttention(AttentionModule):
     """Self-attention with fewer heads for keys and values than for queries; RMS norm per head on query and key."""
 
     def __init__(self, params: LuminaParams) -> None:
@@ -106,7 +106,7 @@ class JointAttention(nn.Module):
         query, key, value = (rearrange(part, "b l (h d) -> b h l d", d=self.head_dim) for part in parts)
         query, key = rotate_pairs(self.q_norm(query), rope), rotate_pairs(self.k_norm(key), rope)
         key, value = (states.repeat_interleave(self.group_size, dim=1) for states in (key, value))  # [B, heads, L, D]
-        return self.out(scaled_attention(query, key, value, key_mask))
+        return self.out(self.scaled_attention(query, key, value, key_mask))
 
 
 class FeedForward(nn.Module):
@@ -249,13 +249,13 @@ class NextDiT(BlockStackMixin, nn.Module):
     def repeated_blocks(self) -> list[nn.Module]:
         return [*self.context_refiner, *self.noise_refiner, *self.layers]
 
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
-        """Keep the weights of some main layers on the CPU while others compute; the refiners stay. On a CPU `device`
-        nothing moves.
+    def enable_block_swap(self, blocks_to_swap: int, device: torch.device, ring_size: int = RING_SIZE) -> None:
+        """Keep the weights of some main layers on the CPU while others compute, with so many places on the device for
+        them; the refiners stay. On a CPU `device` nothing moves.
 
         ValueError when more layers are asked for than `row_swap_problem` allows.
         """
-        self.swap_row(self.layers, blocks_to_swap, device)
+        self.swap_row(self.layers, blocks_to_swap, device, ring_size)
 
     def _patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens [B, L, p p C] and their (rows, columns); inside a patch the channel is last."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from library.device_utils import to_device
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def predict_velocity(
     return denoiser(
         noisy_latents,
         1 - timesteps.float() / NUM_TRAIN_TIMESTEPS,
-        cap_feats=conditioning["hidden_state"].to(device),
-        cap_mask=conditioning["attention_mask"].to(device),
+        cap_feats=to_device(conditioning["hidden_state"], device),
+        cap_mask=to_device(conditioning["attention_mask"], device),
         **inputs,
     )

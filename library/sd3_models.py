@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import (
+    AttentionModule,
     DeviceTables,
     FinalLayer,
     modulate,
@@ -23,13 +24,12 @@ from library.attention import (
     per_token,
     plain_norm,
     rms_normed,
-    scaled_attention,
     timestep_embedding,
 )
 from library.components.ldm_models import AutoEncoder as SDVAE  # noqa: F401, a name that is imported from here
 from library.core.errors import ConfigError
 from library.core.lazy_names import homes, lazy_names
-from library.custom_offloading_utils import BlockStackMixin
+from library.custom_offloading_utils import RING_SIZE, BlockStackMixin
 
 __getattr__, __dir__ = lazy_names(__name__, homes("library.compat.sd3_names", "create_sd3_mmdit"))
 
@@ -162,7 +162,7 @@ class MLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class SingleDiTBlock(nn.Module):
+class SingleDiTBlock(AttentionModule):
     """One stream of a joint block: its modulation, projections and feed-forward.
 
     `pre_only`: nothing of the stream is needed after the attention (the text of the last block). `has_second`: a second
@@ -194,12 +194,12 @@ class SingleDiTBlock(nn.Module):
         result = torch.addcmul(x, gate_attn, self.attn.proj(attended))
         if len(chunks) == 9:
             shift, scale, gate = chunks[6:]
-            own = scaled_attention(*self.attn2.query_key_value(modulate(self.norm1(x), shift, scale)))
+            own = self.scaled_attention(*self.attn2.query_key_value(modulate(self.norm1(x), shift, scale)))
             result = torch.addcmul(result, gate, self.attn2.proj(own))
         return torch.addcmul(result, gate_mlp, self.mlp(modulate(self.norm2(result), shift_mlp, scale_mlp)))
 
 
-class MMDiTBlock(nn.Module):
+class MMDiTBlock(AttentionModule):
     """Text and picture with weights of their own and one attention over both."""
 
     def __init__(self, params: SD3Params, number: int) -> None:
@@ -214,7 +214,7 @@ class MMDiTBlock(nn.Module):
         text_chunks, chunks = text.modulation(of_text(c)), picture.modulation(c)
         text_qkv = text.attn.query_key_value(modulate(text.norm1(context), *text_chunks[:2]))
         qkv = picture.attn.query_key_value(modulate(picture.norm1(x), *chunks[:2]))
-        attended = scaled_attention(*(torch.cat(pair, dim=2) for pair in zip(text_qkv, qkv)))
+        attended = self.scaled_attention(*(torch.cat(pair, dim=2) for pair in zip(text_qkv, qkv)))
         text_attended, attended = attended.split((context.shape[1], x.shape[1]), dim=1)
         x = picture.after_attention(x, attended, chunks)
         return (x,) if text.pre_only else (text.after_attention(context, text_attended, text_chunks), x)
@@ -337,12 +337,13 @@ class MMDiT(BlockStackMixin, nn.Module):
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
-        """Keep the weights of some blocks on the CPU while others compute. On a CPU `device` nothing moves.
+    def enable_block_swap(self, blocks_to_swap: int, device: torch.device, ring_size: int = RING_SIZE) -> None:
+        """Keep the weights of some blocks on the CPU while others compute, with so many places on the device for them. On
+        a CPU `device` nothing moves.
 
         ValueError when more blocks are asked for than `row_swap_problem` allows.
         """
-        self.swap_row(self.joint_blocks, blocks_to_swap, device)
+        self.swap_row(self.joint_blocks, blocks_to_swap, device, ring_size)
 
 
 def sample_side(grid: tuple[int, int]) -> int:

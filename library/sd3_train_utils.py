@@ -11,6 +11,7 @@ from torch import Tensor
 
 from library.core.keyed_random import StepDraws
 from library.core.lazy_names import homes, lazy_names
+from library.device_utils import to_device, to_like
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 from library.training.timesteps import shift_sigmas
 
@@ -40,8 +41,9 @@ def predict_velocity(
     (velocity, tokens [B, h * w, hidden] after that block).
     """
     device = noisy_latents.device
-    context = joined_context(conditioning["lg_out"], conditioning["t5_out"]).to(device)
-    return denoiser(noisy_latents, timesteps.float(), y=conditioning["lg_pooled"].to(device), context=context, **inputs)
+    context = to_device(joined_context(conditioning["lg_out"], conditioning["t5_out"]), device)
+    pooled = to_device(conditioning["lg_pooled"], device)
+    return denoiser(noisy_latents, timesteps.float(), y=pooled, context=context, **inputs)
 
 
 def joined_context(lg_out: Tensor, t5_out: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ def without_dropped_parts(
         keys = {"t5_out": slice(None)} if name == "t5" else dict.fromkeys(("lg_out", "lg_pooled"), widths[name])
         for key, channels in keys.items():
             tensor = kept[key]
-            keep = (~drops).to(tensor).view(-1, *[1] * (tensor.ndim - 1))
+            keep = to_like(~drops, tensor).view(-1, *[1] * (tensor.ndim - 1))
             mask = torch.ones_like(tensor)
             mask[..., channels] = keep
             kept[key] = tensor * mask

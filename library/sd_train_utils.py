@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from library.device_utils import to_device
+
 if TYPE_CHECKING:
     from library.sd_models import UNet2DConditionModel
 
@@ -19,4 +21,4 @@ def predict_noise(
     **inputs: object,
 ) -> Tensor:
     """Prediction (noise or v) [B, 4, H, W] at timesteps [B] 0..999; `conditioning` has the keys of the family."""
-    return unet(noisy_latents, timesteps, conditioning["hidden_state"].to(noisy_latents.device), **inputs)
+    return unet(noisy_latents, timesteps, to_device(conditioning["hidden_state"], noisy_latents.device), **inputs)

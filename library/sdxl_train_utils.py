@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from library.attention import timestep_embedding
+from library.device_utils import to_device
 
 if TYPE_CHECKING:
     from library.sdxl_models import SdxlUNet2DConditionModel
@@ -38,8 +39,9 @@ def predict_noise(
     models have a narrower vector: what the pooled state leaves of it is shared by the six numbers.
     """
     device = noisy_latents.device
-    first, second, pooled = (conditioning[name].to(device) for name in ("hidden_state1", "hidden_state2", "pool2"))
+    names = ("hidden_state1", "hidden_state2", "pool2")
+    first, second, pooled = (to_device(conditioning[name], device) for name in names)
     context = torch.cat((first, second), dim=2)  # [B, L, D1 + D2]
     width = (unet.params.adm_in_channels - pooled.shape[1]) // NUM_SIZES
-    embedded = get_size_embeddings(*(size.to(device) for size in sizes), width=width)
+    embedded = get_size_embeddings(*(to_device(size, device) for size in sizes), width=width)
     return unet(noisy_latents, timesteps, context, torch.cat((pooled, embedded.to(pooled.dtype)), dim=1), **inputs)

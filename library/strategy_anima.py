@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from library.components.text_encoder_utils import attended
 from library.components.tokenizers import check_ids, load_qwen3_tokenizer, load_t5_tokenizer
 from library.dataset.latent_cache import LatentEncoder
+from library.device_utils import to_device
 from library.families.anima import FAMILY
 from library.strategy_base import (
     LatentsCachingStrategy,
@@ -89,12 +91,12 @@ class AnimaTextEncodingStrategy(TextEncodingStrategy):
             return [None, mask, t5_ids, t5_mask]
         device = next(qwen3.parameters()).device
         check_ids(ids, qwen3, tokenize_strategy.qwen3, "Qwen3", "the text encoder")
-        ids, mask = ids.to(device), mask.to(device)
-        attended = mask.clone()
-        attended[:, 0] = 1  # an empty caption attends to one position, whose state is set to 0 below
-        states = qwen3(input_ids=ids, attention_mask=attended).last_hidden_state
+        ids, mask = to_device(ids, device), to_device(mask, device)
+        seen = mask.clone()
+        seen[:, 0] = 1  # an empty caption attends to one position, whose state is set to 0 below
+        states = qwen3(input_ids=ids, attention_mask=attended(qwen3, ids, seen, causal=True)).last_hidden_state
         states = states * mask[..., None].to(states.dtype)
-        return [states, mask, t5_ids.to(device), t5_mask.to(device)]
+        return [states, mask, to_device(t5_ids, device), to_device(t5_mask, device)]
 
 
 class AnimaLatentEncoder(LatentEncoder):

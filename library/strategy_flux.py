@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from library.components import text_encoder_utils
 from library.components.tokenizers import check_ids, load_clip_tokenizer, load_t5_tokenizer
 from library.dataset.latent_cache import LatentEncoder
+from library.device_utils import to_device
 from library.families.flux import FAMILY
 from library.strategy_base import (
     LatentsCachingStrategy,
@@ -108,8 +109,10 @@ def t5_outputs(t5xxl: Any, tokenizer: Any, ids: Tensor, mask: Tensor, *, masked:
     padding. ConfigError when an id has no embedding row."""
     check_ids(ids, t5xxl, tokenizer, "T5")
     device = _device(t5xxl)
-    mask = mask.to(device)
-    states = t5xxl(ids.to(device), attention_mask=mask if masked else None).last_hidden_state
+    mask = to_device(mask, device)
+    ids = to_device(ids, device)
+    seen = text_encoder_utils.attended(t5xxl, ids, mask) if masked else None
+    states = t5xxl(ids, attention_mask=seen).last_hidden_state
     return [states, torch.zeros(*ids.shape, 3, device=device), mask]
 
 
@@ -119,7 +122,7 @@ def pool_at_first_eos(clip_l: nn.Module, ids: Tensor, eos_id: int) -> Tensor:
     A row without an end token (which tokenizers do not make) is pooled at its first place.
     """
     device = _device(clip_l)
-    ids = ids.to(device)
+    ids = to_device(ids, device)
     states = clip_l.text_model(input_ids=ids).last_hidden_state  # [B, L, D]
     return text_encoder_utils.pool_at_first_eos(states, ids, eos_id)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from library.components.llm_encoder_utils import states_of
-from library.components.tokenizers import byt5_ids, load_qwen25_vl_tokenizer, vocabulary_problem
-from library.core.errors import ConfigError
+from library.components.text_encoder_utils import attended
+from library.components.tokenizers import byt5_ids, check_ids, load_qwen25_vl_tokenizer
 from library.dataset.latent_cache import LatentEncoder
 from library.families.hunyuan_image import FAMILY
 from library.hunyuan_image_vae import SAMPLE_SIZE
@@ -103,23 +103,16 @@ class HunyuanImageTextEncodingStrategy(TextEncodingStrategy):
         text_mask = mask[:, head:]
         text_states = glyph_states = None
         if vlm is not None:
-            _check_ids(ids, vlm, tokenize_strategy.vlm)
+            check_ids(ids, vlm, tokenize_strategy.vlm, "Qwen2.5-VL", "the text encoder")
             text_states = states_of(
-                ids, mask, vlm, lambda rows: vlm(rows, output_hidden_states=True).hidden_states[HIDDEN_LAYER]
+                ids, mask, vlm,
+                lambda rows: vlm(
+                    rows, attended(vlm, rows, causal=True), output_hidden_states=True
+                ).hidden_states[HIDDEN_LAYER],
             )[:, head:]
         if byt5 is not None:
             glyph_states = states_of(glyph_ids, glyph_mask, byt5, lambda rows: byt5(rows).last_hidden_state)
         return [text_states, text_mask, glyph_states, glyph_mask, glyph_mask.any(dim=1)]
-
-
-def _check_ids(ids: Tensor, model: Any, tokenizer: Any) -> None:
-    """An id past the embedding would be an unreadable device error."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if int(ids.max()) >= rows:
-        raise ConfigError(
-            vocabulary_problem(tokenizer, rows, "Qwen2.5-VL", "the text encoder")
-            or f"the Qwen2.5-VL tokens hold the id {int(ids.max())}, the embedding has {rows} rows"
-        )
 
 
 class HunyuanImageLatentEncoder(LatentEncoder):

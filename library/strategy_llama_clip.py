@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from library.components.llm_encoder_utils import states_of
-from library.components.text_encoder_utils import pool_at_first_eos
+from library.components.text_encoder_utils import attended, pool_at_first_eos
 from library.components.tokenizers import check_ids, load_clip_tokenizer, load_llama_tokenizer
+from library.device_utils import to_device
 from library.strategy_base import TokenizeStrategy
 
 VIDEO_HEAD = (
@@ -103,7 +104,10 @@ def llama_states(tokenize: LlamaClipTokenizeStrategy, llama: Any, ids: Tensor, m
     """
     check_ids(ids, llama, tokenize.llama, "LLaMA")
     states = states_of(
-        ids, mask, llama, lambda rows: llama(rows, output_hidden_states=True).hidden_states[HIDDEN_LAYER]
+        ids, mask, llama,
+        lambda rows: llama(
+            rows, attended(llama, rows, causal=True), output_hidden_states=True
+        ).hidden_states[HIDDEN_LAYER],
     )[:, tokenize.num_head :]
     return padded(states, length)
 
@@ -118,6 +122,6 @@ def pooled_clip(tokenize: LlamaClipTokenizeStrategy, clip_l: Any, ids: Tensor) -
     """The final-normed state [B, D] at the first end token, without projection. ConfigError when an id has no embedding
     row."""
     check_ids(ids, clip_l, tokenize.clip_l, "CLIP-L")
-    ids = ids.to(next(clip_l.parameters()).device)
+    ids = to_device(ids, next(clip_l.parameters()).device)
     states = clip_l.text_model(input_ids=ids).last_hidden_state  # [B, 77, D]
     return pool_at_first_eos(states, ids, tokenize.clip_l.eos_token_id)

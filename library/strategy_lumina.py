@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from library.components.gemma_tokenizer import load_gemma2_tokenizer
+from library.components.text_encoder_utils import attended
 from library.components.tokenizers import check_ids
 from library.dataset.latent_cache import LatentEncoder
+from library.device_utils import to_device
 from library.families.lumina import FAMILY
 from library.strategy_base import (
     LatentsCachingStrategy,
@@ -81,8 +83,9 @@ class LuminaTextEncodingStrategy(TextEncodingStrategy):
             return [None, ids, mask]
         check_ids(ids, gemma2, tokenize_strategy.tokenizer, "Gemma 2")
         device = next(gemma2.parameters()).device
-        ids, mask = ids.to(device), mask.to(device)
-        outputs = gemma2(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        ids, mask = to_device(ids, device), to_device(mask, device)
+        seen = attended(gemma2, ids, mask, causal=True)
+        outputs = gemma2(input_ids=ids, attention_mask=seen, output_hidden_states=True)
         return [outputs.hidden_states[-2], ids, mask]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from library.components.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
 from library.components.text_encoder_utils import CLIP_H
 from library.components.tokenizers import load_clip_tokenizer
+from library.device_utils import to_device
 from library.generation.prompt_weighting import PER_ROW, apply_weights, joined
 from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
 from library.strategy_ldm import SdSdxlLatentsCachingStrategy
@@ -74,7 +75,7 @@ class SdTextEncodingStrategy(TextEncodingStrategy):
         if encoder is None:
             return [None]
         ids = tokens[0]
-        states = self._states(encoder, ids.flatten(0, 1).to(next(encoder.parameters()).device))
+        states = self._states(encoder, to_device(ids.flatten(0, 1), next(encoder.parameters()).device))
         return [joined(states.unflatten(0, ids.shape[:2]))]
 
     def encode_tokens_with_weights(

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.components.text_encoder_utils import CLIP_G, pool_at_first_eos
+from library.components.text_encoder_utils import CLIP_G, attended, pool_at_first_eos
 from library.components.tokenizers import check_ids, load_clip_tokenizer, load_t5_tokenizer
 from library.dataset.latent_cache import LatentEncoder
+from library.device_utils import to_device
 from library.families.sd3 import FAMILY
 from library.strategy_base import (
     LatentsCachingStrategy,
@@ -115,8 +116,9 @@ class Sd3TextEncodingStrategy(TextEncodingStrategy):
         if t5xxl is not None:
             check_ids(t5_ids, t5xxl, tokenize_strategy.t5xxl, "T5")
             device = _device(t5xxl)
-            mask = masks[2].to(device) if self.apply_t5_attn_mask else None
-            t5_states = t5xxl(t5_ids.to(device), attention_mask=mask).last_hidden_state
+            ids = to_device(t5_ids, device)
+            seen = attended(t5xxl, ids, to_device(masks[2], device)) if self.apply_t5_attn_mask else None
+            t5_states = t5xxl(ids, attention_mask=seen).last_hidden_state
         elif self.t5_width is not None:
             t5_states = torch.zeros(*t5_ids.shape, self.t5_width, device=None if states is None else states.device)
         return [states, t5_states, pooled, *masks]
@@ -125,9 +127,9 @@ class Sd3TextEncodingStrategy(TextEncodingStrategy):
         """The last but one layer without the final norm [B, 77, D], and the projected state of the first end token."""
         check_ids(ids, encoder, tokenizer, name)
         device = _device(encoder)
-        ids = ids.to(device)
-        mask = mask.to(device) if self.apply_lg_attn_mask else None
-        result = encoder.text_model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        ids = to_device(ids, device)
+        seen = attended(encoder, ids, to_device(mask, device), causal=True) if self.apply_lg_attn_mask else None
+        result = encoder.text_model(input_ids=ids, attention_mask=seen, output_hidden_states=True)
         pooled = pool_at_first_eos(result.last_hidden_state, ids, tokenizer.eos_token_id)
         # row by row: a matrix of one row takes another kernel, and a caption's result must not depend on those with it
         return result.hidden_states[-2], torch.cat([encoder.text_projection(row) for row in pooled.split(1)])

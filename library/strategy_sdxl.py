@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from library.components.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
 from library.components.text_encoder_utils import CLIP_G, pool_at_first_eos
 from library.components.tokenizers import load_clip_tokenizer
+from library.device_utils import to_device
 from library.families.sdxl import FAMILY
 from library.generation.prompt_weighting import PER_ROW, apply_weights, joined
 from library.strategy_base import TextEncoderOutputsCachingStrategy, TextEncodingStrategy, TokenizeStrategy
@@ -98,7 +99,7 @@ class SdxlTextEncodingStrategy(TextEncodingStrategy):
         """(joined states, pooled state of the first row where `eos_id` asks for it)."""
         if encoder is None:
             return None, None
-        rows = ids.flatten(0, 1).to(next(encoder.parameters()).device)  # [B N, 77]
+        rows = to_device(ids.flatten(0, 1), next(encoder.parameters()).device)  # [B N, 77]
         result = encoder.text_model(input_ids=rows, output_hidden_states=True)
         states = joined(result.hidden_states[-2].unflatten(0, ids.shape[:2]))  # [B, 75 N + 2, D]
         if eos_id is None:

@@ -18,6 +18,7 @@ from library.core.errors import ConfigError
 from library.dataset.batch import CONDITIONING_IMAGES, numbered
 from library.dataset.items import SampleFacts
 from library.dataset.latent_cache import LatentEncoder, bucket_of
+from library.device_utils import to_device
 from library.families.latents import Bucket
 from library.families.wan import FAMILY
 from library.families.wan_tasks import LATENT_CHANNELS, MASK_CHANNELS, TASKS, WanTask
@@ -114,7 +115,8 @@ class WanTextEncodingStrategy(TextEncodingStrategy):
         check_ids(ids, model, tokenize_strategy.t5, "umT5", "the text encoder")
         device = next(model.parameters()).device
         lengths = mask.sum(dim=1).tolist()
-        return [[model(row[None, :length].to(device)).last_hidden_state[0] for row, length in zip(ids, lengths)]]
+        rows = [to_device(row[None, :length], device) for row, length in zip(ids, lengths)]
+        return [[model(row).last_hidden_state[0] for row in rows]]
 
 
 class WanLatentEncoder(LatentEncoder):

@@ -25,7 +25,9 @@ from library.checkpoints.loading import (
     open_checkpoint,
     size_of,
 )
+from library.components.transformers_import import import_transformers_models
 from library.core.errors import CheckpointError
+from library.device_utils import to_device
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
@@ -128,6 +130,7 @@ def load_vision(
 ) -> CLIPVisionModel:
     """Load the layers that are used, of a file (either layout, pickled too) or a folder. CheckpointError when it does
     not fit."""
+    import_transformers_models()
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     info = inspect_vision(path, config)
@@ -160,6 +163,6 @@ def vision_states(model: CLIPVisionModel, pictures: Tensor) -> Tensor:
     parameter = next(model.parameters())
     side = model.config.image_size
     resized = F.interpolate(pictures.float(), size=(side, side), mode="bicubic", align_corners=False)
-    mean, std = (torch.tensor(values, device=resized.device).view(1, 3, 1, 1) for values in (MEAN, STD))
+    mean, std = (to_device(torch.tensor(values), resized.device).view(1, 3, 1, 1) for values in (MEAN, STD))
     normed = ((resized * 0.5 + 0.5) - mean) / std
     return model(pixel_values=normed.to(parameter.device, parameter.dtype)).last_hidden_state

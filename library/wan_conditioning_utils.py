@@ -34,7 +34,8 @@ def filled(first: Tensor, frames: int, last: Tensor | None = None) -> Tensor:
 def frame_mask(latents: Tensor, given: Sequence[int] = (0,)) -> Tensor:
     """The mask [B, 4, F', h, w] beside latents [B, C, F', h, w] in which these latent frames are given."""
     mask = latents.new_zeros(latents.shape[0], MASK_CHANNELS, *latents.shape[2:])
-    mask[:, :, list(given)] = 1
+    for frame in given:
+        mask[:, :, frame] = 1
     return mask
 
 

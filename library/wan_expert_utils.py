@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
+from library.components.block_ring import bring_weights_home
 from library.core.errors import CheckpointError
 
 
@@ -42,7 +43,7 @@ class TwoExperts:
         """Between forwards: what a backward pass still needs must not be exchanged."""
         if high_noise == self.high_noise:
             return
-        getattr(self.model, "prepare_block_swap_before_forward", lambda: None)()  # both lie as a forward starts
+        bring_weights_home(self.model)
         for name, tensor in _tensors(self.model):
             incoming = self._idle[name]
             self._idle[name] = tensor.data.to("cpu") if self.offload else tensor.data

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import DeviceTables, rms_normed, rope_cos_sin, rotate_pairs, scaled_attention
-from library.custom_offloading_utils import BlockStackMixin
+from library.attention import AttentionModule, DeviceTables, rms_normed, rope_cos_sin, rotate_pairs
+from library.custom_offloading_utils import RING_SIZE, BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
 ROPE_THETA = 10000.0
@@ -145,7 +145,7 @@ class Modulation:
         return chosen[:, None] if self.places is None else chosen[self.places]
 
 
-class WanSelfAttention(nn.Module):
+class WanSelfAttention(AttentionModule):
     """Attention among the tokens of the video, turned by their places in time, rows and columns."""
 
     def __init__(self, params: WanParams) -> None:
@@ -163,7 +163,7 @@ class WanSelfAttention(nn.Module):
         """x [B, L, D], rope [B or 1, L, D / heads / 2] each -> [B, L, D]."""
         query, key = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(x)))
         return self.o(
-            scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), self.heads(self.v(x)))
+            self.scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), self.heads(self.v(x)))
         )
 
 
@@ -175,7 +175,7 @@ class WanCrossAttention(WanSelfAttention):
         return self.o(self.of_text(self.heads(self.norm_q(self.q(x))), text))
 
     def of_text(self, query: Tensor, text: Tensor) -> Tensor:
-        return scaled_attention(query, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
+        return self.scaled_attention(query, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
 
 
 class WanImageCrossAttention(WanCrossAttention):
@@ -192,7 +192,7 @@ class WanImageCrossAttention(WanCrossAttention):
         attended = self.of_text(query, text)
         if image is not None:
             key = self.heads(self.norm_k_img(self.k_img(image)))
-            attended = attended + scaled_attention(query, key, self.heads(self.v_img(image)))
+            attended = attended + self.scaled_attention(query, key, self.heads(self.v_img(image)))
         return self.o(attended)
 
 
@@ -361,12 +361,13 @@ class WanModel(BlockStackMixin, nn.Module):
     def repeated_blocks(self) -> list[nn.Module]:
         return list(self.blocks)
 
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device) -> None:
-        """Keep the weights of some blocks on the CPU while others compute. On a CPU `device` nothing moves.
+    def enable_block_swap(self, blocks_to_swap: int, device: torch.device, ring_size: int = RING_SIZE) -> None:
+        """Keep the weights of some blocks on the CPU while others compute, with so many places on the device for them. On
+        a CPU `device` nothing moves.
 
         ValueError when more blocks are asked for than `row_swap_problem` allows.
         """
-        self.swap_row(self.blocks, blocks_to_swap, device)
+        self.swap_row(self.blocks, blocks_to_swap, device, ring_size)
 
     def _times(self, t: Tensor, grid: tuple[int, ...]) -> tuple[Modulation, Modulation]:
         """(of the head, one vector; of the blocks, six). One of each distinct time is computed and held: with a time

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from library.core.keyed_random import StepDraws, key_seed
 from library.dataset.collate import stack_padded
+from library.device_utils import to_device
 from library.families.wan_tasks import is_high_noise
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
@@ -61,6 +62,7 @@ def predict_velocity(
     vision: Tensor | None = None,
     f_indices: Tensor | None = None,
     boundary: float | None = None,
+    known_times: Tensor | None = None,
     skip_layers: Collection[int] = (),
     feature_layer: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -69,25 +71,27 @@ def predict_velocity(
     `timesteps` [B], [B, F] or one per token, on the 0..1000 scale, float32; text: states [B, T, D] with 0 behind each
     text, or one [T, D] for each; y [B, n, F, h, w], vision [B, N, V], f_indices [B, F]: see WanModel. `boundary`: the
     noise level from which the second expert predicts; samples on both sides of it are computed apart. Tokens of frames
-    with times of their own go with the noisiest of their sample.
+    with times of their own go with the noisiest of their sample. `known_times`: the timesteps on the CPU, where
+    they are there, so that the device is not waited for.
     """
     device = noisy_latents.device
-    states = (text if isinstance(text, Tensor) else stack_padded(list(text))).to(device)
+    states = to_device(text if isinstance(text, Tensor) else stack_padded(list(text)), device)
     more = {"skip_block_indices": skip_layers, "feature_layer": feature_layer}
 
     def forward(rows: slice | Tensor) -> Tensor | tuple[Tensor, Tensor]:
         def of_rows(tensor: Tensor) -> Tensor:
-            return tensor[rows if isinstance(rows, slice) else rows.to(tensor.device)]
+            return tensor[rows if isinstance(rows, slice) else to_device(rows, tensor.device)]
 
         given = {"y": y, "clip_fea": vision}
-        beside = {name: None if tensor is None else of_rows(tensor).to(device) for name, tensor in given.items()}
+        beside = {name: None if t is None else to_device(of_rows(t), device) for name, t in given.items()}
         places = None if f_indices is None else of_rows(f_indices)  # read as numbers, so they stay where they are
         times = of_rows(timesteps).float()
         return denoiser(of_rows(noisy_latents), times, of_rows(states), f_indices=places, **beside, **more)
 
     if denoiser.experts is None or boundary is None:
         return forward(slice(None))
-    noisiest = timesteps if timesteps.ndim == 1 else timesteps.flatten(1).amax(dim=1)
+    readable = timesteps if known_times is None else known_times
+    noisiest = readable if readable.ndim == 1 else readable.flatten(1).amax(dim=1)
     high = torch.tensor([is_high_noise(time / NUM_TRAIN_TIMESTEPS, boundary) for time in noisiest.tolist()])
     sides = sorted(set(high.tolist()))
     made = []
@@ -96,7 +100,8 @@ def predict_velocity(
         made.append(forward(slice(None) if len(sides) == 1 else torch.nonzero(high == side)[:, 0]))
     if len(sides) == 1:
         return made[0]
-    back = torch.argsort(torch.cat([torch.nonzero(high == side)[:, 0] for side in sides])).to(device)
+    back = torch.argsort(torch.cat([torch.nonzero(high == side)[:, 0] for side in sides]))
+    back = to_device(back, device)
     if feature_layer is None:
         return torch.cat(made)[back]
     return torch.cat([velocity for velocity, _ in made])[back], torch.cat([tokens for _, tokens in made])[back]

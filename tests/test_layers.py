@@ -47,14 +47,16 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/generation/gen_img/options.py", 0), ("library/generation/gen_img/prompts.py", 0),
     ("library/training/sampling_prompts.py", 0),
     ("library/training/option_groups.py", 0), ("library/training/option_reader.py", 0),
-    ("library/training/config_file.py", 0),
+    ("library/training/config_file.py", 0), ("library/training/attention_options.py", 0),
     ("library/training/keyword_args.py", 0), ("library/training/timestep_samplers/modes.py", 0),
     ("library/training/known_options*.py", 0),
     # 1: building blocks
     ("library/utils.py", 1), ("library/device_utils.py", 1), ("library/attention.py", 1),
-    ("library/custom_offloading_utils.py", 1),
+    ("library/custom_offloading_utils.py", 1), ("library/components/device_transfers.py", 1),
+    ("library/components/block_ring.py", 1), ("library/components/activation_offload.py", 1),
     ("library/*_models.py", 1), ("library/*_vae.py", 1),
     ("library/components/*_models.py", 1), ("library/components/tiling.py", 1),
+    ("library/components/attention_backends.py", 1),
     ("library/checkpoints/number_formats.py", 1),
     ("library/generation/image_grid.py", 1), ("library/generation/prompt_weighting.py", 1),
     # 4 by name, before the wider pattern of row 2

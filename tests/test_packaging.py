@@ -38,7 +38,7 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "accelerate", "safetenso
          "voluptuous")  # fmt: skip
 
 # Runs a script with --help where an import of a heavy package fails. How long it takes is measured by
-# benchmarks/startup.py.
+# `python -m benchmarks help`.
 HELP_PROBE = """
 import runpy, sys
 class Refuse:

@@ -13,6 +13,7 @@ from library.core.errors import ConfigError, Problems, did_you_mean
 from library.core.options import add_options, option_fields, parse_bool
 from library.dataset import CachingOptions, DatasetOptions, parse_range, parse_resolution
 from library.training import optimizers, schedulers
+from library.training.attention_options import AttentionOptions
 from library.training.config_file import NEVER_IN_FILE, read_config_file
 from library.training.inference_samplers import SamplerOptions
 from library.training.loss_weights import LossWeightOptions
@@ -39,8 +40,8 @@ from library.training.timestep_samplers import TimestepOptions
 logger = logging.getLogger(__name__)
 
 TRAINING_GROUPS = (
-    SavingOptions, HubOptions, ResumeOptions, LoopOptions, PrecisionOptions, MemoryOptions, DdpOptions, LoggingOptions,
-    SamplingOptions, SamplerOptions, NoiseOptions, LossOptions,
+    SavingOptions, HubOptions, ResumeOptions, LoopOptions, PrecisionOptions, MemoryOptions, AttentionOptions,
+    DdpOptions, LoggingOptions, SamplingOptions, SamplerOptions, NoiseOptions, LossOptions,
 )  # fmt: skip
 CHECKED_GROUPS = (
     *TRAINING_GROUPS,

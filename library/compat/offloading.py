@@ -9,7 +9,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from library.custom_offloading_utils import BlockOffloader, swap_weight_devices_cuda, swap_weight_devices_no_cuda
+from library.components.block_ring import BlockOffloader
+
+
+def swappable_weights(layer: nn.Module) -> list[nn.Parameter]:
+    """`weight` of each linear layer or convolution inside."""
+    return [
+        module.weight
+        for module in layer.modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and isinstance(module.weight, nn.Parameter)
+    ]
+
+
+def weighs_to_device(layer: nn.Module, device: torch.device) -> None:
+    """Move these weights; biases, norms and buffers stay where they are."""
+    for weight in swappable_weights(layer):
+        weight.data = weight.data.to(device)
+
+
+def swap_weight_devices_no_cuda(device: torch.device, layer_to_cpu: nn.Module, layer_to_cuda: nn.Module) -> None:
+    """Weights of `layer_to_cpu` go to the CPU, those of `layer_to_cuda` to the device, and are there on return."""
+    weighs_to_device(layer_to_cpu, torch.device("cpu"))
+    weighs_to_device(layer_to_cuda, device)
+
+
+swap_weight_devices_cuda = swap_weight_devices_no_cuda  # the memory that the one frees is what the other gets
 
 
 class Offloader:
@@ -22,8 +46,7 @@ class Offloader:
         self.debug = debug
 
     def swap_weight_devices(self, block_to_cpu: nn.Module, block_to_cuda: nn.Module) -> None:
-        exchange = swap_weight_devices_cuda if self.device.type == "cuda" else swap_weight_devices_no_cuda
-        exchange(self.device, block_to_cpu, block_to_cuda)
+        swap_weight_devices_no_cuda(self.device, block_to_cpu, block_to_cuda)
 
 
 class ModelOffloader(BlockOffloader, Offloader):
@@ -46,17 +69,23 @@ class ModelOffloader(BlockOffloader, Offloader):
             self.before_backward(index)
 
     def set_forward_only(self, forward_only: bool) -> None:
-        """Without a backward pass nothing has to come back; the next forward starts from its own layout anyway."""
+        """Without a backward pass nothing has to come back; the next forward begins anew anyway."""
         self.forward_only = forward_only
 
     def prepare_block_devices_before_forward(self, blocks: Sequence[nn.Module]) -> None:
+        if self.active:
+            travelling = {id(tensor) for tensor in self.travelling()}
+            for block in self.blocks:
+                for tensor in (*block.parameters(), *block.buffers()):
+                    if id(tensor) not in travelling:
+                        tensor.data = tensor.data.to(self.device)
         self.arm()
 
     def wait_for_block(self, block_idx: int) -> None:
         self.before_block(block_idx)
 
     def submit_move_blocks(self, blocks: Sequence[nn.Module], block_idx: int) -> None:
-        self.after_block(block_idx, ())
+        self.release(block_idx, comes_back=torch.is_grad_enabled() and not self.forward_only)
 
 
 def create_cpu_offloading_wrapper(func: Callable[..., Any], device: torch.device | str) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from library.components.llm_encoder_utils import (
     language_model_state,
     load_language_model,
 )
+from library.components.transformers_import import import_transformers_models
 
 if TYPE_CHECKING:
     from transformers import Gemma2Model
@@ -65,6 +66,7 @@ def load_gemma2(
     `config` overrides the names of `inspect_gemma2`. 8-bit files are widened. CheckpointError when the file does not
     fit.
     """
+    import_transformers_models()
     from transformers import Gemma2Config, Gemma2Model
 
     classes = (Gemma2Config, Gemma2Model)

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import (
+    AttentionModule,
     DeviceTables,
     FinalLayer,
     modulate,
@@ -27,7 +28,6 @@ from library.attention import (
     rms_normed,
     rope_cos_sin,
     rotate_pairs,
-    scaled_attention,
     timestep_embedding,
 )
 from library.custom_offloading_utils import StreamStackMixin
@@ -123,7 +123,7 @@ class TextProjection(nn.Module):
         return self.linear_2(self.act_1(self.linear_1(caption)))
 
 
-class IndividualTokenRefinerBlock(nn.Module):
+class IndividualTokenRefinerBlock(AttentionModule):
     """Self-attention and feed-forward over the text, gated by a vector."""
 
     def __init__(self, params: StreamParams) -> None:
@@ -142,7 +142,7 @@ class IndividualTokenRefinerBlock(nn.Module):
         query, key, value = rearrange(
             self.self_attn_qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.num_heads
         )
-        x = torch.addcmul(x, attention_gate, self.self_attn_proj(scaled_attention(query, key, value, key_mask)))
+        x = torch.addcmul(x, attention_gate, self.self_attn_proj(self.scaled_attention(query, key, value, key_mask)))
         return torch.addcmul(x, mlp_gate, self.mlp(self.norm2(x)))
 
 
@@ -204,7 +204,7 @@ def rotated(states: Tensor, rope: Rope) -> Tensor:
     return torch.cat((rotate_pairs(states[:, :, :places], rope).to(states.dtype), states[:, :, places:]), dim=2)
 
 
-class MMDoubleStreamBlock(nn.Module):
+class MMDoubleStreamBlock(AttentionModule):
     """Image and text with weights of their own and one attention over both."""
 
     def __init__(self, params: StreamParams) -> None:
@@ -235,7 +235,7 @@ class MMDoubleStreamBlock(nn.Module):
         )  # [B, heads, L + T, D]
         key = torch.cat((self.img_attn_k_norm(img_qkv[1]), self.txt_attn_k_norm(txt_qkv[1])), dim=2)
         value = torch.cat((img_qkv[2], txt_qkv[2]), dim=2)
-        attended = scaled_attention(rotated(query, rope), rotated(key, rope), value, key_mask)
+        attended = self.scaled_attention(rotated(query, rope), rotated(key, rope), value, key_mask)
         img_attended, txt_attended = attended.split((img.shape[1], txt.shape[1]), dim=1)
 
         img = torch.addcmul(img, img_gate1, self.img_attn_proj(img_attended))
@@ -248,7 +248,7 @@ class MMDoubleStreamBlock(nn.Module):
         return rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
 
 
-class MMSingleStreamBlock(nn.Module):
+class MMSingleStreamBlock(AttentionModule):
     """Attention and feed-forward in parallel on the joined tokens, with fused input and output projections."""
 
     def __init__(self, params: StreamParams) -> None:
@@ -269,7 +269,8 @@ class MMSingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split_sizes, dim=-1)
         query, key, value = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
-        attended = scaled_attention(rotated(self.q_norm(query), rope), rotated(self.k_norm(key), rope), value, key_mask)
+        query, key = rotated(self.q_norm(query), rope), rotated(self.k_norm(key), rope)
+        attended = self.scaled_attention(query, key, value, key_mask)
         return torch.addcmul(x, gate, self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1)))
 
 

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import scaled_attention
+from library.device_utils import to_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +233,7 @@ class AutoEncoder(nn.Module):
             if len(seeds) != len(mean):
                 raise ValueError(f"there are {len(seeds)} seeds for {len(mean)} images; one per image is needed")
             noise = [torch.randn(mean.shape[1:], generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
-            mean = mean + (0.5 * logvar).exp() * torch.stack(noise).to(mean)
+            mean = mean + (0.5 * logvar).exp() * to_like(torch.stack(noise), mean)
         return mean
 
     def decode(self, latents: Tensor) -> Tensor:

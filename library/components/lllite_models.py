@@ -144,8 +144,9 @@ class LLLiteModule(nn.Module):
         draws = self._state.draws
         if draws is None:  # outside a training run
             return F.dropout(inner, self.dropout)
-        kept = draws.uniform("lllite dropout", inner.shape[1:], self.lllite_name) >= self.dropout  # [B, L, mlp_dim]
-        return inner * (kept.to(inner.device, inner.dtype) / (1 - self.dropout))
+        drawn = draws.uniform("lllite dropout", inner.shape[1:], self.lllite_name, device=inner.device)
+        kept = drawn >= self.dropout  # [B, L, mlp_dim]
+        return inner * (kept.to(inner.dtype) / (1 - self.dropout))
 
     def _changed_input(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Before the layer's forward. The sum is formed in the wider number format and rounded once."""

@@ -25,7 +25,9 @@ from library.checkpoints.loading import (
     part_of,
     strip_prefix,
 )
+from library.components.transformers_import import import_transformers_models
 from library.core.errors import CheckpointError
+from library.device_utils import to_device
 
 if TYPE_CHECKING:
     from transformers import LlamaModel, Qwen2Model, Qwen3Model
@@ -196,6 +198,7 @@ def load_qwen3(
     `config` overrides the names of `inspect_qwen3`. 8-bit files are widened. CheckpointError when the file does not
     fit.
     """
+    import_transformers_models()
     from transformers import Qwen3Config, Qwen3Model
 
     return load_language_model(QWEN3, (Qwen3Config, Qwen3Model), path, dtype, device, disable_mmap, config, transform)
@@ -214,6 +217,7 @@ def load_qwen25_vl(
     For text its positions in three sections are those of Qwen2. As `load_qwen3` otherwise; the size of a head is 128,
     or follows from `num_attention_heads` in `config`.
     """
+    import_transformers_models()
     from transformers import Qwen2Config, Qwen2Model
 
     classes = (Qwen2Config, Qwen2Model)
@@ -230,6 +234,7 @@ def load_llama(
 ) -> LlamaModel:
     """Load LLaMA 3 as an encoder, also the language part of a model that sees pictures (LLaVA); what sees pictures, the
     output head and a tokenizer inside of the file are left out. As `load_qwen25_vl` otherwise."""
+    import_transformers_models()
     from transformers import LlamaConfig, LlamaModel
 
     return load_language_model(LLAMA, (LlamaConfig, LlamaModel), path, dtype, device, disable_mmap, config, transform)
@@ -279,9 +284,11 @@ def states_of(ids: Tensor, mask: Tensor, model: Any, encode: Callable[[Tensor], 
     first = next(model.parameters())
     lengths, width = mask.sum(dim=1).tolist(), model.get_input_embeddings().weight.shape[1]
     states = torch.zeros(*ids.shape, width, device=first.device, dtype=model.get_input_embeddings().weight.dtype)
+    ids = to_device(ids, first.device)
     for length in sorted(set(lengths) - {0}):
         rows = [row for row, number in enumerate(lengths) if number == length]
         together = [[row] for row in rows] if first.device.type == "cpu" else [rows]
         for group in together:
-            states[group, :length] = encode(ids[group, :length].to(first.device)).to(states.dtype)
+            places = to_device(torch.tensor(group), first.device)
+            states[places, :length] = encode(ids[places, :length]).to(states.dtype)
     return states

@@ -25,6 +25,7 @@ from library.checkpoints.loading import (
     strip_prefix,
 )
 from library.checkpoints.open_clip_convert import OPEN_CLIP_ROOTS, is_open_clip_text, open_clip_to_hf, with_text_model
+from library.components.transformers_import import import_transformers_models
 from library.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def load_clip(
     What the file holds beside the layers in use (further layers, logit_scale) stays in `model.unused_tensors` under the
     names of transformers, so that it can be written back. CheckpointError when the file does not fit.
     """
+    import_transformers_models()
     from transformers import CLIPTextModelWithProjection
 
     info = inspect_clip(path, slot, config)
@@ -267,6 +269,25 @@ def _rebuild_buffers(model: torch.nn.Module, device: torch.device | str) -> None
                 )
 
 
+def attended(model: Any, ids: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor | None:
+    """The mask to hand to an encoder of transformers for ids [B, L] and their mask [B, L] (1 = token; None hides
+    nothing).
+
+    From [B, L] it makes [B, 1, L, L] after a look at the values, for which the host would wait: so on a device it gets
+    that at once. On the CPU the mask stays as it is: one that hides nothing takes a quicker way there.
+    """
+    if ids.device.type == "cpu" or model.config._attn_implementation != "sdpa":
+        return mask
+    return ready_mask(ids, mask, causal=causal)
+
+
+def ready_mask(ids: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
+    """Which places each place of ids [B, L] attends to, as booleans [B, 1, L, L]."""
+    length = ids.shape[1]
+    seen = (torch.ones_like(ids) if mask is None else mask).bool()[:, None, None, :].expand(-1, 1, length, -1)
+    return seen & torch.ones(length, length, dtype=torch.bool, device=ids.device).tril() if causal else seen
+
+
 def pool_at_first_eos(states: Tensor, ids: Tensor, eos_id: int) -> Tensor:
     """The state [B, D] of `states` [B, L, D] at the first end token of each row of `ids` [B, L]; a row without one
     (which tokenizers do not make) is pooled at its first place."""
@@ -331,6 +352,7 @@ def load_t5xxl(
     8-bit files are widened. `config` overrides the names of `inspect_t5xxl`. CheckpointError when the file does not
     fit.
     """
+    import_transformers_models()
     from transformers import T5Config, T5EncoderModel
 
     source, prefix, values = _open_t5(ckpt_path if state_dict is None else state_dict, config)

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import scaled_attention, timestep_embedding
-from library.custom_offloading_utils import run_checkpointed
+from library.attention import AttentionModule, timestep_embedding
+from library.core.attention_modes import ATTENTION_MODES
+from library.custom_offloading_utils import CheckpointedBlocks
 
 if TYPE_CHECKING:
     from library.components.control_models import Control
@@ -113,9 +114,10 @@ class FeedForward(nn.Module):
         return self.net[2](self.net[0](x))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(AttentionModule):
     """Attention over `context`, or over x itself without one. `upcast`: half precision computes products in float32,
-    which Stable Diffusion 2 needs (its products leave the range of float16)."""
+    which Stable Diffusion 2 needs (its products leave the range of float16). Kernels for 16 bits alone sum them in
+    float32 in any case."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, upcast: bool) -> None:
         super().__init__()
@@ -130,11 +132,11 @@ class CrossAttention(nn.Module):
         source = x if context is None else context
         projected = (self.to_q(x), self.to_k(source), self.to_v(source))
         query, key, value = (rearrange(t, "b l (h d) -> b h l d", h=self.heads) for t in projected)
-        if self.upcast and value.dtype == torch.float16:
+        if self.upcast and value.dtype == torch.float16 and not ATTENTION_MODES[self.attention_choice.mode].halves_only:
             with torch.autocast(value.device.type, enabled=False):
-                attended = scaled_attention(query.float(), key.float(), value.float()).to(value.dtype)
+                attended = self.scaled_attention(query.float(), key.float(), value.float()).to(value.dtype)
         else:
-            attended = scaled_attention(query, key, value)  # [B, L, C]
+            attended = self.scaled_attention(query, key, value)  # [B, L, C]
         return self.to_out[0](attended)
 
 
@@ -242,7 +244,7 @@ def with_skip(x: Tensor, skip: Tensor) -> Tensor:
     return torch.cat((fitted(x, skip.shape[2:]), skip), dim=1)
 
 
-class UNetBase(nn.Module):
+class UNetBase(CheckpointedBlocks, nn.Module):
     """Switches and small things of both module trees. Subclasses build the layers and the forward pass."""
 
     params: UNetParams
@@ -250,19 +252,8 @@ class UNetBase(nn.Module):
     def __init__(self, params: UNetParams) -> None:
         super().__init__()
         self.params = params
-        self.gradient_checkpointing = False
-        self.cpu_offload_checkpointing = False
+        self.init_checkpointing()
         self.deep_shrink: DeepShrink | None = None
-
-    def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
-        """Recompute blocks in the backward pass while in train mode; `cpu_offload` keeps the block inputs on the
-        CPU."""
-        self.gradient_checkpointing = True
-        self.cpu_offload_checkpointing = cpu_offload
-
-    def disable_gradient_checkpointing(self) -> None:
-        self.gradient_checkpointing = False
-        self.cpu_offload_checkpointing = False
 
     @property
     def device(self) -> torch.device:
@@ -300,6 +291,4 @@ class UNetBase(nn.Module):
 
     def run_block(self, block: nn.Module, x: Tensor, *context: Tensor) -> Tensor:
         """One residual or transformer block, checkpointed where that is switched on."""
-        if torch.is_grad_enabled() and self.gradient_checkpointing and self.training:
-            return run_checkpointed(lambda state: block(state, *context), (x,), self.cpu_offload_checkpointing)
-        return block(x, *context)
+        return self.checkpointed(lambda state: block(state, *context), (x,))

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.device_utils import to_device
+
 HISTORY_FRAMES = 2
 """frames before its own that a convolution over time looks at"""
 FIRST_PIECE, PIECE = 1, 4
@@ -362,5 +364,6 @@ class WanVAE(nn.Module):
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1, 1)
         return tuple(
-            latents.new_tensor(values).view(shape) for values in (self.params.latents_mean, self.params.latents_std)
+            to_device(torch.tensor(values, dtype=latents.dtype), latents.device).view(shape)
+            for values in (self.params.latents_mean, self.params.latents_std)
         )

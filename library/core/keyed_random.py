@@ -2,7 +2,8 @@
 
 A stream of random numbers depends on everything that was drawn before, so that worker processes, ranks, accumulation or
 a resumed run change the result. Here every draw has a key (seed, purpose, global step, position in the global batch)
-and nothing else, and the same key gives the same numbers anywhere. Numbers are drawn on the CPU in float32.
+and nothing else, and the same key gives the same numbers anywhere. Numbers are drawn on the CPU in float32; only the
+masks of dropouts, which are large and many, are drawn where they are used, and there are those of that device.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ def keyed_random(seed: int, purpose: str, *keys: int | str) -> random.Random:
     return random.Random(key_seed(seed, purpose, *keys))
 
 
-def keyed_generator(seed: int, purpose: str, *keys: int | str) -> torch.Generator:
-    """A torch generator on the CPU for this key."""
+def keyed_generator(
+    seed: int, purpose: str, *keys: int | str, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A torch generator for this key. Each kind of device makes numbers of its own."""
     import torch
 
-    return torch.Generator("cpu").manual_seed(key_seed(seed, purpose, *keys))
+    return torch.Generator(device).manual_seed(key_seed(seed, purpose, *keys))
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,18 @@ class StepDraws:
     """The draws of one micro-batch: `positions[i]` is the place of sample i in the global batch of optimizer step
     `step`.
 
-    All results are float32 tensors on the CPU whose first dimension is the sample.
+    All results are float32 tensors whose first dimension is the sample; on the CPU unless `device` says otherwise.
     """
 
     seed: int
     step: int
     positions: tuple[int, ...]
 
-    def generator(self, purpose: str, sample: int, *keys: int | str) -> torch.Generator:
+    def generator(
+        self, purpose: str, sample: int, *keys: int | str, device: torch.device | str = "cpu"
+    ) -> torch.Generator:
         """The generator of sample number `sample` of this micro-batch."""
-        return keyed_generator(self.seed, purpose, self.step, self.positions[sample], *keys)
+        return keyed_generator(self.seed, purpose, self.step, self.positions[sample], *keys, device=device)
 
     def apart(self, name: str) -> StepDraws:
         """Other draws for the same samples, independent of these: what is drawn for a purpose can be drawn once
@@ -63,27 +68,36 @@ class StepDraws:
 
         return self._stack(lambda g: torch.randn(tuple(shape), generator=g), purpose, shape, keys)
 
-    def uniform(self, purpose: str, shape: Sequence[int] = (), *keys: int | str) -> torch.Tensor:
+    def uniform(
+        self, purpose: str, shape: Sequence[int] = (), *keys: int | str, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
         """Numbers in [0, 1) [B, *shape]."""
         import torch
 
-        return self._stack(lambda g: torch.rand(tuple(shape), generator=g), purpose, shape, keys)
+        return self._stack(
+            lambda g: torch.rand(tuple(shape), generator=g, device=device), purpose, shape, keys, device
+        )
 
     def batch_uniform(self, purpose: str, *keys: int | str) -> float:
         """One number in [0, 1) for the whole global batch: the same for every sample and rank."""
         return keyed_random(self.seed, purpose, self.step, *keys).random()
 
-    def batch_uniforms(self, purpose: str, count: int, *keys: int | str) -> torch.Tensor:
+    def batch_uniforms(
+        self, purpose: str, count: int, *keys: int | str, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
         """Numbers in [0, 1) [count], float32: the same for every sample and rank."""
         import torch
 
-        return torch.rand(count, generator=keyed_generator(self.seed, purpose, self.step, *keys))
+        generator = keyed_generator(self.seed, purpose, self.step, *keys, device=device)
+        return torch.rand(count, generator=generator, device=device)
 
-    def _stack(self, draw, purpose: str, shape: Sequence[int], keys) -> torch.Tensor:
+    def _stack(
+        self, draw, purpose: str, shape: Sequence[int], keys, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
         import torch
 
-        rows = [draw(self.generator(purpose, i, *keys)) for i in range(len(self.positions))]
-        return torch.stack(rows) if rows else torch.empty((0, *shape))
+        rows = [draw(self.generator(purpose, i, *keys, device=device)) for i in range(len(self.positions))]
+        return torch.stack(rows) if rows else torch.empty((0, *shape), device=device)
 
 
 @contextmanager

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -17,25 +15,12 @@ WAITING_PER_TASK = 5e-4
 """seconds of waiting from which several threads pay"""
 
 
-@contextmanager
-def records_stay() -> Iterator[None]:
-    """For work that makes many small records, all of which stay: Python would look through them for cycles again and
-    again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 class BackgroundWriter:
     """One thread that runs what is submitted, in order. `submit` waits while `backlog` jobs are open, and raises the
     first error of an earlier job. Leaving the block waits for all jobs, also when it is left by an error or an
     interrupt."""
 
-    def __init__(self, backlog: int = 16) -> None:
+    def __init__(self, backlog: int = 8) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache-writer")
         self._slots = threading.Semaphore(backlog)
         self._error: BaseException | None = None

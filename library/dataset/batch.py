@@ -11,6 +11,7 @@ import torch
 
 from library.dataset.items import SampleFacts
 from library.dataset.plan import BatchRequest
+from library.device_utils import to_device
 
 CONDITIONING_IMAGES = "conditioning_images"
 """the condition that masks and control pictures are, and the key under which plug-ins know them; further control
@@ -106,18 +107,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy with all tensors on `device`, but for what is read as numbers, which a device would have to be waited
-        for: the network multipliers, and conditions of whole numbers (places in time)."""
-        waits = (
-            torch.device(device).type != "cuda"
-        )  # elsewhere a copy that is not waited for may be read before it is there
+        for: the network multipliers, tokens, and conditions of whole numbers (places in time)."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=not waits)
+            return to_device(tensor, device)
 
         def move_values(tensor: torch.Tensor) -> torch.Tensor:
             return move(tensor) if tensor.is_floating_point() else tensor
 
-        movers = {f.name: move for f in dataclasses.fields(self) if f.name != "network_multipliers"}
+        read = ("network_multipliers", "input_ids_list")
+        movers = {f.name: move for f in dataclasses.fields(self) if f.name not in read}
         movers["conditions"] = move_values
         return dataclasses.replace(self, **{name: on_tensors(by, getattr(self, name)) for name, by in movers.items()})
 

@@ -1,7 +1,9 @@
 """Caching of latents: which images lack them, and a pipeline that decodes, encodes and writes at the same time.
 
-Decoding runs in threads with a bounded backlog, encoding in batches of one bucket, writing in one background thread. A
-file appears complete or not at all, so an interrupted run leaves what it finished and the next one goes on from there.
+Decoding runs in threads with a bounded backlog, and one more thread makes tensors of the batches of one bucket; the
+caller's thread does nothing but encode, and what comes out is fetched from the device, checked and written by one
+background thread. A file appears complete or not at all, so an interrupted run leaves what it finished and the next one
+goes on from there.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import functools
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from library.core.errors import ConfigError, TrainingError, counted
-from library.dataset.background import BackgroundWriter, map_ahead, map_in_threads, records_stay
+from library.core.garbage import records_stay
+from library.dataset.background import BackgroundWriter, map_ahead, map_in_threads
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
 from library.dataset.cache_io import ImageIdentity, LatentArrays
@@ -70,6 +73,29 @@ class Decoded:
     @property
     def batch_key(self) -> tuple:
         return self.job.batch_key
+
+
+@dataclass
+class Inputs:
+    """What an encoder takes of a batch."""
+
+    images: torch.Tensor  # [B, 3, H, W] or [B, 3, F, H, W]
+    pictures: dict[str, torch.Tensor]  # [B, 3 or 1, ..., h, w]
+    seeds: list[int]
+
+    def pinned(self) -> Inputs:
+        """In memory that a GPU fetches while the encoder runs."""
+        pictures = {name: tensor.pin_memory() for name, tensor in self.pictures.items()}
+        return Inputs(self.images.pin_memory(), pictures, self.seeds)
+
+
+@dataclass
+class Outputs:
+    """What an encoder gave of a batch: on the CPU, once `arrived`."""
+
+    latents: torch.Tensor  # [B, C, h, w] or [B, C, F, h, w]
+    conditions: dict[str, torch.Tensor]
+    arrived: Callable[[], None]
 
 
 T = TypeVar("T", LatentsJob, Decoded)
@@ -231,13 +257,15 @@ def encode_latents(
     bad: list[tuple[LatentsJob, BaseException]] = []
     threads = num_threads or min(os.cpu_count() or 1, 8)
     bar = tqdm(total=len(jobs), desc="caching latents", unit=_word(jobs), disable=not show_progress)
+    is_on_gpu = next(vae.parameters()).device.type == "cuda"
+    prepare = functools.partial(inputs_of, pinned=is_on_gpu)
+    batches = _batches(_decoded(jobs, threads, strategy, bad), strategy.batch_size)
     with bar, BackgroundWriter() as writer:
-        for batch in _batches(_decoded(jobs, threads, strategy, bad), strategy.batch_size):
-            for decoded, encoded in zip(batch, encode_batch(strategy, vae, batch, parts)):
-                if strategy.cache_to_disk:
-                    writer.submit(_store_on_disk, strategy, decoded, encoded)
-                else:
-                    _store_in_memory(strategy, decoded, encoded)
+        for batch, inputs in map_ahead(prepare, batches, num_threads=1, ahead=1):
+            if isinstance(inputs, BaseException):
+                raise inputs
+            outputs = [run_encoder(strategy, vae, batch, each, parts) for each in inputs]
+            writer.submit(_store_batch, strategy, vae, batch, outputs)
             bar.update(len(batch))
     if bad and not skip_bad_images:
         raise ConfigError(
@@ -298,17 +326,69 @@ def _batches(entries: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def encode_batch(
-    strategy: LatentCache, vae: torch.nn.Module, batch: Sequence[Decoded],
+def inputs_of(batch: Sequence[Decoded], pinned: bool = False) -> list[Inputs]:
+    """Of decoded images of one size what the encoder takes: once, or with flip_aug a second time mirrored."""
+    ways = (False, True) if batch[0].job.flip_aug else (False,)
+    inputs = [_inputs(batch, is_flipped) for is_flipped in ways]
+    return [each.pinned() for each in inputs] if pinned else inputs
+
+
+def _inputs(batch: Sequence[Decoded], is_flipped: bool) -> Inputs:
+    images = torch.stack([image_tensor(entry.pixels.image, is_flipped) for entry in batch])
+    rows = [picture_tensors(entry.pictures, is_flipped) for entry in batch]
+    pictures = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return Inputs(images, pictures, [seed_of(entry.job.item, entry.identity.content, is_flipped) for entry in batch])
+
+
+def run_encoder(
+    strategy: LatentCache, vae: torch.nn.Module, batch: Sequence[Decoded], inputs: Inputs,
     parts: Mapping[str, torch.nn.Module] | None = None,
+) -> Outputs:
+    """Latents and conditions of a batch. A GPU is only told what to do: it encodes the next batch while this one comes
+    back."""
+    facts = [entry.job.item.facts for entry in batch]
+    latents, conditions = strategy.encode_as_made(
+        vae, parts or {}, inputs.images, inputs.seeds, inputs.pictures, facts
+    )
+    if latents.device.type != "cuda":
+        return Outputs(latents.cpu(), {name: tensor.cpu() for name, tensor in conditions.items()}, lambda: None)
+    host = Outputs(_to_pinned(latents), {name: _to_pinned(tensor) for name, tensor in conditions.items()}, lambda: None)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(latents.device))
+    host.arrived = copied.synchronize
+    return host
+
+
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in main memory, complete when the device has come so far."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _store_batch(
+    strategy: LatentCache, vae: torch.nn.Module, batch: Sequence[Decoded], outputs: Sequence[Outputs]
+) -> None:
+    """Wait for what was encoded, check it, and put it into files or on the items."""
+    for decoded, encoded in zip(batch, encoded_of(strategy, vae, batch, outputs)):
+        if strategy.cache_to_disk:
+            _store_on_disk(strategy, decoded, encoded)
+        else:
+            _store_in_memory(strategy, decoded, encoded)
+
+
+def encoded_of(
+    strategy: LatentCache, vae: torch.nn.Module, batch: Sequence[Decoded], outputs: Sequence[Outputs]
 ) -> list[Encoded]:
-    """Latents and conditions of decoded images of one size. Raises TrainingError naming the images for which they are
-    not finite."""
-    latents, conditions = _encode(strategy, vae, batch, parts, is_flipped=False)  # [B, C, ...]
-    flipped, mirrored = _encode(strategy, vae, batch, parts, is_flipped=True) if batch[0].job.flip_aug else (None, {})
+    """The results of each job, from those of the images and, with flip_aug, of the mirrored ones. Raises TrainingError
+    naming the images for which they are not finite."""
+    for each in outputs:
+        each.arrived()
+        _check_finite(strategy, vae, batch, each)
+    plain, mirrored = outputs[0], outputs[1] if len(outputs) > 1 else None
     return [
         Encoded(
-            latents[i].clone(), _row(conditions, i), None if flipped is None else flipped[i].clone(), _row(mirrored, i)
+            plain.latents[i].clone(), _row(plain.conditions, i),
+            None if mirrored is None else mirrored.latents[i].clone(),
+            {} if mirrored is None else _row(mirrored.conditions, i),
         )
         for i in range(len(batch))
     ]
@@ -318,23 +398,10 @@ def _row(tensors: Mapping[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]
     return {name: tensor[i].clone() for name, tensor in tensors.items()}
 
 
-def _encode(
-    strategy: LatentCache, vae: torch.nn.Module, batch: Sequence[Decoded],
-    parts: Mapping[str, torch.nn.Module] | None, is_flipped: bool,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    images = torch.stack(
-        [image_tensor(entry.pixels.image, is_flipped) for entry in batch]
-    )  # [B, 3, H, W] or [B, 3, F, H, W]
-    seeds = [seed_of(entry.job.item, entry.identity.content, is_flipped) for entry in batch]
-    rows = [picture_tensors(entry.pictures, is_flipped) for entry in batch]
-    pictures = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}  # [B, 3 or 1, ..., h, w]
-    facts = [entry.job.item.facts for entry in batch]
-    latents, conditions = strategy.encode_as_made(vae, parts or {}, images, seeds, pictures, facts)
-    latents, conditions = latents.cpu(), {name: tensor.cpu() for name, tensor in conditions.items()}
+def _check_finite(strategy: LatentCache, vae: torch.nn.Module, batch: Sequence[Decoded], outputs: Outputs) -> None:
     most_nan = strategy.store.most_nan if strategy.cache_to_disk else 0.0  # which only files turn into 0
-    finite = torch.stack(
-        [_is_usable(tensor.flatten(1), most_nan) for tensor in (latents, *conditions.values())]
-    ).all(dim=0)
+    tensors = (outputs.latents, *outputs.conditions.values())
+    finite = torch.stack([_is_usable(tensor.flatten(1), most_nan) for tensor in tensors]).all(dim=0)
     if not finite.all():
         names = ", ".join(entry.job.item.absolute_path for entry, good in zip(batch, finite.tolist()) if not good)
         raise TrainingError(
@@ -342,7 +409,6 @@ def _encode(
             f"not finite for {names};"
             " nothing was cached for them. Run the VAE in float32 (--no_half_vae) or bfloat16"
         )
-    return latents, conditions
 
 
 def _is_usable(rows: torch.Tensor, most_nan: float) -> torch.Tensor:
@@ -401,8 +467,4 @@ def cache_one_batch(
         if strategy.cache_to_disk and item.latents_npz is None:
             item.latents_npz = strategy.path_of(item)
         batch.append(decode(LatentsJob([item], flip_aug, alpha_mask)))
-    for decoded, encoded in zip(batch, encode_batch(strategy, vae, batch)):
-        if strategy.cache_to_disk:
-            _store_on_disk(strategy, decoded, encoded)
-        else:
-            _store_in_memory(strategy, decoded, encoded)
+    _store_batch(strategy, vae, batch, [run_encoder(strategy, vae, batch, inputs) for inputs in inputs_of(batch)])

@@ -17,9 +17,9 @@ from typing import Any
 from library.config_util import Blueprint, DatasetConfigError, ScriptRules, load_blueprint
 from library.core.console import storable
 from library.core.errors import ConfigError, listed
+from library.core.garbage import records_stay
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
-from library.dataset.background import records_stay
 from library.dataset.bucket import BucketSelector
 from library.dataset.cache_index import CacheIndex
 from library.dataset.captions import caption_ending, read_caption, tags_of_folders

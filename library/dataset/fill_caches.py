@@ -3,7 +3,6 @@ denoiser."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -59,7 +58,6 @@ def fill_latent_cache(
             show_progress=processes.rank == 0, parts=parts
         )
         del vae, parts
-        gc.collect()
     processes.barrier()
     if skip_bad_images and processes.num_processes > 1:  # other processes may have found bad images among theirs
         bad = unusable_items(items, strategy, index)
@@ -124,7 +122,6 @@ def fill_text_cache(
     if plan.needs_model:
         batch_size = max((group.batch_size for group in groups), default=1)
         encode_text(plan, strategies, load_text_encoders(), batch_size=batch_size, show_progress=processes.rank == 0)
-        gc.collect()
     processes.barrier()
     if strategy.cache_to_disk:
         finish_text(everything if processes.num_processes > 1 else plan.items, strategy, index)

@@ -183,8 +183,10 @@ class LatentCache:
         bucket = bucket_of(images, facts[0].kind)
         shapes = self.encoder.condition_shapes(bucket)
         parameter = next(vae.parameters())
-        images = images.to(parameter.device, parameter.dtype)
-        read = {name: self._picture(name, pictures).to(images) for name in self.encoder.pictures_for(bucket) if shapes}
+        goes_ahead = images.is_pinned()  # a GPU fetches them while it computes
+        images = images.to(parameter.device, parameter.dtype, non_blocking=goes_ahead)
+        names = self.encoder.pictures_for(bucket) if shapes else ()
+        read = {name: self._picture(name, pictures).to(images, non_blocking=goes_ahead) for name in names}
         rows = [
             self.encoder.encode_with_facts(
                 vae, parts, images[part], seeds[part], {name: picture[part] for name, picture in read.items()},

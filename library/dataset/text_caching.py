@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 from library.core.errors import TrainingError, counted
+from library.core.garbage import records_stay
 from library.dataset import text_cache_io
-from library.dataset.background import BackgroundWriter, map_in_threads, records_stay
+from library.dataset.background import BackgroundWriter, map_in_threads
 from library.dataset.cache_checks import cache_paths, check_cache_folders, check_caching
 from library.dataset.cache_index import CacheIndex
 from library.dataset.cache_io import source_of
@@ -197,12 +198,8 @@ def encode_text(
                 _store_by_plugin(jobs, strategies, text_encoders)
                 bar.update(len(jobs))
                 continue
-            for job, outputs in zip(jobs, _encode_batch(jobs, strategies, text_encoders)):
-                if strategy.cache_to_disk:
-                    writer.submit(_store_on_disk, strategy, job, outputs, plan.in_use)
-                else:
-                    for item in job.items:
-                        item.text_encoder_outputs = outputs
+            outputs = strategy.encode(strategies, text_encoders, [job.caption for job in jobs])  # name -> [B, ...]
+            writer.submit(_store_batch, strategy, jobs, outputs, plan.in_use)
             bar.update(len(jobs))
 
 
@@ -219,19 +216,23 @@ def _store_by_plugin(
             item.text_encoder_outputs = strategy.layout.named(outputs, type(strategy).__name__, has_batch=False)
 
 
-def _encode_batch(
-    jobs: Sequence[TextJob], strategies: StrategySet, text_encoders: list[torch.nn.Module | None]
-) -> list[Conditioning]:
-    """Outputs of each job, in the dtypes of the cache."""
-    strategy = strategies.text_encoder_outputs_caching
-    captions = [job.caption for job in jobs]
-    batch = strategy.encode(strategies, text_encoders, captions)  # name -> [B, ...]
-    store, results = text_store(strategy.architecture), []
-    for index, job in enumerate(jobs):
-        outputs = row_as_stored(batch, index, strategy.layout, keeps_bfloat16=store.keeps_bfloat16)
-        _check_finite(outputs, job)
-        results.append({name: output.clone() for name, output in outputs.items()})
-    return results
+def _store_batch(
+    strategy: TextCache, jobs: Sequence[TextJob], batch: Conditioning, in_use: dict[str, frozenset[str]]
+) -> None:
+    """Fetch what was encoded ([B, ...] by name) from its device, in the dtypes of the cache, check all of it, and put
+    it into files or on the items."""
+    with torch.no_grad():
+        store, results = text_store(strategy.architecture), []
+        for index, job in enumerate(jobs):
+            outputs = row_as_stored(batch, index, strategy.layout, keeps_bfloat16=store.keeps_bfloat16)
+            _check_finite(outputs, job)
+            results.append({name: output.clone() for name, output in outputs.items()})
+    for job, outputs in zip(jobs, results):
+        if strategy.cache_to_disk:
+            _store_on_disk(strategy, job, outputs, in_use)
+        else:
+            for item in job.items:
+                item.text_encoder_outputs = outputs
 
 
 def _check_finite(outputs: Conditioning, job: TextJob) -> None:
@@ -303,8 +304,4 @@ def cache_one_batch(
         if strategy.cache_to_disk and item.text_encoder_outputs_npz is None:
             item.text_encoder_outputs_npz = strategy.path_of(item)
     jobs = [TextJob(cached_caption(item), [item]) for item in items]
-    for job, outputs in zip(jobs, _encode_batch(jobs, strategies, models)):
-        if strategy.cache_to_disk:
-            _store_on_disk(strategy, job, outputs, {})
-        else:
-            job.items[0].text_encoder_outputs = outputs
+    _store_batch(strategy, jobs, strategy.encode(strategies, models, [job.caption for job in jobs]), {})

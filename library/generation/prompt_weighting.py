@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from library.core.errors import ConfigError, did_you_mean
+from library.device_utils import to_device, to_like
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def joined_positions(num_rows: int) -> list[int]:
 def joined(rows: torch.Tensor) -> torch.Tensor:
     """States or weights of rows [B, N, 77, ...] as one sequence [B, 75 N + 2, ...]."""
     flat = rows.flatten(1, 2)  # [B, N * 77, ...]
-    return flat[:, joined_positions(rows.shape[1])]
+    return flat[:, to_device(torch.tensor(joined_positions(rows.shape[1])), flat.device)]
 
 
 def apply_weights(hidden_states: torch.Tensor, weights: torch.Tensor, mode: str = "none") -> torch.Tensor:
@@ -110,7 +111,7 @@ def apply_weights(hidden_states: torch.Tensor, weights: torch.Tensor, mode: str 
     whose weighted mean is exactly 0 is not rescaled. Raises ConfigError for an unknown mode.
     """
     check_normalize_mode(mode)
-    weighted = hidden_states * weights.to(hidden_states)[..., None]
+    weighted = hidden_states * to_like(weights, hidden_states)[..., None]
     if mode == "none":
         return weighted
     size = _mean_absolute if mode == "abs" else _mean

@@ -32,7 +32,8 @@ class Runtime:
     """Where and in which precision a run computes.
 
     `weight_dtype`: dtype of autocast and of frozen weights; `denoiser_dtype`: dtype in which the denoiser's weights are
-    held (float8_e4m3fn with --fp8_base); `vae_dtype`: float32 with --no_half_vae.
+    held (float8_e4m3fn with --fp8_base); `denoiser_form` and `text_form`: the form of large matrices, one of
+    weight_forms.FORMS, None = these types; `vae_dtype`: float32 with --no_half_vae.
     """
 
     accelerator: Accelerator
@@ -47,6 +48,8 @@ class Runtime:
     seed: int
     """of every random draw of the run: --seed, or a number that the main process drew"""
     seed_was_drawn: bool = False
+    denoiser_form: str | None = None
+    text_form: str | None = None
 
     @property
     def is_main_process(self) -> bool:
@@ -78,7 +81,8 @@ class Runtime:
 
     def clip_gradients(self, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor | None:
         """Clip to a global norm; returns the norm before clipping, a tensor on the device."""
-        return self.accelerator.clip_grad_norm_(parameters, max_norm)
+        self.unscale_gradients()  # accelerate does the same after importing torch.distributed.tensor, half a second
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def unscale_gradients(self) -> None:
         """Take the factor of fp16 off the gradients, which clipping does on its way; hooks read their true size."""
@@ -199,8 +203,10 @@ def _runtime_of(accelerator: Accelerator, config: Config) -> Runtime:
         # with several processes accelerate numbers the CPU (cpu:1), which file readers refuse
         device=torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device,
         weight_dtype=weight_dtype,
-        denoiser_dtype=fp8 if precision.fp8_base or precision.fp8_base_unet else weight_dtype,
-        text_encoder_dtype=fp8 if precision.fp8_base and not precision.fp8_base_unet else weight_dtype,
+        denoiser_dtype=fp8 if precision.denoiser_form == "fp8" else weight_dtype,
+        text_encoder_dtype=fp8 if precision.text_form == "fp8" else weight_dtype,
+        denoiser_form=precision.denoiser_form,
+        text_form=precision.text_form,
         vae_dtype=torch.float32 if config[ModelOptions].no_half_vae else weight_dtype,
         trained_dtype=weight_dtype if precision.full_fp16 or precision.full_bf16 else torch.float32,
         rank=accelerator.process_index,

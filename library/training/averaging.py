@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from library.core.errors import CheckpointError
-from library.custom_offloading_utils import moving_weights
+from library.components.block_ring import bring_weights_home
 
 
 class WeightAverage:
@@ -49,7 +49,7 @@ class WeightAverage:
         """Inside, the weights are the average; afterwards they are as before, to the bit. Where both have one type and
         place their memory is exchanged and nothing is copied, but for weights whose memory block swap gives to
         others."""
-        moving = set().union(*(moving_weights(module) for module in self._modules().values()))
+        moving = self._brought_home()
         exchanged: dict[torch.nn.Parameter, torch.Tensor] = {}
         copied: dict[torch.nn.Parameter, torch.Tensor] = {}
         for name, parameter in self.parameters().items():
@@ -62,10 +62,15 @@ class WeightAverage:
         try:
             yield
         finally:
+            self._brought_home()
             for parameter, data in exchanged.items():
                 parameter.data = data
             for parameter, values in copied.items():
                 parameter.data.copy_(values)
+
+    def _brought_home(self) -> set[torch.Tensor]:
+        """The weights that block swap moves, after it has put them into their places."""
+        return set().union(*(bring_weights_home(module) for module in self._modules().values()))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {name: tensor.cpu() for name, tensor in self.tensors.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.core.errors import ConfigError, Problems
+from library.core.garbage import started, wait_until_started
 from library.core.options import Config, equivalent_option, option, option_fields, refused_option
 from library.core.registry import import_target
 from library.dataset import CachingOptions, DatasetOptions
@@ -99,12 +100,15 @@ def refusals(family: type[ModelFamily], what: str) -> dict[str, str]:
         ),
         _DENOISER: (
             "fp8_base_unet",
+            "fp8_scaled",
+            "fp8_fast",
+            "quantize_base",
             *(set(option_fields(family.options)) - set().union(*family.part_options.values())),
         ),
         "a dataset class brings its own tensors, which are not cached": ("dataset_class",),
     }
     if what == "latents":
-        names["the VAE is not held in 8 bits"] = ("fp8_base",)
+        names["the VAE is not held in fewer bits"] = ("fp8_base", "quantize_text_encoder")
     reasons = {name: reason for reason, group in names.items() for name in group}
     return {**family.refused, **reasons}
 
@@ -213,6 +217,8 @@ def main(what: str, argv: Sequence[str] | None = None, family: str | None = None
     script which has only one."""
     from library.training.cli import exit_code
 
+    if argv is None:
+        wait_until_started()
     words = list(sys.argv[1:] if argv is None else argv)
     if family is not None:
         words = [f"--family={family}", *words]
@@ -246,6 +252,7 @@ def run(what: str, argv: Sequence[str]) -> None:
     family = import_target(record_of(name).family)(config)
     _name_unused(family, config, what)
     data, runtime = _data(config, family, what)
+    started()
     looks = config[ClipLatentsOptions] if ClipLatentsOptions in config.classes() else None
     if looks is not None and looks.debug_mode is not None:
         from library.training.cache_preview import preview

@@ -61,7 +61,7 @@ def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[s
     for check in CHECKS:
         for message in check(config):
             problems.add(message)
-    for check in (cached_text_problems, changed_fixed_problems, layout_problems):
+    for check in (cached_text_problems, changed_fixed_problems, layout_problems, attention_problems):
         for message in check(config, family, trainable):
             problems.add(message)
     for message in sampling_problems(config, family.prompt_options()):
@@ -97,6 +97,7 @@ def all_problems(config: Config, family: type[ModelFamily], trainable: type[Trai
     attempt(lambda: cached_text_problems(config, family(config), trainable(config)))
     attempt(lambda: changed_fixed_problems(config, family(config), trainable(config)))
     attempt(lambda: layout_problems(config, family(config), trainable(config)))
+    attempt(lambda: attention_problems(config, family(config), trainable(config)))
     attempt(lambda: family(config).check())
     attempt(lambda: trainable(config).check(family(config)))
     attempt(lambda: find_data(config, family.architecture, trainable.dataset_rules(family)) and None)
@@ -187,6 +188,11 @@ def layout_problems(config: Config, family: ModelFamily, trainable: Trainable) -
     if trainable.writes_folders:
         return [f"--save_model_as is {layout}; models of this family are not written as folders, use safetensors"]
     return [f"--save_model_as is {layout}, a folder for whole models; what is trained here is one file: use safetensors"]
+
+
+def attention_problems(config: Config, family: ModelFamily, trainable: Trainable) -> list[str]:
+    """What computes the attention is installed, and computes where the run does."""
+    return list(family.attention.problems)
 
 
 def sampling_problems(config: Config, options: Mapping[str, LineOption] = IMAGE_LINE_OPTIONS) -> list[str]:

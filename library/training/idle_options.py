@@ -16,6 +16,7 @@ from library.training.option_groups import (
     LoopOptions,
     MemoryOptions,
     NoiseOptions,
+    PrecisionOptions,
     ResumeOptions,
     SamplingOptions,
     SavingOptions,
@@ -46,7 +47,7 @@ def ignored(config: Config, family: ModelFamily | None = None, trainable: Traina
     """Everything without effect, in the order in which the start page shows it; with what family and trainable know."""
     found = [*config.ignored, *(Ignored(f"--{name}", reason) for name, reason in _idle(config)), *idle_formulas(config)]
     if family is not None:
-        found += family.idle()
+        found += [*family.idle(), *family.attention.idle, *family.idle_text_form()]
     if trainable is not None and family is not None:
         found += trainable.idle(family)
     return found
@@ -144,6 +145,8 @@ def _idle_memory(config: Config) -> Iterator[tuple[str, str]]:
     }  # fmt: skip
     if not memory.torch_compile:
         yield from ((name, "has no effect without --torch_compile") for name, is_set in settings.items() if is_set)
+    if config[PrecisionOptions].fp8_fast and not config[PrecisionOptions].fp8_scaled:
+        yield "fp8_fast", "has no effect without --fp8_scaled, whose numbers it multiplies"
     if loop.persistent_data_loader_workers and loop.max_data_loader_n_workers == 0:
         yield "persistent_data_loader_workers", "has no effect with --max_data_loader_n_workers 0"
 

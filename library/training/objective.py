@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from library.core.keyed_random import StepDraws
+from library.device_utils import to_device, to_like
 from library.training import timesteps as levels
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class NoisyLatents:
     timesteps: torch.Tensor  # [B], [B, F] or [B, tokens] float32, 0..1000
     sigmas: torch.Tensor  # as timesteps
     target: torch.Tensor  # [B, C, ...]
+    known_times: torch.Tensor | None = None
+    """what `timesteps` are, on the CPU, where they came from there: to be read without waiting for the device"""
 
     @property
     def noisiest_timesteps(self) -> torch.Tensor:
@@ -46,7 +49,9 @@ class NoisyLatents:
     def rows(self, rows: torch.Tensor) -> NoisyLatents:
         """The samples of these numbers."""
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return NoisyLatents(**{name: tensor[rows.to(tensor.device)] for name, tensor in parts.items()})
+        return NoisyLatents(
+            **{name: t if t is None else t[to_device(rows, t.device)] for name, t in parts.items()}
+        )
 
 
 class Objective(ABC):
@@ -136,11 +141,12 @@ class FlowMatchingObjective(Objective):
     def corrupt(
         self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, draws: StepDraws
     ) -> NoisyLatents:
-        sigmas = times.to(device=latents.device, dtype=torch.float32)
+        sigmas = to_device(times, latents.device, torch.float32)
         input_noise = with_ip_noise(noise, self.noise_options, draws)
         noisy = flow_noisy_latents(latents, input_noise, sigmas)
         target = flow_target(latents, noise, self.target)
-        return NoisyLatents(latents, noisy, noise, sigmas * levels.NUM_TIMESTEPS, sigmas, target)
+        known = times.float() * levels.NUM_TIMESTEPS if times.device.type == "cpu" else None
+        return NoisyLatents(latents, noisy, noise, sigmas * levels.NUM_TIMESTEPS, sigmas, target, known)
 
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """((1 - s) / s)^2, infinite at s = 0."""
@@ -207,7 +213,8 @@ class DdpmObjective(Objective):
         noise = with_noise_offset(noise, latents, self.noise_options, draws)
         noise = with_multires_noise(noise, self.noise_options, draws)
         input_noise = with_ip_noise(noise, self.noise_options, draws)
-        times = times.to(device=latents.device, dtype=torch.float32)
+        known = times.float() if times.device.type == "cpu" else None
+        times = to_device(times, latents.device, torch.float32)
         sigmas = self._look_up("noise", times)
         signal, scale = (
             expand_like(self._look_up("signal", times), latents),
@@ -215,7 +222,7 @@ class DdpmObjective(Objective):
         )  # [B, 1, ...]
         noisy = signal * latents + scale * input_noise
         target = signal * noise - scale * latents if self.prediction_type == "v" else noise
-        return NoisyLatents(latents, noisy, noise, times, sigmas, target)
+        return NoisyLatents(latents, noisy, noise, times, sigmas, target, known)
 
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """ac / (1 - ac) of the schedule in use; 0 at the last step of a zero-terminal one."""
@@ -299,7 +306,7 @@ def with_noise_offset(
     if options.noise_offset_random_strength:
         strength = strength * draws.batch_uniform("noise_offset_strength")
     shape = (noise.shape[1], *[1] * (noise.ndim - 2))
-    offset = draws.normal("noise_offset", shape).to(noise)  # [B, C, 1, ...]
+    offset = to_like(draws.normal("noise_offset", shape), noise)  # [B, C, 1, ...]
     if options.adaptive_noise_scale:
         mean = latents.mean(dim=tuple(range(2, latents.ndim)), keepdim=True).abs()  # [B, C, 1, ...]
         return noise + (strength + options.adaptive_noise_scale * mean).clamp(min=0) * offset
@@ -319,7 +326,7 @@ def with_multires_noise(noise: torch.Tensor, options: NoiseOptions | None, draws
     for i in range(options.multires_noise_iterations):
         ratio = 2 + 2 * draws.batch_uniform("multires_ratio", i)
         size = (max(1, int(height / ratio**i)), max(1, int(width / ratio**i)))
-        coarse = draws.normal("multires_noise", (*lead, *size), i).to(noise)  # [B, C, ..., h, w]
+        coarse = to_like(draws.normal("multires_noise", (*lead, *size), i), noise)  # [B, C, ..., h, w]
         rows = F.interpolate(coarse.reshape(noise.shape[0], -1, *size), (height, width), mode="bilinear")
         noise = noise + rows.reshape(noise.shape) * options.multires_noise_discount**i
         if 1 in size:
@@ -337,4 +344,4 @@ def with_ip_noise(noise: torch.Tensor, options: NoiseOptions | None, draws: Step
     gamma = options.ip_noise_gamma
     if options.ip_noise_gamma_random_strength:
         gamma = gamma * draws.batch_uniform("ip_noise_strength")
-    return noise + gamma * draws.normal("ip_noise", noise.shape[1:]).to(noise)
+    return noise + gamma * to_like(draws.normal("ip_noise", noise.shape[1:]), noise)

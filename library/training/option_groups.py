@@ -19,13 +19,14 @@ from library.core.options import (
 )
 from library.core.plugins import PluginOptions
 from library.dataset import parse_resolution
+from library.training.attention_options import AttentionOptions
 
 MINUTES_OF_A_YEAR = 525_600
 
 _DEEPSPEED = (
-    "DeepSpeed is not supported; several GPUs work through accelerate launch, memory is saved by --blocks_to_swap"
+    "DeepSpeed is not supported; several GPUs work through accelerate launch, memory is saved by --blocks_to_swap and "
+    "--offload_optimizer"
 )
-_TORCH_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 
 
 def raise_problems(problems: list[str]) -> None:
@@ -215,6 +216,20 @@ class PrecisionOptions:
     full_bf16: bool = option(False, help="trained weights and gradients in bfloat16 too; needs --mixed_precision bf16")
     fp8_base: bool = option(False, help="frozen weights of denoiser and text encoders in float8; needs mixed precision")
     fp8_base_unet: bool = option(False, help="frozen weights of the denoiser alone in float8; needs mixed precision")
+    fp8_scaled: bool = option(
+        False, help="large matrices of the frozen denoiser in float8 with scales by which they use the whole range"
+    )
+    fp8_fast: bool = option(
+        False, help="multiply in 8 bits, for --fp8_scaled: quicker and less exact; needs a GPU that can (RTX 40 on)"
+    )
+    quantize_base: str | None = option(
+        None, choices=(None, "int8", "nf4"),
+        help="large matrices of the frozen denoiser in 8 or 4 bits with scales (nf4: that of QLoRA, by bitsandbytes)",
+    )
+    quantize_text_encoder: str | None = option(
+        None, choices=(None, "fp8", "fp8_scaled", "int8", "nf4"),
+        help="large matrices of frozen text encoders in float8, in float8 with scales, in 8 or 4 bits",
+    )
 
     def __post_init__(self) -> None:
         problems = []
@@ -229,7 +244,31 @@ class PrecisionOptions:
                     f"--{name} is set with --mixed_precision no; float8 weights compute in bf16 or fp16: add "
                     "--mixed_precision bf16"
                 )
+        others = [name for name in ("fp8_base", "fp8_base_unet", "fp8_scaled") if getattr(self, name)]
+        if self.quantize_base and others:
+            problems.append(
+                f"--quantize_base {self.quantize_base} and --{others[0]} are set; the weights of the denoiser have one"
+                f" form: leave one of them out (--quantize_text_encoder fp8 is for text encoders alone)"
+            )
         raise_problems(problems)
+
+    @property
+    def denoiser_form(self) -> str | None:
+        """How the frozen denoiser is stored, one of library.checkpoints.weight_forms.FORMS; None: as it is computed
+        with."""
+        if self.quantize_base or self.fp8_scaled:
+            return self.quantize_base or "fp8_scaled"
+        return "fp8" if self.fp8_base or self.fp8_base_unet else None
+
+    @property
+    def multiplies_fp8(self) -> bool:
+        """Whether the denoiser's products are those of 8-bit numbers."""
+        return self.fp8_fast and self.fp8_scaled
+
+    @property
+    def text_form(self) -> str | None:
+        """The same of frozen text encoders."""
+        return self.quantize_text_encoder or ("fp8" if self.fp8_base and not self.fp8_base_unet else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,11 +282,6 @@ class MemoryOptions:
     blocks_to_swap: int | None = option(
         None, help="number of blocks of the denoiser that wait in main memory; 0 = none"
     )
-    mem_eff_attn: bool = equivalent_option(
-        False, help="memory-efficient attention", reason=f"--mem_eff_attn: {_TORCH_ATTENTION}"
-    )
-    xformers: bool = equivalent_option(False, help="attention of xformers", reason=f"--xformers: {_TORCH_ATTENTION}")
-    sdpa: bool = equivalent_option(False, help="attention of torch", reason=f"--sdpa: {_TORCH_ATTENTION}")
     torch_compile: bool = option(False, help="compile the blocks of the denoiser with torch.compile")
     dynamo_backend: str = option(
         "inductor",
@@ -638,6 +672,7 @@ SHARED_GROUPS: tuple[type, ...] = (
     LoopOptions,
     PrecisionOptions,
     MemoryOptions,
+    AttentionOptions,
     ResumeOptions,
     SamplingOptions,
     ValidationOptions,

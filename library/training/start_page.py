@@ -6,6 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from library.core.attention_modes import AttentionChoice
 from library.core.options import option_fields
 from library.dataset import CachingOptions
 from library.families.latents import Bucket
@@ -121,8 +122,8 @@ def _precision(run: Run) -> str:
     text = f"computing in {str(runtime.weight_dtype).removeprefix('torch.')}" + (
         " (autocast)" if precision.mixed_precision != "no" else ""
     )
-    if runtime.denoiser_dtype != runtime.weight_dtype:
-        text += f", frozen weights in {str(runtime.denoiser_dtype).removeprefix('torch.')}"
+    if runtime.denoiser_form:
+        text += f", frozen weights in {runtime.denoiser_form}"
     return f"{text}, trained weights in {str(runtime.trained_dtype).removeprefix('torch.')}"
 
 
@@ -186,6 +187,8 @@ def _memory(run: Run) -> list[str]:
         if part
     ]
     lines.append("loaded beside the denoiser: " + (", ".join(resident) or "nothing"))
+    if run.family.attention.choice != AttentionChoice():
+        lines.append(f"attention: {run.family.attention.choice}")
     if memory.gradient_checkpointing:
         lines.append("gradient checkpointing" + (" with inputs on the CPU" if memory.cpu_offload_checkpointing else ""))
     if memory.blocks_to_swap:

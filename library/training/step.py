@@ -15,6 +15,7 @@ from library.core.keyed_random import StepDraws, key_seed
 from library.dataset.batch import Batch, conditioning_rows
 from library.dataset.latent_cache import bucket_of
 from library.dataset.strategies import Conditioning, StrategySet
+from library.device_utils import to_device
 from library.training.objective import NoisyLatents, Objective
 from library.training.run import DiTOutput, Models, StepOutput
 
@@ -75,7 +76,7 @@ class TrainStep:
         latents = self.latents_of(batch)  # [B, C, H, W] or [B, C, F, H, W]
         noise = self.noise_of(latents, draws)
         if times is None:
-            times = self.times_of(latents, draws)
+            times = self.drawn_times(latents, draws)
         sample = self.objective.corrupt(latents, noise, times, draws)
         if batch.request.is_training:
             self.trainable.on_sample(sample)
@@ -95,11 +96,16 @@ class TrainStep:
         return draws
 
     def noise_of(self, latents: torch.Tensor, draws: StepDraws) -> torch.Tensor:
-        return draws.normal("noise", latents.shape[1:]).to(self.runtime.device)
+        return to_device(draws.normal("noise", latents.shape[1:]), self.runtime.device)
+
+    def drawn_times(self, latents: torch.Tensor, draws: StepDraws) -> torch.Tensor:
+        """Noise levels [B], [B, F] or [B, tokens] from the run's timestep sampler, in the objective's unit; on the CPU,
+        where they can be read without waiting. `Objective.corrupt` brings them to the latents."""
+        return self.timestep_sampler.sample(tuple(latents.shape), draws)
 
     def times_of(self, latents: torch.Tensor, draws: StepDraws) -> torch.Tensor:
-        """Noise levels [B], [B, F] or [B, tokens] from the run's timestep sampler, in the objective's unit."""
-        return self.timestep_sampler.sample(tuple(latents.shape), draws).to(self.runtime.device)
+        """The drawn times on the device."""
+        return to_device(self.drawn_times(latents, draws), self.runtime.device)
 
     def predict(
         self, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, *, untouched: bool = False,

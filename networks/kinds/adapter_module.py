@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from library.checkpoints.number_formats import IN_MEMORY, narrowed
 from library.core.errors import CheckpointError
 from library.core.keyed_random import StepDraws
-from library.fp8_optimization_utils import unscaled
+from library.fp8_optimization_utils import set_weight, stored_of, weight_of, weight_shape
 from networks.kinds.weight_decomposition import decomposed_output, dora_change, lengths_of, shrink
 
 
@@ -201,7 +201,7 @@ class AdapterModule(nn.Module):
         change = change.to(output.device)
         if self.diff_b is not None:
             bias = self.multiplier * self.diff_b  # [out]
-            change = change + bias.to(change.device, change.dtype).view(-1, *[1] * (self.org_module.weight.ndim - 2))
+            change = change + bias.to(change.device, change.dtype).view(-1, *[1] * (len(self.weight_shape) - 2))
         return output + change
 
     @property
@@ -232,9 +232,13 @@ class AdapterModule(nn.Module):
         return change_of(type(self), without_lengths(self.tensors()), self.original_weight(), multiplier)
 
     def original_weight(self) -> torch.Tensor:
-        """The weight of the layer, multiplied out where it is stored in scaled 8 bits."""
-        weight, scale = getattr(self.org_module, self.weight_name), getattr(self.org_module, "fp8_scale", None)
-        return weight if scale is None else unscaled(weight, scale)
+        """The weight of the layer, widened to float32 where it is stored in fewer bits."""
+        return weight_of(self.org_module, self.weight_name)
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """[out, in, ...] of the layer's weight, however it is stored."""
+        return weight_shape(self.org_module)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """What the layer's weight makes of an input, without bias and adapter; in the type of autocast, else of `x`."""
@@ -332,7 +336,11 @@ class AdapterModule(nn.Module):
             kept = torch.stack(
                 [
                     torch.rand(
-                        shape, generator=draws.generator(purpose, row // per_sample, self.lora_name, row % per_sample)
+                        shape,
+                        generator=draws.generator(
+                            purpose, row // per_sample, self.lora_name, row % per_sample, device=hidden.device
+                        ),
+                        device=hidden.device,
                     )
                     >= probability
                     for row in range(rows)
@@ -347,7 +355,8 @@ class AdapterModule(nn.Module):
             return change
         draws, rows = self.step_state.draws, change.shape[0]
         uniform = (
-            torch.rand(rows) if draws is None else draws.batch_uniforms("network row dropout", rows, self.lora_name)
+            torch.rand(rows) if draws is None
+            else draws.batch_uniforms("network row dropout", rows, self.lora_name, device=change.device)
         )
         kept = (uniform >= self.rank_dropout).to(change.device, change.dtype) / (1 - self.rank_dropout)
         return change * kept.view(-1, *[1] * (change.ndim - 1))
@@ -371,7 +380,8 @@ class AdapterModule(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         """Add the change to the layer's weight: computed in float32 on `device`, rounded to `dtype` (default: the
-        weight's). `sd` holds this module's tensors of a file, when they are not loaded yet."""
+        weight's; a weight in fewer bits keeps its form). `sd` holds this module's tensors of a file, when they are not
+        loaded yet."""
         if sd:
             self.load_file_tensors(sd)
         tensors = {name: tensor.to(device) if device is not None else tensor for name, tensor in self.tensors().items()}
@@ -379,11 +389,13 @@ class AdapterModule(nn.Module):
             parameter = getattr(self.org_module, name, None)
             if parameter is None:
                 continue
-            original = parameter.detach().to(
+            original = weight_of(self.org_module, name).detach().to(
                 next(iter(tensors.values())).device if device is None else device, torch.float32
             )
             merged = change_of_part(tensors, original)
-            if merged is not None:
+            if merged is not None and name == "weight" and stored_of(self.org_module) is not None:
+                set_weight(self.org_module, merged.to(parameter.device))
+            elif merged is not None:
                 parameter.data.copy_(narrowed(f"{self.lora_name}.{name}", merged, dtype or parameter.dtype, IN_MEMORY))
 
     def _merged_weight(self, tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor | None:
@@ -396,9 +408,9 @@ class AdapterModule(nn.Module):
     @torch.no_grad()
     def backup_weight(self) -> None:
         if self._backup is None:
-            self._backup = {
-                name: parameter.detach().clone() for name, parameter in self.org_module.named_parameters(recurse=False)
-            }
+            layer = self.org_module
+            own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+            self._backup = {name: tensor.detach().clone() for name, tensor in own}
 
     @torch.no_grad()
     def restore_weight(self) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.core.keyed_random import key_seed
+from library.core.keyed_random import keyed_generator
 
 if TYPE_CHECKING:
     from networks.lora import LoRAModule
@@ -56,7 +56,7 @@ class Ggpo:
     def update_norms(self, module: LoRAModule) -> None:
         """sqrt(estimate^2 + |row of scale * up @ down|^2), the size of the changed weight's rows."""
         if self.weight_norm_estimate is None:
-            weight = module.org_module.weight
+            weight = module.original_weight()
             step = max(
                 1, weight.shape[0] // SAMPLED_ROWS
             )  # evenly spaced rows instead of random ones: the same in every run
@@ -72,9 +72,7 @@ class Ggpo:
         out_features, in_features = module.org_module.out_features, module.org_module.in_features
         with torch.no_grad():
             # Drawn on the device: a full weight's worth of numbers per layer and step would take minutes on the CPU.
-            generator = torch.Generator(x.device).manual_seed(
-                key_seed(draws.seed, "network ggpo", draws.step, module.lora_name)
-            )
+            generator = keyed_generator(draws.seed, "network ggpo", draws.step, module.lora_name, device=x.device)
             noise = torch.randn(out_features, in_features, generator=generator, device=x.device)
             noise *= (self.sigma * self.combined_norms + self.beta * self.grad_norms**2) / out_features**0.5
         return torch.nn.functional.linear(x, noise.to(x.dtype))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 from benchmarks import command
 from benchmarks.bounds import flops_of
+from benchmarks.merge import check_room
+from benchmarks.processes import used_by
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -30,13 +33,60 @@ def test_the_step_beside_its_baselines(tmp_path, capsys, family):
     assert f"{family} LoRA" in told and "diffusers + peft loop" in told and str(path) in told
 
 
+def test_help_beside_a_bare_interpreter(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    assert command.main(["help", "--quick", "--scripts", "tools/convert_lora.py", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())["figures"]
+    assert [figure["baselines"][0]["name"] for figure in figures] == ["bare interpreter"] * 2
+    assert "--help of tools/convert_lora.py" in capsys.readouterr().out
+
+
+def test_caching_beside_the_encoder_alone(tmp_path):
+    path = tmp_path / "figures.json"
+    assert command.main(["caching", "--quick", "--families", "sdxl", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())["figures"]
+    assert [figure["case"] for figure in figures] == [
+        "sdxl, latents: encoder busy", "sdxl, latents", "sdxl, text: encoder busy", "sdxl, text",
+    ]  # fmt: skip
+    assert all(0 < figures[k]["ours"]["median"] <= 1 for k in (0, 2))
+    assert all(0 < figures[k]["baselines"][0]["median"] for k in (1, 3))
+
+
+@pytest.mark.full
+def test_merging_beside_a_copy(tmp_path):
+    path = tmp_path / "figures.json"
+    assert command.main(["merge", "--quick", "--sparse", "--folder", str(tmp_path), "--json", str(path)]) == 0
+    memory, seconds = json.loads(path.read_text())["figures"]
+    assert memory["baselines"][0]["at_most"] == 0.25 and seconds["baselines"][0]["name"] == "copy of the file"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_too_little_room_for_the_model(tmp_path):
+    with pytest.raises(SystemExit, match="give a smaller --gigabytes"):
+        check_room(tmp_path, 1 << 60)
+
+
+@pytest.mark.full
+def test_starts(tmp_path):
+    path = tmp_path / "figures.json"
+    assert command.main(["start", "--quick", "--counts", "2", "4", "--family", "sd1", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())["figures"]
+    assert [figure["wanted"] for figure in figures] == [None, 10.0, 1024, None]
+    assert figures[-1]["ours"]["median"] == figures[-1]["baselines"][0]["median"] == 2
+
+
+def test_a_process_that_fails_shows_its_log(tmp_path):
+    with pytest.raises(SystemExit, match="something is wrong"):
+        used_by([sys.executable, "-c", "raise ValueError('something is wrong')"], tmp_path / "log.txt")
+
+
 def test_options_of_a_subject_need_it_alone(capsys):
     with pytest.raises(SystemExit):
         command.read(["--families", "flux"])
     assert "--families is not known here; an option of a subject needs that subject" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.read(["stepp"])
-    assert "unknown subject stepp; known: step" in capsys.readouterr().err
+    assert "unknown subject stepp; known: step, start" in capsys.readouterr().err
 
 
 def test_flops_are_counted_forward_and_backward():

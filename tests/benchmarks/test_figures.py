@@ -23,8 +23,8 @@ def test_what_is_missed_is_told():
 
 
 def test_numbers_have_three_digits_that_count():
-    assert [number(x) for x in (0.0012345, 1.2345, 123.45, 12345.6, 0.00001234, 0.0)] == [
-        "0.00123", "1.23", "123", "12,300", "1.23e-05", "0",
+    assert [number(x) for x in (0.0012345, 1.2345, 123.45, 1024, 3.21e7, 0.00001234, 0.0)] == [
+        "0.00123", "1.23", "123", "1,024", "3.21e+07", "1.23e-05", "0",
     ]  # fmt: skip
 
 

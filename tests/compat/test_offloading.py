@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from library import custom_offloading_utils as known
-from tests.library.test_custom_offloading_utils import TwoPlaces
+from tests.simulated_device import simulated_device
 
 
 class Row(torch.nn.Module):
@@ -24,10 +24,6 @@ class Row(torch.nn.Module):
         return x
 
 
-class KnownTwoPlaces(TwoPlaces, known.ModelOffloader):
-    """The known calls with both places in the memory of one machine: a block that is away holds NaN."""
-
-
 def gradients(model, offloader=None):
     x = torch.ones(2, 4, requires_grad=True)
     if offloader is not None:
@@ -40,17 +36,19 @@ def gradients(model, offloader=None):
 @pytest.mark.parametrize("swapped", [1, 3, 5])
 def test_swapped_blocks_give_the_same_result(swapped):
     expected = gradients(Row())
-    model = Row()
-    offloader = KnownTwoPlaces(model.blocks, swapped)
-    for _ in range(2):
-        for value, wanted in zip(gradients(model, offloader), expected, strict=True):
-            assert torch.equal(value, wanted)
-    assert offloader.num_swaps == 4 * swapped and offloader.blocks_to_swap == swapped
-    offloader.set_forward_only(True)
-    with torch.no_grad():
-        for _ in range(2):
-            offloader.prepare_block_devices_before_forward(model.blocks)
-            assert torch.equal(model(torch.ones(2, 4), offloader), expected[0])
+    with simulated_device() as device, device.watching():
+        model = Row().requires_grad_(False)
+        offloader = known.ModelOffloader(model.blocks, swapped, torch.device("cpu"))
+        for number in (1, 2):
+            for value, wanted in zip(gradients(model, offloader), expected, strict=True):
+                assert torch.equal(value, wanted)
+            assert len(device.copies) == number * (2 * swapped + offloader.ring_size)
+        assert offloader.blocks_to_swap == swapped
+        offloader.set_forward_only(True)
+        with torch.no_grad():
+            for _ in range(2):
+                offloader.prepare_block_devices_before_forward(model.blocks)
+                assert torch.equal(model(torch.ones(2, 4), offloader), expected[0])
 
 
 def test_the_four_arguments_and_a_cpu_that_moves_nothing():
@@ -66,6 +64,7 @@ def test_single_exchanges_and_moves():
     weight = second.weight.detach().clone()
     offloader = known.Offloader(2, 1, torch.device("cpu"))
     offloader.swap_weight_devices(first, second)
+    known.swap_weight_devices_cuda(torch.device("cpu"), second, first)
     known.swap_weight_devices_no_cuda(torch.device("cpu"), first, second)
     known.weighs_to_device(second, torch.device("cpu"))
     assert torch.equal(second.weight, weight)
@@ -75,13 +74,3 @@ def test_inputs_that_wait_on_the_cpu():
     double = known.create_cpu_offloading_wrapper(lambda x, kept: (x * 2, kept), torch.device("cpu"))
     out, kept = double(torch.ones(2), "text")
     assert torch.equal(out, torch.full((2,), 2.0)) and kept == "text"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_storages_change_places_on_the_device():
-    first, second = torch.nn.Linear(4, 4).cuda(), torch.nn.Linear(4, 4)
-    weights = first.weight.detach().cpu(), second.weight.detach().clone()
-    place = first.weight.data_ptr()
-    known.swap_weight_devices_cuda(torch.device("cuda"), first, second)
-    assert first.weight.device.type == "cpu" and second.weight.data_ptr() == place
-    assert torch.equal(first.weight, weights[0]) and torch.equal(second.weight.cpu(), weights[1])

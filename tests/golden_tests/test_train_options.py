@@ -36,6 +36,8 @@ WORKS_TOO = {
 """what else is refused there and works here"""
 SERVES_HERE = {
     "fp8_base": "the denoiser that does not learn", "fused_optimizer_groups": "means the same as --fused_backward_pass",
+    "mem_eff_attn": "every family computes attention in the way that is chosen", "xformers": "likewise",
+    "sdpa": "likewise",
 }
 """options that do nothing there, and something here"""
 REFUSED_VALUE = {"save_model_as": "diffusers"}

@@ -6,7 +6,15 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from library.components.text_encoder_utils import CLIP_PREFIXES, T5_PREFIXES, inspect_clip_l, load_clip_l, load_t5xxl
+from library.components.text_encoder_utils import (
+    CLIP_PREFIXES,
+    T5_PREFIXES,
+    attended,
+    inspect_clip_l,
+    load_clip_l,
+    load_t5xxl,
+    ready_mask,
+)
 from library.core.errors import CheckpointError
 from library.flux_utils import get_t5xxl_actual_dtype
 from library.safetensors_utils import save_file_atomic
@@ -141,3 +149,15 @@ def test_wrong_files_are_named(tmp_path) -> None:
     save_file_atomic(broken, tmp_path / "b.safetensors")
     with pytest.raises(CheckpointError, match="layers.1.mlp.fc2.bias"):
         load_clip_l(tmp_path / "b.safetensors", None, "cpu")
+
+
+@torch.no_grad()
+def test_a_ready_mask_is_what_transformers_makes_of_a_short_one() -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    for encoder, causal in ((t5_reference(), False), (clip_reference().text_model, True)):
+        made = encoder(input_ids=IDS, attention_mask=mask).last_hidden_state
+        ready = encoder(input_ids=IDS, attention_mask=ready_mask(IDS, mask, causal=causal)).last_hidden_state
+        torch.testing.assert_close(ready[mask.bool()], made[mask.bool()])
+    assert attended(t5_reference(), IDS, mask) is mask, "on the CPU values are looked at for nothing"
+    on_device = attended(t5_reference(), IDS.to("meta"), mask.to("meta"))
+    assert on_device.shape == (2, 1, 6, 6)

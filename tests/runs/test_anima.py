@@ -75,7 +75,7 @@ CHANGING = [
 ]  # fmt: skip
 EQUAL = [
     "--attn_mode=sdpa",
-    "--attn_mode=flash",
+    "--attn_mode=torch_math",
     "--split_attn",
     "--vae_disable_cache",
     "--gradient_checkpointing",

@@ -66,7 +66,7 @@ CHANGING = [
     "--network_args split_qkv=True", "--network_args network_reg_dims=_mod_=0",
 ]  # fmt: skip
 EQUAL = [
-    "--attn_mode=flash", "--split_attn", "--gradient_checkpointing", "--text_encoder_cpu",
+    "--attn_mode=torch_efficient", "--split_attn", "--gradient_checkpointing", "--text_encoder_cpu",
     "--network_train_unet_only", "--text_encoder_lr 1e-4 2e-4", "--guidance_scale=1", "--blocks_to_swap=0",
     "--gradient_checkpointing --cpu_offload_checkpointing", "--vae_tiling",
 ]  # fmt: skip

@@ -149,7 +149,7 @@ CHANGING = [
     "--network_args include_patterns=['.*_mod.*']",
 ]  # fmt: skip
 EQUAL = [
-    "--flash_attn", "--split_attn", "--gradient_checkpointing", "--img_in_txt_in_offloading", "--vae_tiling",
+    "--sdpa", "--split_attn", "--gradient_checkpointing", "--img_in_txt_in_offloading", "--vae_tiling",
     "--gradient_checkpointing --gradient_checkpointing_cpu_offload", "--vae_chunk_size=2", "--network_train_unet_only",
     "--vae_dtype=fp32 --text_encoder_dtype=fp32 --dit_dtype=fp32", "--vae_spatial_tile_sample_min_size=64",
 ]  # fmt: skip

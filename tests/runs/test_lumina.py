@@ -106,7 +106,7 @@ CHANGING = [
     "--mixed_precision=bf16 --fp8_base", "--network_args train_blocks=transformer",
     "--network_args embedder_dims=[2,2,2]", "--network_args split_qkv=True",
 ]  # fmt: skip
-EQUAL = ["--use_flash_attn", "--use_sage_attn", "--gradient_checkpointing", "--blocks_to_swap=1"]
+EQUAL = ["--mem_eff_attn --split_attn", "--gradient_checkpointing", "--blocks_to_swap=1"]
 
 
 @pytest.fixture(scope="module")

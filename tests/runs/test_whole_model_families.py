@@ -134,9 +134,9 @@ def test_updates_inside_the_backward_pass_give_the_same_bytes(
     ("sd3", ["--save_model_as=diffusers"], "models of this family are not written as folders"),
     ("sd3", ["--network_train_unet_only"], "--network_train_unet_only is an option of other scripts"),
     ("chroma", ["--train_text_encoder"], "an option of other scripts for whole models; flux_train has"),
-    ("lumina", ["--fp8_base"], "trained weights are not held in 8 bits"),
+    ("lumina", ["--fp8_base"], "trained weights are not held in 8 or 4 bits"),
     ("lumina", ["--num_last_block_to_freeze=1"], "lumina_train has"),
-    ("hunyuan_image", ["--fp8_scaled"], "trained weights are not held in 8 bits"),
+    ("hunyuan_image", ["--fp8_scaled"], "trained weights are not held in 8 or 4 bits"),
     ("hunyuan_image", ["--network_args=a=1"], "--network_args is an option of other scripts"),
 ])  # fmt: skip
 def test_what_cannot_be(name: str, words: list[str], told: str, tinies: Tinies, tmp_path: Path) -> None:

@@ -183,3 +183,13 @@ class Trainable(ABC):
 
     @abstractmethod
     def metadata(self) -> dict[str, Plain]: ...
+
+
+def mask_notice(device: torch.device) -> list[str]:
+    """A line for the start of a run with dropouts, where its numbers are not those that the CPU draws."""
+    if device.type == "cpu":
+        return []
+    return [
+        f"masks of dropouts are drawn on the device ({device.type}): the same in every run on it, other ones than on"
+        " the CPU"
+    ]

@@ -17,6 +17,7 @@ from library.core.options import Config
 from library.generation.control_pictures import open_picture, picture_tensor
 from library.training.lllite import DEFAULT_COND_DIM, DEFAULT_DIM, LLLiteOptions
 from library.training.optimizers import OptimizerOptions
+from library.training.trainables.base import mask_notice
 from library.training.trainables.pictures import FollowsPictures
 from networks.files.network_files import write_adapter_file
 
@@ -148,10 +149,11 @@ class LLLiteTrainable(FollowsPictures):
         return f"ControlNet-LLLite of {len(self.net.names)} layers, cond_emb_dim {cond_dim}, network_dim {dim}"
 
     def notices(self) -> list[str]:
-        return [
+        lines = [] if self._shapes is not None else [
             "a new ControlNet-LLLite changes nothing at the start (known trainers give its last layer random biases,"
             " which change pictures)"
-        ] if self._shapes is None else []
+        ]  # fmt: skip
+        return [*lines, *(mask_notice(self.net.device) if self.opts.network_dropout else [])]
 
     # -- files -------------------------------------------------------------------------------------------------------
 

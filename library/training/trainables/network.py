@@ -24,6 +24,7 @@ from library.training.hooks.base import Hook
 from library.training.optimizers import OptimizerOptions
 from library.training.option_groups import ModelOptions
 from library.training.timesteps import NUM_TIMESTEPS
+from library.training.trainables.base import mask_notice
 from library.training.trainables.base_weights import BaseWeights
 from library.training.trainables.fresh_network import changed_layer
 from library.training.trainables.kept_layers import KeptLayers, kept_layers
@@ -334,7 +335,9 @@ class NetworkTrainable(NetworkChoice):
 
     def notices(self) -> list[str]:
         kept = self.kept.message()
-        return [*self._alpha_notice(), *self._start_notice(), *([] if kept is None else [kept])]
+        lines = [*self._alpha_notice(), *self._start_notice(), *([] if kept is None else [kept])]
+        drops = self._is_own and any(module.dropout or module.rank_dropout for module in self.network.loras)
+        return [*lines, *(mask_notice(next(self.network.parameters()).device) if drops else [])]
 
     def _start_notice(self) -> list[str]:
         if self._changed_at_start is None:

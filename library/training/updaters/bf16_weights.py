@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from library.core.keyed_random import key_seed
+from library.core.keyed_random import keyed_generator
 
 LOW_BITS = 16
 """bits of a float32 that bfloat16 does not have"""
@@ -43,8 +43,8 @@ def write_rounded(
 ) -> None:
     """Draws hang on seed, step and place alone: the order of updates does not matter."""
     seed, step, place = key
-    drawn = key_seed(seed, "stochastic rounding", step, place)
-    generator = torch.Generator(weight.device).manual_seed(drawn)  # a large model has too many weights for the CPU
+    # on the device: a large model has too many weights for the CPU
+    generator = keyed_generator(seed, "stochastic rounding", step, place, device=weight.device)
     random = torch.randint(0, 1 << LOW_BITS, weight.shape, generator=generator, device=weight.device, dtype=torch.int32)
     weight.copy_(stochastically_rounded(moved, random))
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.components.block_ring import bring_weights_home
 from library.training.optimizers.single_steps import GroupCounts, only
 from library.training.updaters.base import Updater, trained_parameters
 from library.training.updaters.bf16_weights import BF16_UPDATES, COMPENSATION, exact_value
@@ -122,8 +123,7 @@ class FusedUpdater(Updater):
 
     def update(self, run: Run) -> None:
         for part in run.models.of_step:
-            if hasattr(part, "prepare_block_swap_before_forward"):
-                part.prepare_block_swap_before_forward()  # hooks find every weight in its place, and none on its way
+            bring_weights_home(part)  # hooks find every weight in its place, and none on its way
         run.lr_scheduler.step()
 
     def end(self, run: Run) -> None:

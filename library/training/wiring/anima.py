@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
-ATTENTION_MODES = ("torch", "sdpa", "xformers", "flash", "sageattn")
 TOKEN_LENGTH = 512
 RATE_PATTERNS = {
     "llm_adapter_lr": r"llm_adapter\..*",
@@ -56,7 +55,6 @@ RATE_SWITCHES = {"llm_adapter_lr": "train_llm_adapter=True", "mod_lr": "include_
 """options of rates whose layers learn only with a network argument"""
 
 _SD_MODELS = "it belongs to Stable Diffusion; Anima has no such variant"
-_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +81,6 @@ class AnimaOptions:
     mod_lr: float | None = option(
         None,
         help="learning rate of the modulations, which adapters train only with --network_args include_patterns; 0 = not trained",
-    )
-    attn_mode: str | None = equivalent_option(
-        None, help="which package computes the attention", choices=(None, *ATTENTION_MODES),
-        reason=f"--attn_mode: {_ATTENTION}"
-    )
-    split_attn: bool = equivalent_option(
-        False, help="one attention call for each sample", reason=f"--split_attn: {_ATTENTION}, which needs no splitting"
     )
     vae_chunk_size: int | None = option(
         None, help="rows that the VAE computes at once, an even number: less memory, equal results; all when not given"
@@ -190,8 +181,8 @@ class AnimaFamily(FlowFamily):
 
     def _size_problems(self) -> list[str]:
         """Sizes of the files against each other; headers only."""
-        from library.custom_offloading_utils import row_swap_problem
         from library.anima_utils import fitting_problems
+        from library.custom_offloading_utils import row_swap_problem
 
         params, adapter = self._denoiser_info.params, self._adapter
         place = self.opts.llm_adapter_path or self._denoiser_path
@@ -307,17 +298,10 @@ class AnimaFamily(FlowFamily):
         return vae
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """[Qwen3]. With 8-bit storage it is read in the compute type first, because only its linear layers shrink."""
+        """[Qwen3]."""
         from library.components.llm_encoder_utils import load_qwen3
 
-        qwen3 = load_qwen3(
-            self.opts.qwen3, runtime.weight_dtype, runtime.device, self._disable_mmap, transform=self.transform
-        )
-        if runtime.text_encoder_dtype != runtime.weight_dtype:
-            from library.fp8_optimization_utils import shrink_linears_to_fp8
-
-            shrink_linears_to_fp8(qwen3)
-        return [qwen3]
+        return [self.stored_encoder(load_qwen3, self.opts.qwen3, runtime)]
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""
@@ -327,9 +311,8 @@ class AnimaFamily(FlowFamily):
         device = "cpu" if swap else runtime.device
         denoiser = load_anima(
             self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap,
-            llm_adapter_path=self.opts.llm_adapter_path,
-            transform=self.transform,
-        )
+            llm_adapter_path=self.opts.llm_adapter_path, transform=self.transform, form=runtime.denoiser_form,
+        )  # fmt: skip
         if swap:
             denoiser.enable_block_swap(swap, runtime.device)
             denoiser.move_to_device_except_swap_blocks(runtime.device)

@@ -6,15 +6,23 @@ import dataclasses
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from library.core.attention_modes import Place
 from library.core.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
-from library.core.options import Config, Ignored
+from library.core.options import Config, Ignored, without_effect
 from library.core.registry import import_target
 from library.dataset import CachingOptions
 from library.training import timestep_samplers
-from library.training.option_groups import MemoryOptions
+from library.training.attention_options import (
+    ATTENTION_SWITCHES,
+    AttentionOptions,
+    AttentionSettings,
+    attention_settings,
+)
+from library.training.option_groups import MemoryOptions, ModelOptions, PrecisionOptions
 from library.training.sampling_prompts import (
     IMAGE_LINE_OPTIONS,
     VIDEO_LINE_OPTIONS,
@@ -145,6 +153,12 @@ class ModelFamily(ABC):
         """Shared options whose default follows from the values that were given, by name -> default."""
         return {}
 
+    small_text_option: ClassVar[str | None] = None
+    """its own option by which text encoders are kept in 8 bits"""
+
+    attention_switches: ClassVar[Mapping[str, str]] = ATTENTION_SWITCHES
+    """options that choose how the attention of the denoiser is computed, beside --attn_mode -> the mode; the first that
+    is set counts"""
     part_options: ClassVar[Mapping[str, frozenset[str]]] = {}
     """own options that a part needs, for tools that load one part alone: "vae" and "text_encoders" -> names"""
 
@@ -209,6 +223,8 @@ class ModelFamily(ABC):
         caching = self.config[CachingOptions]
         if not caching.caches_text:
             return None
+        form = self.config[PrecisionOptions].quantize_text_encoder
+        more = (*more, f"text encoders in {form}") if form else more
         if not files:
             more, settings = (), {}
         return TextCache(
@@ -242,6 +258,33 @@ class ModelFamily(ABC):
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         """In the order in which the text strategy expects them. One that can learn has `get_input_embeddings` and
         `gradient_checkpointing_enable` as models of transformers have, and no dropout."""
+
+    def text_form(self, runtime: Runtime) -> str | None:
+        """How the matrices of text encoders are stored, one of weight_forms.FORMS; None: as they are computed with."""
+        return runtime.text_form or ("fp8" if self._is_text_small else None)
+
+    @property
+    def _is_text_small(self) -> bool:
+        return bool(self.small_text_option and getattr(self.opts, self.small_text_option))
+
+    def idle_text_form(self) -> list[Ignored]:
+        """Its own option for text encoders in 8 bits, where the shared one says how they are stored."""
+        form = self.config[PrecisionOptions].quantize_text_encoder
+        given = [self.small_text_option] if form and self._is_text_small else []
+        return without_effect(given, f"--quantize_text_encoder {form} says how text encoders are stored")
+
+    def stored_encoder(
+        self, load: Callable[..., torch.nn.Module], path: str | Path, runtime: Runtime
+    ) -> torch.nn.Module:
+        """A text encoder by its loader, (path, dtype, place, disable_mmap, transform=...), with its matrices in the
+        form of the run."""
+        from library.components.stored_parts import stored_model
+
+        disable_mmap = self.config[ModelOptions].disable_mmap_load_safetensors
+        return stored_model(
+            lambda place: load(path, runtime.weight_dtype, place, disable_mmap, transform=self.transform),
+            self.text_form(runtime), runtime.device,
+        )  # fmt: skip
 
     @abstractmethod
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
@@ -370,6 +413,18 @@ class ModelFamily(ABC):
         the others are those of the base, as they were; UnsupportedCombination for parts that the family does not write.
         """
         raise UnsupportedCombination(f"{self.name} models cannot be written whole")
+
+    @cached_property
+    def attention(self) -> AttentionSettings:
+        """How the attention of the denoiser is computed in training."""
+        from library.device_utils import get_preferred_device
+
+        place = Place(
+            get_preferred_device().type, self.config[PrecisionOptions].mixed_precision != "no", training=True
+        )
+        return attention_settings(
+            self.config[AttentionOptions], self.attention_switches, self.config.values(), place
+        )
 
     @property
     def second_adapter(self) -> str:

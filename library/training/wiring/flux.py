@@ -316,25 +316,11 @@ class FluxFamily(FlowFamily):
         return embedding_widths(self.opts.clip_l, self.opts.t5xxl)
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """Those of `text_slots`. With 8-bit storage they are read in the compute type first, because only their linear
-        layers shrink."""
+        """Those of `text_slots`."""
         from library.flux_utils import load_clip_l, load_t5xxl
 
-        load = {"clip_l": load_clip_l, "t5xxl": load_t5xxl}
-        encoders = [
-            load[slot](
-                getattr(self.opts, slot), runtime.weight_dtype, runtime.device, self._disable_mmap,
-                transform=self.transform,
-            )
-            for slot in self.text_slots
-        ]
-        if runtime.text_encoder_dtype != runtime.weight_dtype:
-            from library.fp8_optimization_utils import shrink_linears_to_fp8
-
-            for encoder in encoders:
-                # transformers casts the input of T5's `wo` to the type of its weight, which must not be 8 bits
-                shrink_linears_to_fp8(encoder, keep=("wo",))
-        return encoders
+        loaders = {"clip_l": load_clip_l, "t5xxl": load_t5xxl}
+        return [self.stored_encoder(loaders[slot], getattr(self.opts, slot), runtime) for slot in self.text_slots]
 
     def base_info(self) -> FlowModelInfo:
         return self._denoiser_info
@@ -344,7 +330,8 @@ class FluxFamily(FlowFamily):
         swap = self._blocks_to_swap
         device = "cpu" if swap else runtime.device
         denoiser = self._loader(
-            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, transform=self.transform
+            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, transform=self.transform,
+            form=runtime.denoiser_form,
         )
         if swap:
             denoiser.enable_block_swap(swap, runtime.device)

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from library.core.errors import Problems
-from library.core.options import Ignored, equivalent_option, option, without_effect
+from library.core.options import Ignored, option, without_effect
 from library.families.hunyuan_image import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions, PrecisionOptions
 from library.training.timestep_samplers import TimestepOptions
@@ -35,10 +35,8 @@ logger = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
 TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
-ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")
 
 _SD_MODELS = "it belongs to Stable Diffusion; HunyuanImage has no such variant"
-_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 _STILL = "the text encoders of HunyuanImage are never trained"
 
 
@@ -57,9 +55,6 @@ class HunyuanImageOptions:
         choices=PREDICTION_TYPES,
         help="raw: compare velocities; sigma_scaled: compare the clean estimate, weighted by --weighting_scheme",
     )
-    fp8_scaled: bool = option(
-        False, help="keep the large matrices of the denoiser in 8 bits, each row scaled to the whole range"
-    )
     fp8_vl: bool = option(False, help="keep the matrices of the Qwen2.5-VL text encoder in 8 bits")
     text_encoder_cpu: bool = option(False, help="let the text encoders compute on the CPU")
     vae_chunk_size: int | None = option(
@@ -67,15 +62,6 @@ class HunyuanImageOptions:
     )
     vae_tiling: bool = option(
         False, help="let the VAE compute pictures larger than 384 pixels in tiles: little memory, close results"
-    )
-    attn_mode: str | None = equivalent_option(
-        None,
-        help="which package computes the attention",
-        choices=(None, *ATTENTION_MODES),
-        reason=f"--attn_mode: {_ATTENTION}",
-    )
-    split_attn: bool = equivalent_option(
-        False, help="one attention call for each sample", reason=f"--split_attn: {_ATTENTION}, which needs no splitting"
     )
 
     def __post_init__(self) -> None:
@@ -101,6 +87,7 @@ class HunyuanImageFamily(FlowFamily):
     denoiser_kinds = ("hunyuan_image",)
     denoiser_writer = "library.hunyuan_image_utils:save_hunyuan_image"
     options = HunyuanImageOptions
+    small_text_option = "fp8_vl"
     defaults = {"discrete_flow_shift": 5.0}
     part_options = {
         "vae": frozenset({"vae_chunk_size", "vae_tiling"}),
@@ -164,7 +151,7 @@ class HunyuanImageFamily(FlowFamily):
             )
         elif params.guidance_embed:
             lines.append("a distilled model, trained with its embedded guidance (--guidance_scale)")
-        if (precision.fp8_base or precision.fp8_base_unet) and not self.opts.fp8_scaled:
+        if precision.denoiser_form == "fp8":
             lines.append(
                 "--fp8_base stores the denoiser as --fp8_scaled does: without scales its small rows would be lost"
             )
@@ -227,13 +214,13 @@ class HunyuanImageFamily(FlowFamily):
         )  # fmt: skip
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """[Qwen2.5-VL, ByT5]. In 8 bits are the linear layers of the first, which is read in the compute type."""
+        """[Qwen2.5-VL, ByT5]. In fewer bits are the linear layers of the first."""
         from library.hunyuan_image_utils import load_encoders
 
         device = "cpu" if self.opts.text_encoder_cpu else runtime.device
         return load_encoders(
             self.opts.text_encoder, self.opts.byt5, runtime.weight_dtype, device, self._disable_mmap,
-            fp8_vl=self.opts.fp8_vl or runtime.text_encoder_dtype != runtime.weight_dtype,
+            form=self.text_form(runtime),
         )  # fmt: skip
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
@@ -242,10 +229,10 @@ class HunyuanImageFamily(FlowFamily):
 
         swap = self._blocks_to_swap
         device = "cpu" if swap else runtime.device
-        scaled = self.opts.fp8_scaled or runtime.denoiser_dtype.itemsize == 1
+        form = "fp8_scaled" if runtime.denoiser_form == "fp8" else runtime.denoiser_form
         denoiser = load_hunyuan_image(
-            self._denoiser_path, runtime.weight_dtype if scaled else runtime.denoiser_dtype, device, self._disable_mmap,
-            fp8_scaled=scaled, transform=self.transform,
+            self._denoiser_path, runtime.weight_dtype if form else runtime.denoiser_dtype, device, self._disable_mmap,
+            form=form, by_rows=self.config[PrecisionOptions].multiplies_fp8, transform=self.transform,
         )  # fmt: skip
         if swap:
             denoiser.enable_block_swap(swap, runtime.device)

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from library.core.errors import Problems
-from library.core.options import LARGEST_BATCH, LARGEST_TOKENS, equivalent_option, option
+from library.core.options import LARGEST_BATCH, LARGEST_TOKENS, option, refused_option
 from library.dataset import DatasetOptions
 from library.families.lumina import FAMILY
 from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
@@ -35,7 +35,6 @@ TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux
 TOKEN_LENGTH = 256
 
 _SD_MODELS = "it belongs to Stable Diffusion; Lumina-Image 2.0 has no such variant"
-_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +64,10 @@ class LuminaOptions:
         "raw", choices=PREDICTION_TYPES,
         help="raw: compare velocities; sigma_scaled: compare the clean estimate, weighted by --weighting_scheme",
     )
-    use_flash_attn: bool = equivalent_option(
-        False, help="compute the attention with the package flash-attn", reason=f"--use_flash_attn: {_ATTENTION}"
-    )
-    use_sage_attn: bool = equivalent_option(
-        False, help="compute the attention with the package sageattention", reason=f"--use_sage_attn: {_ATTENTION}"
+    use_flash_attn: bool = option(False, help="another name of --attn_mode flash")
+    use_sage_attn: bool = refused_option(
+        False, help="attention of SageAttention",
+        reason="SageAttention has no backward pass; the nearest that works is --attn_mode torch_flash",
     )
 
     def __post_init__(self) -> None:
@@ -94,6 +92,7 @@ class LuminaFamily(FlowFamily):
     denoiser_kinds = ("lumina2",)
     denoiser_writer = "library.lumina_utils:save_lumina"
     options = LuminaOptions
+    attention_switches = {"use_flash_attn": "flash", **FlowFamily.attention_switches}
     defaults = {"timestep_sampling": "shift", "discrete_flow_shift": 6.0}
     part_options = {
         "vae": frozenset({"ae"}),
@@ -226,17 +225,10 @@ class LuminaFamily(FlowFamily):
         return load_ae(self._ae_path, runtime.vae_dtype, runtime.device, self._disable_mmap)
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """[Gemma 2]. With 8-bit storage it is read in the compute type first, because only its linear layers shrink."""
+        """[Gemma 2]."""
         from library.components.gemma_encoder_utils import load_gemma2
 
-        gemma2 = load_gemma2(
-            self._gemma2_path, runtime.weight_dtype, runtime.device, self._disable_mmap, transform=self.transform
-        )
-        if runtime.text_encoder_dtype != runtime.weight_dtype:
-            from library.fp8_optimization_utils import shrink_linears_to_fp8
-
-            shrink_linears_to_fp8(gemma2)
-        return [gemma2]
+        return [self.stored_encoder(load_gemma2, self._gemma2_path, runtime)]
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""
@@ -245,7 +237,8 @@ class LuminaFamily(FlowFamily):
         swap = self.config[MemoryOptions].blocks_to_swap or 0
         device = "cpu" if swap else runtime.device
         denoiser = load_lumina(
-            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, transform=self.transform
+            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, transform=self.transform,
+            form=runtime.denoiser_form,
         )
         if swap:
             denoiser.enable_block_swap(swap, runtime.device)

@@ -332,22 +332,14 @@ class Sd3Family(FlowFamily):
         return embedding_widths(self._denoiser_path, self._given(*ENCODER_SLOTS))
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """[CLIP-L, CLIP-G, T5 or None]. With 8-bit storage they are read in the compute type first, because only their
-        linear layers shrink."""
-        from library.fp8_optimization_utils import shrink_linears_to_fp8
+        """[CLIP-L, CLIP-G, T5 or None]."""
         from library.sd3_utils import ENCODER_LOADERS
 
-        encoders: list[torch.nn.Module | None] = []
-        for slot, load in ENCODER_LOADERS.items():
-            path = self._paths.get(slot)
-            encoder = None if path is None else load(
-                path, runtime.weight_dtype, runtime.device, self._disable_mmap, transform=self.transform
-            )  # fmt: skip
-            if encoder is not None and runtime.text_encoder_dtype != runtime.weight_dtype:
-                # transformers casts the input of T5's `wo` to the type of its weight, which must not be 8 bits
-                shrink_linears_to_fp8(encoder, keep=("wo",))
-            encoders.append(encoder)
-        return encoders
+        paths = {slot: self._paths.get(slot) for slot in ENCODER_LOADERS}
+        return [
+            None if path is None else self.stored_encoder(ENCODER_LOADERS[slot], path, runtime)
+            for slot, path in paths.items()
+        ]
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""
@@ -356,7 +348,7 @@ class Sd3Family(FlowFamily):
         swap = self.config[MemoryOptions].blocks_to_swap or 0
         denoiser = load_sd3(
             self._denoiser_path, runtime.denoiser_dtype, "cpu" if swap else runtime.device, self._disable_mmap,
-            transform=self.transform,
+            transform=self.transform, form=runtime.denoiser_form,
         )  # fmt: skip
         if self.opts.enable_scaled_pos_embed:
             denoiser.enable_scaled_pos_embed()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from library.core.errors import Problems
 from library.core.options import equivalent_option, option, refused_option
 
-_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention, which takes the fastest way it has"
 _SWAP = "swapped blocks change places in the background, in one way for all settings, with the same result"
 
 DTYPES = {
@@ -53,9 +52,6 @@ class VideoOptions:
         " and neither VAE nor text encoders are needed where the caches are complete",
     )
     guidance_scale: float = option(1.0, help="embedded guidance that models distilled for it are trained with")
-    fp8_scaled: bool = option(
-        False, help="keep the large matrices of the denoiser in 8 bits, with scales by which they use the whole range"
-    )
     gradient_checkpointing_cpu_offload: bool = option(
         False, help="another name of --cpu_offload_checkpointing, for --gradient_checkpointing"
     )
@@ -72,16 +68,11 @@ class VideoOptions:
     )
     compile_fullgraph: bool = option(False, help="another name of --dynamo_fullgraph, for --compile")
     compile_cache_size_limit: int | None = option(None, help="another name of --dynamo_cache_size_limit, for --compile")
-    flash_attn: bool = equivalent_option(
-        False, help="attention of flash-attn", reason=f"--flash_attn: {_ATTENTION}"
-    )
-    flash3: bool = equivalent_option(False, help="attention of flash-attn 3", reason=f"--flash3: {_ATTENTION}")
+    flash_attn: bool = option(False, help="another name of --attn_mode flash")
+    flash3: bool = option(False, help="another name of --attn_mode flash3")
     sage_attn: bool = refused_option(
         False, help="attention of SageAttention",
         reason="SageAttention has no backward pass; use --sdpa or --flash_attn",
-    )
-    split_attn: bool = equivalent_option(
-        False, help="one attention call for each sample", reason=f"--split_attn: {_ATTENTION}, which needs no splitting"
     )
     use_pinned_memory_for_block_swap: bool = equivalent_option(
         False, help="pinned memory for swapped blocks", reason=f"--use_pinned_memory_for_block_swap: {_SWAP}"
@@ -119,6 +110,11 @@ STANDS_FOR: Mapping[str, Mapping[str, object]] = {
     "disable_numpy_memmap": {"disable_mmap_load_safetensors": True},
 }
 """for ModelFamily.stands_for, in the order in which they count: a later one wins"""
+
+ATTENTION_SWITCHES: Mapping[str, str] = {
+    "sdpa": "torch", "flash_attn": "flash", "xformers": "xformers", "flash3": "flash3",
+}
+"""for ModelFamily.attention_switches, in the order of the known scripts"""
 
 DEFAULTS: Mapping[str, object] = {"discrete_flow_shift": 1.0, "weighting_scheme": "none", "sigma_table": "falling"}
 """for ModelFamily.defaults: those of the known scripts, where they differ from the shared ones"""

@@ -117,6 +117,7 @@ class WanFamily(VideoFamily):
         "vae": frozenset({"task", "clip", "i2v", "one_frame", "vae_cache_cpu", "vae_dtype"}),
         "text_encoders": frozenset({"t5", "t5_tokenizer", "fp8_t5"}),
     }
+    small_text_option = "fp8_t5"
     loading_options = {"vae": ("vae_dtype", "vae_cache_cpu"), "text_encoders": ("fp8_t5",)}
     tool_defaults = {"latents": {"vae_dtype": "bf16"}, "text": {"mixed_precision": "bf16"}}
 
@@ -352,15 +353,10 @@ class WanFamily(VideoFamily):
         return {VISION: load_vision(self.opts.clip, self.vae_dtype(runtime), runtime.device, self._disable_mmap)}
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """[umT5]. In 8 bits are its matrices, which are read in the compute type."""
+        """[umT5]."""
         from library.wan_text_encoder_utils import load_umt5
 
-        return [
-            load_umt5(
-                self.opts.t5, runtime.weight_dtype, runtime.device, self._disable_mmap,
-                fp8=self.opts.fp8_t5 or runtime.text_encoder_dtype != runtime.weight_dtype, transform=self.transform,
-            )
-        ]
+        return [self.stored_encoder(load_umt5, self.opts.t5, runtime)]
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory; with it the second expert."""
@@ -403,7 +399,7 @@ class WanFamily(VideoFamily):
             models.denoiser, sample.noisy_latents, sample.timesteps, conditioning["t5"],
             y=training_condition(batch.conditions, fun_control=self.task.fun_control),
             vision=vision_tokens(batch.conditions), f_indices=batch.conditions.get("f_indices"),
-            boundary=self.boundary if self.has_two_experts else None, **inputs,
+            boundary=self.boundary if self.has_two_experts else None, known_times=sample.known_times, **inputs,
         )  # fmt: skip
         velocity, extra = self.with_side_outputs(velocity)
         return DiTOutput(velocity, sample.target, extra)

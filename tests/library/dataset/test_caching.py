@@ -278,15 +278,39 @@ def test_in_memory_every_process_encodes_everything(tmp_path):
 
 def test_batches_are_of_one_size(tmp_path, monkeypatch):
     items = bucketed(make_folder(tmp_path, 8, sizes=((96, 48), (48, 96))), resolution=(64, 64))
-    seen, encode_batch = [], caching.encode_batch
+    seen, run_encoder = [], caching.run_encoder
 
-    def watching(strategy, vae, batch, parts):
+    def watching(strategy, vae, batch, inputs, parts):
         seen.append([decoded.pixels.image.shape for decoded in batch])
-        return encode_batch(strategy, vae, batch, parts)
+        return run_encoder(strategy, vae, batch, inputs, parts)
 
-    monkeypatch.setattr(caching, "encode_batch", watching)
+    monkeypatch.setattr(caching, "run_encoder", watching)
     fill(items, SmallLatentsCaching(FLUX, True, batch_size=4))
     assert [len(shapes) for shapes in seen] == [4, 4] and all(len(set(shapes)) == 1 for shapes in seen)
+
+
+def test_the_thread_of_the_encoder_does_nothing_else(tmp_path, monkeypatch):
+    """Making tensors, checking and writing lie beside it, so that a device need not wait for them."""
+    items, threads = bucketed(make_folder(tmp_path, 4)), {}
+    for name in ("image_tensor", "run_encoder", "_is_usable", "_store_on_disk"):
+        def watched(*args, _name=name, _function=getattr(caching, name), **kwargs):
+            threads.setdefault(_name, set()).add(threading.get_ident())
+            return _function(*args, **kwargs)
+
+        monkeypatch.setattr(caching, name, watched)
+    fill(items)
+    own = threading.get_ident()
+    assert threads.pop("run_encoder") == {own}
+    assert len(threads) == 3 and not any(own in others for others in threads.values())
+
+
+def test_what_a_device_computed_is_read_after_it_has_arrived(item):
+    strategy, vae = SmallLatentsCaching(FLUX, False), SmallVae(FLUX)
+    batch = [caching.decode(caching.LatentsJob([item]))]
+    wanted = caching.run_encoder(strategy, vae, batch, caching.inputs_of(batch)[0]).latents
+    late = torch.full_like(wanted, torch.nan)
+    outputs = caching.Outputs(late, {}, arrived=lambda: late.copy_(wanted))
+    assert torch.equal(caching.encoded_of(strategy, vae, batch, [outputs])[0].latents, wanted[0])
 
 
 def test_latents_that_no_cache_could_be_read_back_with_are_not_written(item, tmp_path):

@@ -10,9 +10,10 @@ import time
 import pytest
 
 from library.core.file_limits import stem_of
+from library.core.garbage import records_stay
 from library.core.text_files import read_bytes
 from library.dataset import captions
-from library.dataset.background import map_in_threads, records_stay
+from library.dataset.background import map_in_threads
 from library.dataset.cache_checks import crowded_names
 from library.dataset.captions import read_caption
 from library.dataset.datasources import AbsolutePaths

@@ -1,0 +1,91 @@
+"""A step on a device makes the host wait for nothing. A stand-in counts where there is no device; see tests/host_waits.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.training.hooks.losses import LossReader
+from library.training.loop import micro_step, update
+from library.training.run import Run
+from tests.families import CASES, FamilyCase, marks_of
+from tests.host_waits import HostWaits, imitate, move_run
+from tests.runs.families import Tinies
+
+DROPOUTS = ["--network_dropout=0.2", "--network_args", "rank_dropout=0.2", "module_dropout=0.2"]
+NOISE = ["--ip_noise_gamma=0.1", "--ip_noise_gamma_random_strength"]
+DDPM_NOISE = [*NOISE, "--noise_offset=0.1", "--adaptive_noise_scale=0.1", "--multires_noise_iterations=3"]
+
+
+@pytest.fixture(scope="module")
+def tinies(tmp_path_factory: pytest.TempPathFactory) -> Tinies:
+    return Tinies(tmp_path_factory)
+
+
+def options_of(case: FamilyCase, kind: str) -> list[str]:
+    """`cached`: all that makes draws of its own beside; `live`: text encoders and VAE in the step."""
+    noise = DDPM_NOISE if case.family in ("sd", "sdxl") else NOISE
+    if kind == "live":
+        return [*case.text_options]
+    return [*case.caches(on_disk=False), "--gradient_checkpointing", *noise, *DROPOUTS]
+
+
+def waits_of_second_step(run: Run) -> Counter[str]:
+    """The first step makes tables that stay, once for each size of pictures."""
+    move_run(run)
+    run.updater.begin(run)
+    run.hooks.on_train_start(run)
+    run.hooks.find(LossReader).every = 1000
+    for number, batch in enumerate(run.data.batches(1)):
+        with HostWaits() if number == 1 else nullcontext() as waits:
+            run.hooks.on_step_start(run, batch)
+            output = micro_step(run, batch)
+            update(run)
+            run.progress.advance()
+            run.hooks.on_post_optimizer_step(run)
+            run.hooks.on_step_end(run, output)
+        if number == 1:
+            break
+    return waits.places
+
+
+LIVE_FIRST = ("sdxl", "sd3", "anima", "lumina", "framepack")
+"""families of whose two kinds of runs the live one is tested by default, and the cached one of the others"""
+KINDS = [
+    pytest.param(name, kind, marks=marks_of(name) or ([] if (name in LIVE_FIRST) == (kind == "live") else [pytest.mark.full]))
+    for name in CASES
+    for kind in ("cached", "live")
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_a_step_waits_for_nothing(
+    name: str, kind: str, tinies: Tinies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tinies.work(name, tmp_path)
+    run = work.prepare("out", *options_of(work.case, kind))
+    imitate(monkeypatch)
+    assert not waits_of_second_step(run)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_torch_sees_no_waiting_on_a_gpu(name: str, kind: str, tinies: Tinies, tmp_path: Path) -> None:
+    work = tinies.work(name, tmp_path)
+    run = work.prepare("out", *options_of(work.case, kind))
+    run.updater.begin(run)
+    run.hooks.on_train_start(run)
+    run.hooks.find(LossReader).every = 1000
+    batches = list(run.data.batches(1))[:2]
+    for batch in batches:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if batch is batches[1] else "default")
+        try:
+            micro_step(run, batch)
+            update(run)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
