@@ -21,6 +21,7 @@ SUBJECTS = {
     "help": ("benchmarks.startup", "--help of every script, beside a bare interpreter"),
     "merge": ("benchmarks.merge", "memory and time of a merge into a large model, beside a copy of the file"),
     "caching": ("benchmarks.caching", "how much of the time of caching the encoder computes"),
+    "gpu": ("benchmarks.gpu", "training of FLUX.1 dev, SDXL and Wan on a GPU, beside what its arithmetic takes"),
 }
 """name -> (module, what it measures). A module has `add_options(parser)` for what it alone reads, and
 `measure(options)`, which gives a list of `Figure`; `options.quick` asks for a look that takes seconds."""

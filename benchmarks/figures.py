@@ -40,11 +40,13 @@ def spread(values: Iterable[float] | float) -> Spread:
 @dataclass(frozen=True)
 class Baseline:
     """What a figure is compared with. With as many values as the figure has, those of one round are compared with each
-    other, so that what slowed a round down slows both; otherwise the medians are. `at_most`: the wanted ratio."""
+    other, so that what slowed a round down slows both; otherwise the medians are. `at_most`: the wanted ratio.
+    `is_bound`: no way of doing it could take less, so that the share of it is told too."""
 
     name: str
     its: Spread
     at_most: float | None = None
+    is_bound: bool = False
 
     def ratio_of(self, ours: Spread) -> Spread:
         if len(ours.values) == len(self.its.values):
@@ -84,7 +86,10 @@ class Figure:
             "subject": self.subject, "case": self.case, "unit": self.unit, "ours": self.ours.json(),
             "wanted": self.wanted, "at_least": self.at_least, "notes": self.notes, "misses": self.misses(),
             "baselines": [
-                {"name": b.name, **b.its.json(), "at_most": b.at_most, "ratio": b.ratio_of(self.ours).json()}
+                {
+                    "name": b.name, **b.its.json(), "at_most": b.at_most, "is_bound": b.is_bound,
+                    "ratio": b.ratio_of(self.ours).json(),
+                }
                 for b in self.baselines
             ],
         }  # fmt: skip
@@ -118,7 +123,8 @@ def table(figures: Sequence[Figure]) -> str:
             ratio = baseline.ratio_of(figure.ours)
             wanted = "" if baseline.at_most is None else f"<= {baseline.at_most}"
             missed = baseline.at_most is not None and ratio.median > baseline.at_most
-            compared = (baseline.name, with_spread(baseline.its), with_spread(ratio), wanted, "missed" if missed else "")
+            told = with_spread(ratio) + (f" = {1 / ratio.median:.3g} of it" if baseline.is_bound else "")
+            compared = (baseline.name, with_spread(baseline.its), told, wanted, "missed" if missed else "")
             rows.append((*first, *compared))
             first = ("", "", "", "")
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]

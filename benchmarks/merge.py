@@ -20,16 +20,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.figures import Baseline, Figure, spread
+from benchmarks.model_files import Shapes, count_of, shapes_of, write_random
 from benchmarks.processes import ROOT
 
 MOST_MEMORY = 0.25
 """of the model, above what the process has with torch loaded"""
-HIDDEN, MLP, CONTEXT = 3072, 12288, 4096
-DOUBLE, SINGLE = 19, 38
+DOUBLE = 19
+"""double blocks of FLUX.1; it has twice as many single ones"""
 RANK = 16
 CHUNK = 16 << 20
 
@@ -48,70 +48,20 @@ print(json.dumps({"code": code, "seconds": time.perf_counter() - start, "before"
 """
 
 
-def model_shapes(units: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a denoiser with `units` double and twice as many single blocks."""
-    h = HIDDEN
-    shapes = {
-        "img_in": (h, 64),
-        "txt_in": (h, CONTEXT),
-        "final_layer.linear": (64, h),
-        "final_layer.adaLN_modulation.1": (2 * h, h),
-    }
-    for name, size in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
-        shapes |= {f"{name}.in_layer": (h, size), f"{name}.out_layer": (h, h)}
-    norms = {}
-    for number in range(units):
-        for side in ("img", "txt"):
-            place = f"double_blocks.{number}.{side}"
-            shapes |= {f"{place}_mod.lin": (6 * h, h), f"{place}_attn.qkv": (3 * h, h), f"{place}_attn.proj": (h, h)}
-            shapes |= {f"{place}_mlp.0": (MLP, h), f"{place}_mlp.2": (h, MLP)}
-            norms |= {f"{place}_attn.norm.{which}_norm.scale": (128,) for which in ("query", "key")}
-    for number in range(2 * units):
-        place = f"single_blocks.{number}"
-        shapes |= {
-            f"{place}.modulation.lin": (3 * h, h),
-            f"{place}.linear1": (3 * h + MLP, h),
-            f"{place}.linear2": (h, h + MLP),
-        }
-        norms |= {f"{place}.norm.{which}_norm.scale": (128,) for which in ("query", "key")}
-    weights = {f"{name}.weight": shape for name, shape in shapes.items()}
-    return {**weights, **{f"{name}.bias": shape[:1] for name, shape in shapes.items()}, **norms}
+def model_shapes(units: int) -> Shapes:
+    """Names and shapes of a FLUX.1 denoiser with `units` double and twice as many single blocks, and its real
+    widths."""
+    from library.flux_models import Flux, FluxParams
+
+    return shapes_of(lambda: Flux(FluxParams(depth=units, depth_single_blocks=2 * units)))
 
 
 def units_for(gigabytes: float) -> int:
-    sizes = [sum(2 * _count(shape) for shape in model_shapes(units).values()) for units in (0, 1)]
-    return max(1, min(DOUBLE, round((gigabytes * 1e9 - sizes[0]) / (sizes[1] - sizes[0]))))
+    one, two = (2 * count_of(model_shapes(units)) for units in (1, 2))
+    return max(1, min(DOUBLE, 1 + round((gigabytes * 1e9 - one) / (two - one))))
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-def write_model(path: Path, shapes: dict[str, tuple[int, ...]], sparse: bool) -> None:
-    import torch
-
-    from library.safetensors_utils import file_layout, stream_file_atomic
-
-    infos = {key: (torch.bfloat16, shape) for key, shape in shapes.items()}
-    if sparse:
-        header, _, size = file_layout(infos, None)
-        with open(path, "wb") as file:
-            file.write(header)
-            file.truncate(size)
-        return
-    noise = torch.randn(max(_count(shape) for shape in shapes.values()), dtype=torch.bfloat16)
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for key, shape in shapes.items():
-            yield key, noise[: _count(shape)].view(shape)
-
-    stream_file_atomic(infos, tensors(), path)
-
-
-def write_lora(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def write_lora(path: Path, shapes: Shapes) -> None:
     """Rank 16 on every layer of the blocks."""
     import torch
 
@@ -169,12 +119,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> list[Figure]:
     shapes = model_shapes(units_for(options.gigabytes or (0.01 if options.quick else 4.0)))
-    size = sum(2 * _count(shape) for shape in shapes.values())
+    size = 2 * count_of(shapes)
     folder = Path(tempfile.mkdtemp(prefix="merge-", dir=options.folder))
     try:
         check_room(folder, size * (1 if options.sparse else 2))
         model, lora = folder / "model.safetensors", folder / "lora.safetensors"
-        write_model(model, shapes, options.sparse)
+        write_random(model, shapes, sparse=options.sparse)
         write_lora(lora, shapes)
         copies, merges = [], []
         for _ in range(options.runs or (1 if options.quick else 3)):

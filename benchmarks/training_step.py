@@ -71,7 +71,7 @@ def measure_one(name: str, sizes: Sizes, settings: Mapping[str, int] | None = No
         (
             Baseline(bare.name, spread(1e3 * t for t in times[bare.name]), OVER_BARE),
             Baseline(peft.name, spread(1e3 * t for t in times[peft.name]), OVER_PEFT),
-            Baseline("its multiplications", spread(1e3 * flops / rate for rate in rates)),
+            Baseline("its multiplications", spread(1e3 * flops / rate for rate in rates), is_bound=True),
         ),
         notes={
             "flops of a step": flops, "flops per second": spread(rates).median, "steps of a round": sizes.steps,

@@ -27,12 +27,12 @@ from library.checkpoints.loading import (
     part_of,
     strip_prefix,
 )
+from library.checkpoints.weight_forms import FP8_STORAGE
 from library.components.llm_encoder_utils import inspect_qwen3
 from library.components.wan_vae_utils import inspect_wan_vae
 from library.core.errors import CheckpointError
 from library.core.lazy_names import homes, lazy_names
-from library.fp8_optimization_utils import FP8_STORAGE, store_linears_in_fp8
-from library.safetensors_utils import FP8_DTYPES, cast_all, cast_floats, save_file_atomic
+from library.safetensors_utils import cast_all, save_file_atomic
 
 __all__ = [
     "inspect_anima", "inspect_llm_adapter", "load_anima", "save_anima",
@@ -52,6 +52,8 @@ DENOISER_ROOTS = (
     "x_embedder", "t_embedder", "t_embedding_norm", "blocks", "final_layer", "llm_adapter", "pos_embedder",
     "extra_pos_embedder", "affline_norm",
 )  # fmt: skip
+KEPT_WIDE = ("_embedder", "norm", "adaln", "final_layer", ".embed.")
+"""parts of layer names that are never stored in fewer bits"""
 _ROPE_BUFFERS = ("pos_embedder.seq", "pos_embedder.dim_spatial_range", "pos_embedder.dim_temporal_range")
 _RATIO_WITH_CONDITION = (1.0, 3.0, 3.0)
 """rotary ratios of the models with one input channel more"""
@@ -141,11 +143,13 @@ def load_anima(
     *,
     llm_adapter_path: str | os.PathLike | None = None,
     transform: Transform | None = None,
+    form: str | None = None,
 ) -> Anima:
     """Load an Anima denoiser; its sizes come from the file. `llm_adapter_path` gives the adapter's weights instead.
 
     `dtype` float8_e4m3fn keeps the weights of the blocks' linear layers in 8 bits and the rest in bfloat16; None keeps
-    the file's own types. CheckpointError when a file does not fit.
+    the file's own types; `form`, one of weight_forms.FORMS, stores them in another. CheckpointError when a file does
+    not fit.
     """
     info = inspect_anima(path, config)
     wide = torch.bfloat16 if dtype is None or dtype == FP8_STORAGE else dtype
@@ -155,9 +159,9 @@ def load_anima(
         if key.startswith(info.prefix) and key[len(info.prefix) :].split(".")[0] in DENOISER_ROOTS
     ]
 
-    def cast(key: str, tensor: Tensor) -> Tensor:
-        return _stored(key[len(info.prefix) :], tensor, info.source.dtype_of(key), dtype, wide)
-
+    cast = info.source.storing(
+        dtype, keys, form, lambda key: takes_scale(key[len(info.prefix) :].removesuffix(".weight"))
+    )
     state = strip_prefix(info.source.tensors(device, disable_mmap, keys, transform, cast), info.prefix)
     params = info.params
     if llm_adapter_path:
@@ -169,8 +173,6 @@ def load_anima(
     model = build_on_meta(lambda: Anima(params))
     check_state(model, state, os.fspath(path), lambda key: key in _ROPE_BUFFERS)
     assign_state(model, {key: tensor for key, tensor in state.items() if key not in _ROPE_BUFFERS})
-    if dtype is None or dtype == FP8_STORAGE:
-        store_linears_in_fp8(model)
     return model
 
 
@@ -179,13 +181,9 @@ def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return part_of(state, DENOISER_PREFIXES, DENOISER_ROOTS)
 
 
-def _stored(key: str, tensor: Tensor, kind: torch.dtype, dtype: torch.dtype | None, wide: torch.dtype) -> Tensor:
-    """In the type that `dtype` asks for (None: that of the file, `kind`); only the large matrices of the blocks may
-    stay in 8 bits."""
-    may_be_small = key.startswith("blocks.") and key.endswith("_proj.weight") or ".mlp.layer" in key
-    if may_be_small and (dtype == FP8_STORAGE or (dtype is None and kind == FP8_STORAGE)):
-        return cast_floats(tensor, FP8_STORAGE, key)
-    return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind, key)
+def takes_scale(path: str) -> bool:
+    """Whether the layer of this path is stored in fewer bits: the matrices of the blocks."""
+    return path.startswith("blocks.") and not any(part in path for part in KEPT_WIDE)
 
 
 def inspect_llm_adapter(path: str | os.PathLike) -> tuple[CheckpointFiles, str, AdapterParams]:

@@ -82,15 +82,17 @@ def load_chroma(
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
     transform: Transform | None = None,
+    form: str | None = None,
 ) -> Chroma:
     """Load a Chroma denoiser: single file in either layout, one of a split set, or a diffusers folder.
 
     `dtype` float8_e4m3fn keeps the weights of linear layers in 8 bits and the rest in bfloat16; None keeps the file's
-    own types. `config` overrides hyper-parameters; `transform` may change the tensors as they are read. CheckpointError
-    when the file does not fit.
+    own types; `form`, one of weight_forms.FORMS, stores those of the blocks in fewer bits. `config` overrides
+    hyper-parameters; `transform` may change the tensors as they are read. CheckpointError when the file does not
+    fit.
     """
     return load_stream_model(
-        inspect_chroma(path, config), CHROMA, CHROMA.title, path, dtype, device, disable_mmap, transform
+        inspect_chroma(path, config), CHROMA, CHROMA.title, path, dtype, device, disable_mmap, transform, form
     )
 
 

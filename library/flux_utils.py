@@ -34,12 +34,12 @@ from library.checkpoints.loading import (
     size_of,
     strip_prefix,
 )
+from library.checkpoints.weight_forms import is_stored
 from library.components.ldm_utils import AE_PREFIXES, AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
 from library.components.text_encoder_utils import inspect_clip_l, inspect_t5xxl, load_clip_l, load_t5xxl
 from library.core.errors import CheckpointError
 from library.core.lazy_names import homes, lazy_names
 from library.flux_models import AutoEncoder, Flux, FluxParams, StreamParams, StreamTransformer
-from library.fp8_optimization_utils import store_linears_in_fp8
 from library.safetensors_utils import cast_all, save_file_atomic
 
 __all__ = [
@@ -58,6 +58,7 @@ DENOISER_ROOTS = (
     "distilled_guidance_layer", "x_embedder", "context_embedder", "time_text_embed", "transformer_blocks",
     "single_transformer_blocks", "proj_out", "norm_out",
 )  # fmt: skip
+BLOCKS = ("double_blocks.", "single_blocks.", "transformer_blocks.", "single_transformer_blocks.")
 _OTHER_PARTS = ("text_encoders.", "text_encoder.", "cond_stage_model.", "conditioner.", "model_ema.", *AE_PREFIXES)
 
 
@@ -229,21 +230,23 @@ def load_flux(
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
     transform: Transform | None = None,
+    form: str | None = None,
 ) -> Flux:
     """Load a FLUX.1 denoiser: single file in either layout, one of a split set, or a diffusers folder.
 
     `dtype` float8_e4m3fn keeps the weights of linear layers in 8 bits and the rest in bfloat16; None keeps the file's
-    own types. `config` overrides hyper-parameters; `transform` may change the tensors as they are read.
-    `model.params.guidance_embed` tells dev from schnell. CheckpointError when the file does not fit.
+    own types; `form`, one of weight_forms.FORMS, stores those of the blocks in fewer bits. `config` overrides
+    hyper-parameters; `transform` may change the tensors as they are read. `model.params.guidance_embed`
+    tells dev from schnell. CheckpointError when the file does not fit.
     """
     info = inspect_flow_model(path, config)
     kind = "schnell" if info.is_schnell else "dev"
-    return load_stream_model(info, FLUX, f"FLUX.1 {kind}", path, dtype, device, disable_mmap, transform)
+    return load_stream_model(info, FLUX, f"FLUX.1 {kind}", path, dtype, device, disable_mmap, transform, form)
 
 
 def load_stream_model(
     info: StreamModelInfo, kind: StreamKind, title: str, path: str | os.PathLike, dtype: torch.dtype | None,
-    device: torch.device | str, disable_mmap: bool, transform: Transform | None,
+    device: torch.device | str, disable_mmap: bool, transform: Transform | None, form: str | None = None,
 ) -> Any:
     """The denoiser of a file that was recognised; types as `load_flux` tells."""
     logger.info(
@@ -251,14 +254,13 @@ def load_stream_model(
         title, path, "diffusers" if info.is_diffusers else "original", info.params.depth,
         info.params.depth_single_blocks,
     )  # fmt: skip
-    cast = info.source.storing(dtype, info.keys)
+    cast = info.source.storing(dtype, info.keys, form, lambda key: is_stored(form, key[len(info.prefix) :], BLOCKS))
     state = strip_prefix(info.source.tensors(device, disable_mmap, info.keys, transform, cast), info.prefix)
     if info.is_diffusers:
         state = convert_diffusers_sd_to_bfl(state)
     model = build_on_meta(lambda: kind.model(info.params))
     check_state(model, state, os.fspath(path))
     assign_state(model, state)
-    store_linears_in_fp8(model)
     return model
 
 

@@ -96,7 +96,8 @@ def load_framepack(
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
     *,
-    fp8_scaled: bool = False,
+    form: str | None = None,
+    by_rows: bool = False,
     transform: Transform | None = None,
 ) -> HunyuanVideoTransformer3DModelPacked:
     """Load a denoiser; its sizes come from the file. As `load_denoiser` otherwise."""
@@ -105,7 +106,7 @@ def load_framepack(
     logger.info(
         "loading FramePack from %s (%d double and %d single blocks)", path, params.num_layers, params.num_single_layers
     )
-    return load_denoiser(info, dtype, device, disable_mmap, fp8_scaled=fp8_scaled, transform=transform)
+    return load_denoiser(info, dtype, device, disable_mmap, form=form, by_rows=by_rows, transform=transform)
 
 
 def fitting_problems(

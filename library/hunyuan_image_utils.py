@@ -31,11 +31,11 @@ from library.components.ldm_utils import (
     load_autoencoder,
 )
 from library.components.llm_encoder_utils import inspect_qwen25_vl, load_qwen25_vl
+from library.components.stored_parts import stored_model
 from library.components.text_encoder_utils import inspect_t5xxl, load_t5xxl
 from library.core.errors import Problems
 from library.core.lazy_names import homes, lazy_names
 from library.custom_offloading_utils import stream_swap_problem
-from library.fp8_optimization_utils import shrink_linears_to_fp8
 from library.hunyuan_image_models import HYImageDiffusionTransformer, HYImageParams
 from library.hunyuan_image_vae import LATENT_SCALING_FACTOR, SAMPLE_SIZE, TILES, HunyuanVAE2D
 
@@ -84,7 +84,8 @@ def load_hunyuan_image(
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
     *,
-    fp8_scaled: bool = False,
+    form: str | None = None,
+    by_rows: bool = False,
     transform: Transform | None = None,
 ) -> HYImageDiffusionTransformer:
     """Load a denoiser in any layout; its sizes come from the file. As `load_denoiser` otherwise."""
@@ -94,7 +95,7 @@ def load_hunyuan_image(
         "loading HunyuanImage 2.1%s from %s (%d double and %d single blocks)",
         " (distilled)" if params.guidance_embed or params.mean_flow else "", path, params.depth, params.depth_single,
     )  # fmt: skip
-    return load_denoiser(info, dtype, device, disable_mmap, fp8_scaled=fp8_scaled, transform=transform)
+    return load_denoiser(info, dtype, device, disable_mmap, form=form, by_rows=by_rows, transform=transform)
 
 
 def load_encoders(
@@ -104,15 +105,13 @@ def load_encoders(
     device: torch.device | str,
     disable_mmap: bool = False,
     *,
-    fp8_vl: bool = False,
+    form: str | None = None,
 ) -> list[torch.nn.Module]:
-    """[Qwen2.5-VL, ByT5]. On a CPU they compute in bfloat16 instead of float16; `fp8_vl` keeps the matrices of the
-    first in 8 bits. CheckpointError when a file does not fit."""
+    """[Qwen2.5-VL, ByT5]. On a CPU they compute in bfloat16 instead of float16; `form`, one of weight_forms.FORMS,
+    stores the matrices of the first. CheckpointError when a file does not fit."""
     if torch.device(device).type == "cpu" and dtype == torch.float16:
         dtype = torch.bfloat16
-    vlm = load_qwen25_vl(text_encoder, dtype, device, disable_mmap)
-    if fp8_vl:
-        shrink_linears_to_fp8(vlm)
+    vlm = stored_model(lambda place: load_qwen25_vl(text_encoder, dtype, place, disable_mmap), form, device)
     return [vlm, load_t5xxl(byt5, dtype, device, disable_mmap)]
 
 

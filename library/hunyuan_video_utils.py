@@ -78,7 +78,8 @@ def load_hunyuan_video(
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
     *,
-    fp8_scaled: bool = False,
+    form: str | None = None,
+    by_rows: bool = False,
     transform: Transform | None = None,
 ) -> HYVideoDiffusionTransformer:
     """Load a denoiser in any layout; its sizes come from the file. As `load_denoiser` otherwise."""
@@ -88,7 +89,7 @@ def load_hunyuan_video(
         "loading HunyuanVideo%s from %s (%d double and %d single blocks)",
         " (image to video)" if params.shown_channels else "", path, params.depth, params.depth_single,
     )  # fmt: skip
-    return load_denoiser(info, dtype, device, disable_mmap, fp8_scaled=fp8_scaled, transform=transform)
+    return load_denoiser(info, dtype, device, disable_mmap, form=form, by_rows=by_rows, transform=transform)
 
 
 def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

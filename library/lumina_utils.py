@@ -30,11 +30,11 @@ from library.checkpoints.loading import (
     part_of,
     strip_prefix,
 )
+from library.checkpoints.weight_forms import is_stored
 from library.components.gemma_encoder_utils import inspect_gemma2
 from library.components.ldm_models import AutoEncoder
 from library.components.ldm_utils import AutoEncoderInfo, Wanted, inspect_autoencoder, load_autoencoder
 from library.core.errors import CheckpointError
-from library.fp8_optimization_utils import store_linears_in_fp8
 from library.lumina_models import LuminaParams, NextDiT
 from library.safetensors_utils import cast_all, save_file_atomic
 
@@ -46,6 +46,7 @@ DENOISER_ROOTS = (
     "x_embedder", "t_embedder", "cap_embedder", "noise_refiner", "context_refiner", "layers", "norm_final",
     "final_layer", "time_caption_embed", "norm_out",
 )  # fmt: skip
+BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")
 MARK = "noise_refiner.0.attention.qkv.weight"
 UNUSED = lumina_convert.UNUSED
 
@@ -127,20 +128,22 @@ def load_lumina(
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
     transform: Transform | None = None,
+    form: str | None = None,
 ) -> NextDiT:
     """Load a denoiser: a file alone or with text encoder and autoencoder inside, in either layout, one of a split set,
     or a folder.
 
     `dtype` float8_e4m3fn keeps the weights of linear layers in 8 bits and the rest in bfloat16; None keeps the file's
-    own types. `config` overrides hyper-parameters; `transform` may change the tensors as they are read. CheckpointError
-    when the file does not fit.
+    own types; `form`, one of weight_forms.FORMS, stores those of the layers in fewer bits. `config` overrides
+    hyper-parameters; `transform` may change the tensors as they are read. CheckpointError when the file does not
+    fit.
     """
     info = inspect_lumina(path, config)
     logger.info(
         "loading Lumina-Image 2.0 from %s (%s layout, %d layers of width %d)",
         path, "diffusers" if info.is_diffusers else "original", info.params.n_layers, info.params.dim,
     )  # fmt: skip
-    cast = info.source.storing(dtype, info.keys)
+    cast = info.source.storing(dtype, info.keys, form, lambda key: is_stored(form, key[len(info.prefix) :], BLOCKS))
     tensors = info.source.tensors(device, disable_mmap, info.keys, transform, cast)
     state = strip_prefix(tensors, info.prefix)
     if info.is_diffusers:
@@ -151,7 +154,6 @@ def load_lumina(
     model = build_on_meta(lambda: NextDiT(info.params))
     check_state(model, state, os.fspath(path))
     assign_state(model, state)
-    store_linears_in_fp8(model)
     return model
 
 

@@ -31,6 +31,7 @@ from library.checkpoints.loading import (
     strip_prefix,
 )
 from library.checkpoints.sd3_convert import convert_diffusers_to_sd3, convert_sd3_to_diffusers, is_diffusers_denoiser
+from library.checkpoints.weight_forms import is_stored
 from library.components import text_encoder_utils
 from library.components.ldm_models import AutoEncoder
 from library.components.ldm_utils import (
@@ -54,7 +55,6 @@ from library.components.text_encoder_utils import (
 from library.core.errors import CheckpointError
 from library.core.lazy_names import homes, lazy_names
 from library.families.sd3 import FAMILY
-from library.fp8_optimization_utils import store_linears_in_fp8
 from library.safetensors_utils import cast_all, save_file_atomic
 from library.sd3_models import MMDiT, SD3Params, get_2d_sincos_pos_embed
 
@@ -87,6 +87,7 @@ DENOISER_ROOTS = (
     "x_embedder", "t_embedder", "y_embedder", "context_embedder", "pos_embed", "joint_blocks", "final_layer",
     "time_text_embed", "transformer_blocks", "norm_out", "proj_out",
 )  # fmt: skip
+BLOCKS = ("joint_blocks.", "transformer_blocks.")
 ENCODER_SLOTS = ("clip_l", "clip_g", "t5xxl")
 """text encoders in the order of the family"""
 
@@ -188,11 +189,13 @@ def load_sd3(
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
     transform: Transform | None = None,
+    form: str | None = None,
 ) -> MMDiT:
     """Load an SD3 denoiser: alone or in a file with the other parts, in either layout, or a diffusers folder.
 
     `dtype` float8_e4m3fn keeps the weights of linear layers in 8 bits and the rest in bfloat16; None keeps the file's
-    own types; the position table is float32 in any case. `transform` may change the tensors as they are read.
+    own types; `form`, one of weight_forms.FORMS, stores those of the blocks in fewer bits; the position table is
+    float32 in any case. `transform` may change the tensors as they are read.
     CheckpointError when the file does not fit.
     """
     info = inspect_sd3(path, config)
@@ -200,11 +203,10 @@ def load_sd3(
         "loading %s from %s (%s layout, %d joint blocks of width %d)", info.title, info.source.path,
         "diffusers" if info.is_diffusers else "original", info.params.depth, info.params.hidden_size,
     )  # fmt: skip
-    store = info.source.storing(dtype, info.keys)
-
-    def cast(key: str, tensor: Tensor) -> Tensor:
-        return tensor.float() if key.endswith("pos_embed") else store(key, tensor)
-
+    cast = info.source.storing(
+        dtype, info.keys, form, lambda key: is_stored(form, key[len(info.prefix) :], BLOCKS),
+        stays_float32=lambda key: key.endswith("pos_embed"),
+    )  # fmt: skip
     state = strip_prefix(info.source.tensors(device, disable_mmap, info.keys, transform, cast), info.prefix)
     if info.is_diffusers:
         state = convert_diffusers_to_sd3(state)
@@ -213,7 +215,6 @@ def load_sd3(
     model = build_on_meta(lambda: MMDiT(info.params))
     check_state(model, state, info.source.path)
     assign_state(model, state)
-    store_linears_in_fp8(model)
     return model
 
 

@@ -25,7 +25,6 @@ from library.checkpoints.loading import (
     strip_prefix,
 )
 from library.components.transformers_import import import_transformers_models
-from library.fp8_optimization_utils import shrink_linears_to_fp8
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -123,12 +122,11 @@ def load_umt5(
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
     *,
-    fp8: bool = False,
     transform: Transform | None = None,
 ) -> UMT5EncoderModel:
     """Load the encoder from a file (either layout, any known prefix, pickled too) or a folder; dropout is off.
 
-    `fp8` keeps the matrices in 8 bits. `config` overrides the names of `inspect_umt5`. CheckpointError when the file
+    `config` overrides the names of `inspect_umt5`. CheckpointError when the file
     does not fit.
     """
     import_transformers_models()
@@ -154,6 +152,4 @@ def load_umt5(
     check_state(model, state, info.source.path)
     assign_state(model, state)
     model.encoder.embed_tokens.weight = model.shared.weight  # one parameter under two names
-    if fp8:
-        shrink_linears_to_fp8(model)
     return model

@@ -103,7 +103,8 @@ def load_wan(
     disable_mmap: bool = False,
     config: Mapping[str, Any] | None = None,
     *,
-    fp8_scaled: bool = False,
+    form: str | None = None,
+    by_rows: bool = False,
     transform: Transform | None = None,
 ) -> WanModel:
     """Load a denoiser in any layout; its sizes come from the file. What the time goes through is float32 in any case.
@@ -113,7 +114,7 @@ def load_wan(
         "loading Wan from %s (%s layout, %d blocks of width %d, %d input channels)", path,
         "diffusers" if info.is_diffusers else "original", info.params.num_layers, info.params.dim, info.params.in_dim,
     )  # fmt: skip
-    return load_denoiser(info, dtype, device, disable_mmap, fp8_scaled=fp8_scaled, transform=transform)
+    return load_denoiser(info, dtype, device, disable_mmap, form=form, by_rows=by_rows, transform=transform)
 
 
 def denoiser_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

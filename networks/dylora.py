@@ -53,14 +53,13 @@ class DyLoRAModule(AdapterModule):
                 f"{self.lora_name} has rank {self.lora_dim}, which is no multiple of unit={unit} (--network_args); "
                 "change one of them"
             )
-        weight = self.org_module.weight
-        kernel = weight.shape[2:]
+        rows, columns, *kernel = self.weight_shape
         count, ones = self.lora_dim // unit, [1] * len(kernel)
         self.unit = unit
         self.lora_down = nn.ParameterList(
-            nn.Parameter(torch.zeros(unit, weight.shape[1], *kernel)) for _ in range(count)
+            nn.Parameter(torch.zeros(unit, columns, *kernel)) for _ in range(count)
         )
-        self.lora_up = nn.ParameterList(nn.Parameter(torch.zeros(weight.shape[0], unit, *ones)) for _ in range(count))
+        self.lora_up = nn.ParameterList(nn.Parameter(torch.zeros(rows, unit, *ones)) for _ in range(count))
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:

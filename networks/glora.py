@@ -45,7 +45,7 @@ class GLoRAModule(AdapterModule):
     recomputes = True
 
     def build(self, *, mid_shape: Sequence[int] | None = None) -> None:
-        rows, columns, *kernel = self.org_module.weight.shape
+        rows, columns, *kernel = self.weight_shape
         ones = [1] * len(kernel)
         shapes = {
             "a1": (columns, self.lora_dim, *ones),

@@ -39,9 +39,9 @@ class IA3Module(AdapterModule):
     drops = ("module_dropout",)
 
     def build(self, *, on_input: bool = False) -> None:
-        own = self.org_module.weight
-        size = own.shape[1 if on_input else 0]
-        self.weight = nn.Parameter(torch.zeros(size if own.ndim == 2 else (1, size, *[1] * (own.ndim - 2))))
+        rows, columns, *kernel = self.weight_shape
+        size = columns if on_input else rows
+        self.weight = nn.Parameter(torch.zeros((1, size, *[1] * len(kernel)) if kernel else size))
         self.trains_input = on_input
         self.register_buffer("on_input", torch.tensor(int(on_input)))
 

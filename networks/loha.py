@@ -52,14 +52,14 @@ class LoHaModule(AdapterModule):
     recomputes = True  # a step keeps two matrices of the weight's size otherwise
 
     def build(self, *, tucker: bool = False) -> None:
-        rows, columns, *kernel = self.org_module.weight.shape
+        rows, columns, *kernel = self.weight_shape
         self.is_tucker = tucker
         for number in (1, 2):
             if tucker:
                 shapes = {f"hada_t{number}": (self.lora_dim, self.lora_dim, *kernel)}
                 shapes |= {f"hada_w{number}_a": (self.lora_dim, rows), f"hada_w{number}_b": (self.lora_dim, columns)}
             else:
-                inner = self.org_module.weight[0].numel()
+                inner = self.weight_shape[1:].numel()
                 shapes = {f"hada_w{number}_a": (rows, self.lora_dim), f"hada_w{number}_b": (self.lora_dim, inner)}
             for name, shape in shapes.items():
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))

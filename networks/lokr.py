@@ -101,7 +101,7 @@ class LoKrModule(AdapterModule):
     recomputes = True
 
     def build(self, *, shapes: Mapping[str, tuple[int, ...]] | None = None, **sizing: Any) -> None:
-        for name, shape in (shapes or lokr_shapes(self.org_module.weight.shape, self.lora_dim, **sizing)).items():
+        for name, shape in (shapes or lokr_shapes(self.weight_shape, self.lora_dim, **sizing)).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.is_full = is_full(dict(self.named_parameters()))
         if self.is_full:

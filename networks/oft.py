@@ -75,15 +75,15 @@ class RotationModule(AdapterModule):
         self, *, shapes: Mapping[str, Sequence[int]] | None = None, split: Sequence[int] | None = None,
         rescaled: bool = False
     ) -> None:
-        weight = self.org_module.weight
+        rows, *rest = self.weight_shape
         if shapes is None and split:
             shapes = {f"oft_blocks.{number}": self.block_shape(rows) for number, rows in enumerate(split)}
         elif shapes is None:
-            shapes = {"oft_blocks": self.block_shape(weight.shape[0])}
+            shapes = {"oft_blocks": self.block_shape(rows)}
         blocks = [nn.Parameter(torch.zeros(tuple(shape))) for shape in shapes.values()]
         self.oft_blocks = nn.ParameterList(blocks) if "oft_blocks.0" in shapes else blocks[0]
         if rescaled:
-            self.rescale = nn.Parameter(torch.ones(weight.shape[0], *[1] * (weight.ndim - 1)))
+            self.rescale = nn.Parameter(torch.ones(rows, *[1] * len(rest)))
 
     @classmethod
     def unknown_keys(cls, names: Iterable[str]) -> list[str]:

@@ -28,8 +28,8 @@ from library.checkpoints.loading import (
     size_of,
     strip_prefix,
 )
-from library.fp8_optimization_utils import FP8_STORAGE, scaled_fp8, store_linears_in_fp8, use_scales
-from library.safetensors_utils import cast_all, cast_floats, save_file_atomic
+from library.checkpoints.weight_forms import FP8, FP8_STORAGE
+from library.safetensors_utils import cast_all, save_file_atomic
 
 SizeOf = Callable[[str, int], int]
 """(name of a tensor, dimension) -> its size; CheckpointError when it is not there"""
@@ -41,8 +41,8 @@ class DenoiserKind:
 
     `params`: the record of its hyper-parameters; `prefixes`, `roots`: words before its names, and first words of names
     in any layout; `marks`: tensors by which it is known; `infer`: (sizes, names -> shapes, what is given) ->
-    hyper-parameters; `takes_scale`: whether a layer is stored in scaled 8 bits, of which each `scale_block` inputs of a
-    row have a scale of their own, None = all of them.
+    hyper-parameters; `takes_scale`: whether a layer is stored in fewer bits, where each `scale_block` inputs of a row
+    have a scale of their own in 8 bits, None = all of them.
     """
 
     title: str
@@ -116,39 +116,38 @@ def load_denoiser(
     device: torch.device | str,
     disable_mmap: bool = False,
     *,
-    fp8_scaled: bool = False,
+    form: str | None = None,
+    by_rows: bool = False,
     transform: Transform | None = None,
 ) -> Any:
     """The denoiser of a file in any layout: a file, one of a split set, or a folder.
 
-    `fp8_scaled` keeps the large matrices of the blocks in 8 bits with scales; `dtype` float8_e4m3fn the weights of all
-    linear layers, without scales, and the rest in bfloat16; None keeps the file's own types. What the kind keeps in
-    float32 stays so in any case. `transform` may change the tensors as they are read. CheckpointError when the file
-    does not fit.
+    `form`, one of weight_forms.FORMS, stores the large matrices of the blocks in fewer bits (`by_rows`: with one scale
+    per row in any case); `dtype` float8_e4m3fn without a form the weights of all linear layers, without scales, and the
+    rest in bfloat16; None keeps the file's own types. What the kind keeps in float32 stays so in any case. `transform`
+    may change the tensors as they are read. CheckpointError when the file does not fit.
     """
     kind = info.kind
-    store = info.source.storing(torch.bfloat16 if fp8_scaled and dtype == FP8_STORAGE else dtype, info.keys)
     rule_of = {part: rule for rule in info.rules for part in rule.parts}
-    scales: dict[str, Tensor] = {}  # name of a weight in the file -> [out] or [out, in / block]
 
-    def cast(key: str, tensor: Tensor) -> Tensor:
+    def ours(key: str) -> str:
         name = key[len(info.prefix) :]
-        ours = rule_of[name].original if name in rule_of else name
-        if kind.stays_float32(ours):
-            return cast_floats(tensor, torch.float32, key)
-        if fp8_scaled and ours.endswith(".weight") and kind.takes_scale(ours.removesuffix(".weight")):
-            weight, scales[name] = scaled_fp8(tensor, kind.scale_block)
-            return weight
-        return store(key, tensor)
+        return rule_of[name].original if name in rule_of else name
 
+    def takes(key: str) -> bool:
+        name = ours(key)
+        is_large = form in (None, FP8) or kind.takes_scale(name.removesuffix(".weight"))
+        return is_large and not kind.stays_float32(name)
+
+    wide = torch.bfloat16 if form and dtype == FP8_STORAGE else dtype
+    cast = info.source.storing(
+        wide, info.keys, form, takes, None if by_rows else kind.scale_block, lambda key: kind.stays_float32(ours(key))
+    )
     state = strip_prefix(info.source.tensors(device, disable_mmap, info.keys, transform, cast), info.prefix)
-    state, scales = to_original(state, info.rules), to_original(scales, info.rules)
+    state = to_original(state, info.rules)
     model = build_on_meta(lambda: kind.model(info.params))
     check_state(model, state, info.source.path)
     assign_state(model, state)
-    store_linears_in_fp8(model)
-    for name, scale in scales.items():
-        use_scales(model.get_submodule(name.removesuffix(".weight")), scale)
     return model
 
 

@@ -8,6 +8,8 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from library.checkpoints.weight_forms import FP8, FP8_SCALED, FP8_STORAGE, INT8, StoredWeight, stored
 from library.core.errors import CheckpointError
 from library.core.text_files import parse_json, read_json
-from library.fp8_optimization_utils import FP8_STORAGE
+from library.fp8_optimization_utils import hold
 from library.safetensors_utils import (
     FP8_DTYPES,
     cast_floats,
@@ -36,6 +39,9 @@ T = TypeVar("T")
 INDEX_SUFFIX = ".safetensors.index.json"
 """of the file that tells which tensor of a split model is in which file"""
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
+SCALED_FORMS = {**dict.fromkeys(FP8_DTYPES, FP8_SCALED), torch.int8: INT8}
+"""types of weights that scales may stand beside -> their form"""
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TOKENIZERS = {"spiece_model", "tokenizer", "tekken_model"}
 _BLOB_NAMES = {*_TOKENIZERS, "scaled_fp8"}
 _BLOB_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant", ".scaled_fp8", ".spiece_model", *SCALE_SUFFIXES)
@@ -62,53 +68,49 @@ class CheckpointFiles:
         self, device: torch.device | str, disable_mmap: bool, keys: Iterable[str], transform: Transform | None = None,
         cast: Callable[[str, Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The named tensors, less what is no weight; scaled 8-bit weights are multiplied by their scales (float32).
+        """The named tensors, less what is no weight. Weights with scales beside them are multiplied out (float32), but
+        those that `cast`, a Cast, keeps: these come as StoredWeight, as they are in the file.
 
-        `transform` may change them as they are read, `cast` gives each its type in the same pass.
+        `transform` may change the tensors as they are read, `cast` gives each its type in the same pass.
         """
-        items = unscaled(self, self.stream(device, disable_mmap, keys))
-        if transform is not None:
-            items = transform(self, items)
+        items = with_scales(self, self.stream(device, disable_mmap, keys))
+        keeps = cast.keeps if isinstance(cast, Cast) else lambda weight: False
+        items = _transformed(self, items, transform, keeps) if transform else _multiplied_out(items, keeps)
         return {key: tensor if cast is None else cast(key, tensor) for key, tensor in items}
 
     def dtype_of(self, key: str) -> torch.dtype:
-        """The type of a tensor in the file; bfloat16 for one in scaled 8-bit numbers, which is widened when it is
-        read."""
+        """The type of a tensor in the file; bfloat16 for one in scaled numbers, whose type says nothing of others."""
+        kind = self.shapes[key].dtype
         is_scaled = any(key.removesuffix(".weight") + suffix in self.shapes for suffix in SCALE_SUFFIXES)
-        return torch.bfloat16 if is_scaled else self.shapes[key].dtype
+        return torch.bfloat16 if is_scaled and kind in SCALED_FORMS else kind
 
-    def casting(self, dtype: torch.dtype | None) -> Callable[[str, Tensor], Tensor]:
+    def casting(self, dtype: torch.dtype | None) -> Cast:
         """The usual `cast` of `tensors`: floating-point ones to `dtype`, or as in the file with 8 bits widened to
-        bfloat16."""
+        bfloat16; inside `keeping_forms` weights in fewer bits stay so."""
+        form = _kept_form.get()
+        return Cast(self, dtype, form, takes=lambda key: False)
 
-        def cast(key: str, tensor: Tensor) -> Tensor:
-            kind = self.dtype_of(key)
-            return cast_floats(tensor, dtype or (torch.bfloat16 if kind in FP8_DTYPES else kind), key)
+    def storing(
+        self, dtype: torch.dtype | None, keys: Iterable[str], form: str | None = None,
+        takes: Callable[[str], bool] = lambda key: True, block: int | None = None,
+        stays_float32: Callable[[str], bool] = lambda key: False,
+    ) -> Cast:
+        """The `cast` of `tensors` for a model, with these keys, whose matrices may be in fewer bits: those that it
+        `takes` in `form`, one of weight_forms.FORMS (`block`: the inputs that share a scale), those of `stays_float32`
+        in float32, the rest in `dtype`.
 
-        return cast
-
-    def storing(self, dtype: torch.dtype | None, keys: Iterable[str]) -> Callable[[str, Tensor], Tensor]:
-        """The `cast` of `tensors` for a model, with these keys, whose matrices may stay in 8 bits.
-
-        `dtype` float8_e4m3fn keeps those of linear layers in it and the rest in bfloat16; None keeps the file's own
-        types. CheckpointError when they are to be kept and are in 8-bit numbers of another kind.
+        `dtype` float8_e4m3fn is the form fp8, with the rest in bfloat16; None keeps the file's own types.
+        CheckpointError when 8-bit numbers are to be kept and are of another kind.
         """
-        kinds = {self.shapes[key].dtype for key in keys if key.endswith(".weight")}
+        if dtype == FP8_STORAGE:
+            dtype, form = torch.bfloat16, form or FP8
+        kinds = {self.dtype_of(key) for key in keys if key.endswith(".weight")}
         other = sorted(str(kind).removeprefix("torch.") for kind in kinds & set(FP8_DTYPES) - {FP8_STORAGE})
-        if dtype == FP8_STORAGE and other:
+        if form in (FP8, FP8_SCALED) and other:
             raise CheckpointError(
                 f"{self.path} stores weights as {', '.join(other)}; 8-bit storage needs float8_e4m3fn or a wider file"
             )
-        wide = torch.bfloat16 if dtype is None or dtype == FP8_STORAGE else dtype
-
-        def cast(key: str, tensor: Tensor) -> Tensor:
-            kind = self.dtype_of(key)
-            is_matrix = key.endswith(".weight") and tensor.ndim == 2
-            if is_matrix and (dtype == FP8_STORAGE or (dtype is None and kind in FP8_DTYPES)):
-                return cast_floats(tensor, dtype or kind, key)
-            return cast_floats(tensor, wide if dtype is not None or kind in FP8_DTYPES else kind, key)
-
-        return cast
+        return Cast(self, dtype, form, takes, block, stays_float32)
 
     def stream(
         self, device: torch.device | str | None, disable_mmap: bool, keys: Iterable[str]
@@ -118,6 +120,52 @@ class CheckpointFiles:
         for file in self.files:
             names = [key for key in _keys_of(file) if key in wanted]
             yield from iterate_tensors(file, device, disable_mmap, names)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """What gives the tensors of a file their type as they are read: (name, tensor or weight in fewer bits) -> the same
+    to be assigned. See `CheckpointFiles.storing`."""
+
+    files: CheckpointFiles
+    dtype: torch.dtype | None
+    form: str | None
+    takes: Callable[[str], bool]
+    block: int | None = None
+    stays_float32: Callable[[str], bool] = lambda key: False
+
+    def keeps(self, weight: StoredWeight) -> bool:
+        """Whether a weight that has scales in the file stays as it is: scaled 8 bits, where 8 bits are asked for."""
+        if self.form is None:
+            return self.dtype is None
+        return weight.form in {FP8: (FP8_SCALED,), FP8_SCALED: (FP8_SCALED,), INT8: (INT8,)}.get(self.form, ())
+
+    def __call__(self, key: str, tensor: Tensor | StoredWeight) -> Tensor | StoredWeight:
+        if isinstance(tensor, StoredWeight):
+            return tensor.widened() if self.stays_float32(key) else tensor
+        if self.stays_float32(key):
+            return cast_floats(tensor, torch.float32, key)
+        kind = self.files.dtype_of(key)
+        if key.endswith(".weight") and tensor.ndim == 2 and self.takes(key):
+            if kind in FP8_DTYPES and (self.form in (FP8, FP8_SCALED) or (self.form is None and self.dtype is None)):
+                return StoredWeight(FP8, tensor.to(kind), None, tensor.shape)
+            if self.form is not None:
+                return stored(tensor, self.form, self.block, key)
+        return cast_floats(tensor, self.dtype or (torch.bfloat16 if kind in FP8_DTYPES else kind), key)
+
+
+_kept_form: ContextVar[str | None] = ContextVar("kept_form", default=None)
+
+
+@contextmanager
+def keeping_forms(form: str | None) -> Iterator[None]:
+    """While it lasts models whose layers are put into a form after they were read keep those weights that a file has in
+    it already; None = nothing is kept."""
+    token = _kept_form.set(form)
+    try:
+        yield
+    finally:
+        _kept_form.reset(token)
 
 
 @dataclass(frozen=True)
@@ -163,7 +211,22 @@ def open_checkpoint(path: Source, subfolder: str | None = None) -> CheckpointFil
             model_config.update(_parse_model_config(file, metadata))
         else:
             shapes.update((key, tensor.to("meta")) for key, tensor in load_pickled_tensors(file).items())
+    _refuse_unknown_forms(os.fspath(path), shapes)
     return CheckpointFiles(os.fspath(path), tuple(files), shapes, config, model_config)
+
+
+def _refuse_unknown_forms(path: str, shapes: Mapping[str, Tensor]) -> None:
+    """CheckpointError for weights in fewer bits whose scales are no numbers per weight, row or block, or two in a
+    byte."""
+    for key, scale in shapes.items():
+        suffix = next((suffix for suffix in SCALE_SUFFIXES if key.endswith(suffix)), None)
+        weight = shapes.get(f"{key.removesuffix(suffix)}.weight") if suffix else None
+        if weight is not None and (weight.dtype == torch.uint8 or scale.dtype not in SCALE_DTYPES):
+            kinds = f"{weight.dtype} with scales in {scale.dtype}".replace("torch.", "")
+            raise CheckpointError(
+                f"{path} stores {key.removesuffix(suffix)}.weight as {kinds} (NVFP4 or MXFP8); needed: the model in"
+                " bf16, fp16 or scaled float8; --quantize_base nf4 or --fp8_scaled makes it as small while it is read"
+            )
 
 
 def names_of_index(index: Path) -> list[str]:
@@ -293,11 +356,14 @@ def is_scale(key: str) -> bool:
 
 
 def unscaled(files: CheckpointFiles, items: Items) -> Items:
-    """Tensors of a file as they are read, less what is no weight. Scaled 8-bit weights (`X.weight`) are multiplied by
-    the scale that stands beside them (`X.scale_weight`) and come as float32.
+    """Tensors of a file as they are read, less what is no weight; weights with scales beside them are multiplied out,
+    float32."""
+    return _multiplied_out(with_scales(files, items), lambda weight: False)
 
-    A scale has one value, one per row [out, 1], or one per block of a row [out, blocks, 1].
-    """
+
+def with_scales(files: CheckpointFiles, items: Items) -> Iterator[tuple[str, Tensor | StoredWeight]]:
+    """Tensors of a file as they are read, less what is no weight. A weight in float8 or int8 (`X.weight`) with scales
+    beside it (`X.scale_weight`, `X.weight_scale`) comes with them."""
     names = {
         f"{key[: -len(suffix)]}.weight": key
         for suffix in SCALE_SUFFIXES
@@ -306,19 +372,44 @@ def unscaled(files: CheckpointFiles, items: Items) -> Items:
     }
     scales = dict(files.stream("cpu", True, names.values())) if names else {}
     for key, tensor in items:
-        if key in names and tensor.dtype in FP8_DTYPES:
-            yield key, times_scale(tensor.float(), scales[names[key]].to(tensor.device, torch.float32))
+        if key in names and tensor.dtype in SCALED_FORMS:
+            yield key, as_in_file(tensor, scales[names[key]].to(tensor.device, torch.float32))
         elif not is_blob(key):
             yield key, tensor
 
 
-def times_scale(weight: Tensor, scale: Tensor) -> Tensor:
-    """A weight in scaled 8-bit numbers, multiplied out."""
+def as_in_file(weight: Tensor, scale: Tensor) -> StoredWeight:
+    """A weight in scaled numbers as files have it, whose scale has one value, one per row [out, 1], or one per block of
+    a row [out, blocks, 1]."""
     if scale.numel() == 1:
-        return weight * scale.reshape(())
-    if scale.ndim == 3:  # [out, blocks, 1]
-        return (weight.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1)
-    return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        scale = scale.reshape(1).repeat(weight.shape[0])
+    scale = scale.flatten(1) if scale.ndim == 3 and scale.shape[1] > 1 else scale.flatten()
+    return StoredWeight(SCALED_FORMS[weight.dtype], weight, scale, weight.shape)
+
+
+def _multiplied_out(items: Items, keeps: Callable[[StoredWeight], bool]) -> Items:
+    for key, tensor in items:
+        yield key, tensor.widened() if isinstance(tensor, StoredWeight) and not keeps(tensor) else tensor
+
+
+def _transformed(
+    files: CheckpointFiles, items: Items, transform: Transform, keeps: Callable[[StoredWeight], bool]
+) -> Items:
+    """The tensors after `transform`, which sees all of them multiplied out; what it hands on as it was and is to be
+    kept is kept as the file has it."""
+    own: dict[str, tuple[Tensor, StoredWeight]] = {}
+
+    def wide() -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in items:
+            if isinstance(tensor, StoredWeight):
+                weight, tensor = tensor, tensor.widened()
+                if keeps(weight):
+                    own[key] = tensor, weight
+            yield key, tensor
+
+    for key, tensor in transform(files, wide()):
+        given, weight = own.pop(key, (None, None))
+        yield key, weight if tensor is given else tensor
 
 
 def check_marks(shapes: Mapping[str, object], marks: Iterable[str | tuple[str, ...]], path: str, what: str) -> None:
@@ -412,8 +503,19 @@ def check_finite(state: Mapping[str, Tensor], path: str) -> None:
             raise CheckpointError(f"{path}: {key} has values that are not finite; the training of this file failed")
 
 
-def assign_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Make the tensors of `state` the model's own; every key of the model must be there."""
+def assign_state(model: nn.Module, state: Mapping[str, Tensor | StoredWeight]) -> None:
+    """Make the tensors of `state` the model's own; every key of the model must be there. Layers hold weights in fewer
+    bits as they are, and what is no layer has them widened."""
+    state = dict(state)
+    wide = next((t.dtype for t in state.values() if isinstance(t, Tensor) and t.is_floating_point()), torch.bfloat16)
+    for key, weight in state.items():
+        if isinstance(weight, StoredWeight):
+            layer = model.get_submodule(key.rpartition(".")[0])
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                hold(layer, weight)
+                state[key] = weight.data
+            else:
+                state[key] = weight.widened(wide)
     names = model.state_dict().keys()
     model.load_state_dict({key: state[key] for key in names}, strict=True, assign=True)
     model.requires_grad_(False)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from library.anima_models import Anima
 from library.anima_utils import FILE_PREFIX, load_anima
+from library.checkpoints.weight_forms import FP8_SCALED
 from library.compat.networks import merging
 from library.components import tokenizers
 from library.components.llm_encoder_utils import load_qwen3
-from library.fp8_optimization_utils import FP8_STORAGE
 from library.safetensors_utils import cast_all, save_file_atomic
 from networks.lora_anima import TARGETS
 
@@ -27,9 +27,11 @@ def load_anima_model(
     lora_multipliers: Sequence[float] | None = None,
 ) -> Anima:
     """The denoiser on `loading_device`, with adapters merged. `attn_mode` and `split_attn` choose among ways with equal
-    results and change nothing; `fp8_scaled` keeps the weights of linear layers in 8 bits."""
-    dtype = FP8_STORAGE if fp8_scaled else dit_weight_dtype
-    return load_anima(dit_path, dtype, loading_device, transform=merging(TARGETS, lora_weights_list, lora_multipliers))
+    results and change nothing; `fp8_scaled` keeps the matrices of the blocks in 8 bits."""
+    transform = merging(TARGETS, lora_weights_list, lora_multipliers)
+    return load_anima(
+        dit_path, dit_weight_dtype, loading_device, transform=transform, form=FP8_SCALED if fp8_scaled else None
+    )
 
 
 def load_qwen3_tokenizer(qwen3_path: str | os.PathLike) -> Any:

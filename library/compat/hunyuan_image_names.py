@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from library import strategy_hunyuan_image as texts
 from library.checkpoints.loading import build_on_meta
+from library.checkpoints.weight_forms import FP8_SCALED
 from library.compat.networks import KnownNetwork, merging, shared_pairs
 from library.compat.samples import Replacement, sample_family
 from library.components.llm_encoder_utils import load_qwen25_vl
@@ -40,7 +41,7 @@ def load_hunyuan_image_model(
     results and change nothing; `fp8_scaled` keeps the matrices of the blocks in 8 bits."""
     transform = merging(TARGETS, lora_weights_list, lora_multipliers)
     return load_hunyuan_image(
-        dit_path, dit_weight_dtype, loading_device, fp8_scaled=fp8_scaled, transform=transform
+        dit_path, dit_weight_dtype, loading_device, form=FP8_SCALED if fp8_scaled else None, transform=transform
     )  # fmt: skip
 
 

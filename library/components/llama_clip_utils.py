@@ -9,9 +9,9 @@ import torch
 
 from library.components.hunyuan_vae_utils import inspect_hunyuan_vae
 from library.components.llm_encoder_utils import inspect_llama, load_llama
+from library.components.stored_parts import stored_model
 from library.components.text_encoder_utils import inspect_clip_l, load_clip_l
 from library.core.errors import Problems
-from library.fp8_optimization_utils import shrink_linears_to_fp8
 
 
 def load_encoders(
@@ -21,15 +21,13 @@ def load_encoders(
     device: torch.device | str,
     disable_mmap: bool = False,
     *,
-    fp8_llm: bool = False,
+    form: str | None = None,
 ) -> list[torch.nn.Module]:
-    """[LLaMA, CLIP-L]. On a CPU they compute in bfloat16 instead of float16; `fp8_llm` keeps the matrices of the first
-    in 8 bits. CheckpointError when a file does not fit."""
+    """[LLaMA, CLIP-L]. On a CPU they compute in bfloat16 instead of float16; `form`, one of weight_forms.FORMS, stores
+    the matrices of the first. CheckpointError when a file does not fit."""
     if torch.device(device).type == "cpu" and dtype == torch.float16:
         dtype = torch.bfloat16
-    llama = load_llama(text_encoder1, dtype, device, disable_mmap)
-    if fp8_llm:
-        shrink_linears_to_fp8(llama)
+    llama = stored_model(lambda place: load_llama(text_encoder1, dtype, place, disable_mmap), form, device)
     return [llama, load_clip_l(text_encoder2, dtype, device, disable_mmap)]
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from library.anima_train_utils import predict_velocity
 from library.anima_utils import load_anima
 from library.checkpoints.loading import Transform
+from library.checkpoints.weight_forms import FP8, FP8_SCALED
 from library.components.llm_encoder_utils import load_qwen3
 from library.components.wan_vae_utils import load_wan_vae
 from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.device_utils import get_preferred_device
-from library.fp8_optimization_utils import FP8_STORAGE, shrink_linears_to_scaled_fp8
 from library.generation.adapter_files import ListedAdapterOptions
 from library.generation.adapters import load_with_adapters
 from library.generation.anima_options import AnimaModelOptions, AnimaRequest
@@ -29,9 +29,6 @@ from library.training.inference_samplers.flow import flow_schedule
 if TYPE_CHECKING:
     from library.anima_models import Anima
     from library.components.wan_vae_models import WanVAE
-
-KEPT_WIDE = ("_embedder", "norm", "adaln", "final_layer", ".embed.")
-"""parts of layer names that scaled 8-bit storage leaves alone"""
 
 
 @dataclass
@@ -87,18 +84,7 @@ def load_denoiser(
     options: AnimaModelOptions, wide: torch.dtype, device: torch.device, transform: Transform | None = None
 ) -> Anima:
     """The denoiser in the type that the options ask for. What is stored in 8 bits is never cast afterwards."""
-    plain_fp8 = options.fp8 and not options.fp8_scaled
-    place = "cpu" if options.fp8_scaled else device
-    denoiser = load_anima(
-        options.dit, FP8_STORAGE if plain_fp8 else wide, place, llm_adapter_path=options.llm_adapter_path,
-        transform=transform
+    form = FP8_SCALED if options.fp8_scaled else FP8 if options.fp8 else None
+    return load_anima(
+        options.dit, wide, device, llm_adapter_path=options.llm_adapter_path, transform=transform, form=form
     )
-    if options.fp8_scaled:
-        shrink_linears_to_scaled_fp8(denoiser, takes_scale)
-        denoiser.to(device)
-    return denoiser
-
-
-def takes_scale(path: str) -> bool:
-    """Whether the layer of this path is stored in scaled 8 bits: the matrices of the blocks."""
-    return path.startswith("blocks.") and not any(part in path for part in KEPT_WIDE)

@@ -72,13 +72,12 @@ class FramePackScript(LlamaClipScript):
     def load_denoiser(
         self, config: Config, dtype: torch.dtype, device: torch.device, transform: Transform | None
     ) -> nn.Module:
-        from library.fp8_optimization_utils import FP8_STORAGE
         from library.framepack_utils import load_framepack
 
         options = config[self.models]
         return load_framepack(
-            options.dit, FP8_STORAGE if options.is_plain_fp8 else dtype, device, self.disable_mmap(config),
-            fp8_scaled=options.fp8_scaled, transform=transform,
+            options.dit, dtype, device, self.disable_mmap(config), form=options.form, by_rows=options.multiplies_fp8,
+            transform=transform,
         )  # fmt: skip
 
     def save_denoiser(self, denoiser: Any, target: str, dtype: torch.dtype) -> None:

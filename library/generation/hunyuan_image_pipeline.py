@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.loading import Transform
+from library.checkpoints.weight_forms import FP8, FP8_SCALED
 from library.dataset.collate import stack_padded
 from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.device_utils import get_preferred_device
-from library.fp8_optimization_utils import FP8_STORAGE
 from library.generation.adapter_files import ListedAdapterOptions
 from library.generation.adapters import load_with_adapters, merging
 from library.generation.flow_pipeline import FlowPipeline
@@ -136,11 +136,10 @@ def load_denoiser(
 ) -> HYImageDiffusionTransformer:
     """The denoiser in the type that the options ask for, on the device, or with block swap spread over device and main
     memory."""
-    plain_fp8 = options.fp8 and not options.fp8_scaled
+    form = FP8_SCALED if options.fp8_scaled else FP8 if options.fp8 else None
     denoiser = load_hunyuan_image(
-        options.dit, FP8_STORAGE if plain_fp8 else wide, "cpu" if options.blocks_to_swap else device,
-        fp8_scaled=options.fp8_scaled, transform=transform,
-    )  # fmt: skip
+        options.dit, wide, "cpu" if options.blocks_to_swap else device, form=form, transform=transform
+    )
     if options.blocks_to_swap:
         denoiser.enable_block_swap(options.blocks_to_swap, device)
         denoiser.move_to_device_except_swap_blocks(device)

@@ -52,13 +52,12 @@ class HunyuanVideoScript(LlamaClipScript):
     def load_denoiser(
         self, config: Config, dtype: torch.dtype, device: torch.device, transform: Transform | None
     ) -> nn.Module:
-        from library.fp8_optimization_utils import FP8_STORAGE
         from library.hunyuan_video_utils import load_hunyuan_video
 
         options = config[self.models]
         denoiser = load_hunyuan_video(
-            options.dit, FP8_STORAGE if options.is_plain_fp8 else dtype, device, self.disable_mmap(config),
-            fp8_scaled=options.fp8_scaled, transform=transform,
+            options.dit, dtype, device, self.disable_mmap(config), form=options.form, by_rows=options.multiplies_fp8,
+            transform=transform,
         )  # fmt: skip
         denoiser.embedders_wait = options.img_in_txt_in_offloading
         return denoiser

@@ -29,7 +29,8 @@ class LlamaClipScript(VideoScript):
         if self.text_device(config).type == "cpu" and dtype == torch.float16:
             dtype = torch.bfloat16
         return load_encoders(
-            *self.encoder_files(config), dtype, "cpu", self.disable_mmap(config), fp8_llm=options.fp8_llm
+            *self.encoder_files(config), dtype, "cpu", self.disable_mmap(config),
+            form="fp8" if options.fp8_llm else None
         )
 
     @staticmethod

@@ -11,7 +11,6 @@ from library.core.options import (
     LARGEST_SEED,
     LARGEST_STEPS,
     equivalent_option,
-    ignored_option,
     option,
 )
 from library.generation.adapter_files import LayerFilter, ListedAdapterOptions
@@ -53,14 +52,13 @@ class VideoModelOptions:
         help="keep the large matrices of the denoiser in 8 bits, with scales by which they use the whole range; closer"
         " than --fp8",
     )
-    fp8_fast: bool = ignored_option(
-        False, help="multiply 8-bit matrices as they are",
-        reason="8-bit matrices are widened before each product, which is slower and closer",
-    )  # fmt: skip
+    fp8_fast: bool = option(
+        False, help="multiply in 8 bits, for --fp8_scaled: quicker and less exact; needs a GPU that can (RTX 40 on)"
+    )
     blocks_to_swap: int = option(0, help="blocks whose weights wait in main memory")
     use_pinned_memory_for_block_swap: bool = equivalent_option(
         False, help="pinned memory for swapped blocks",
-        reason="--use_pinned_memory_for_block_swap: swapped blocks exchange their places on a stream of their own",
+        reason="--use_pinned_memory_for_block_swap: swapped blocks wait in page-locked memory in any case",
     )  # fmt: skip
     attn_mode: str = equivalent_option(
         "torch", help="which package computes the attention",
@@ -83,6 +81,16 @@ class VideoModelOptions:
     def is_plain_fp8(self) -> bool:
         """Whether 8-bit numbers stand for themselves, without scales."""
         return self.fp8 and not self.fp8_scaled
+
+    @property
+    def form(self) -> str | None:
+        """How the large matrices of the denoiser are stored, one of library.checkpoints.weight_forms.FORMS."""
+        return "fp8_scaled" if self.fp8_scaled else "fp8" if self.fp8 else None
+
+    @property
+    def multiplies_fp8(self) -> bool:
+        """Whether products are those of 8-bit numbers."""
+        return self.fp8_fast and self.fp8_scaled
 
     @property
     def is_fp8(self) -> bool:

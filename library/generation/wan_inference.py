@@ -155,12 +155,16 @@ class WanScript(VideoScript):
     def load_encoders(self, config: Config) -> list[nn.Module]:
         import torch
 
+        from library.components.stored_parts import stored_model
         from library.wan_text_encoder_utils import load_umt5
 
         options = config[self.models]
         return [
-            load_umt5(options.t5, torch.bfloat16, "cpu", options.disable_numpy_memmap, fp8=options.fp8_t5)
-        ]
+            stored_model(
+                lambda place: load_umt5(options.t5, torch.bfloat16, place, options.disable_numpy_memmap),
+                "fp8" if options.fp8_t5 else None, "cpu",
+            )
+        ]  # fmt: skip
 
     def load_vae(self, config: Config) -> nn.Module:
         import torch
@@ -181,13 +185,12 @@ class WanScript(VideoScript):
     def _load_expert(
         self, config: Config, path: str, dtype: torch.dtype, device: torch.device, transform: Transform | None
     ) -> nn.Module:
-        from library.fp8_optimization_utils import FP8_STORAGE
         from library.wan_utils import load_wan
 
         options = config[self.models]
         return load_wan(
-            path, FP8_STORAGE if options.is_plain_fp8 else dtype, device, options.disable_numpy_memmap,
-            fp8_scaled=options.fp8_scaled, transform=transform,
+            path, dtype, device, options.disable_numpy_memmap, form=options.form, by_rows=options.multiplies_fp8,
+            transform=transform,
         )  # fmt: skip
 
     def load_placed(

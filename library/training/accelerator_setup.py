@@ -15,6 +15,7 @@ import torch
 
 from library.core.errors import ConfigError, TrainingError
 from library.core.options import Config
+from library.training.gradient_sums import sum_in_buckets
 from library.training.option_groups import DdpOptions, MemoryOptions, ModelOptions, PrecisionOptions
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class Runtime:
     """Where and in which precision a run computes.
 
     `weight_dtype`: dtype of autocast and of frozen weights; `denoiser_dtype`: dtype in which the denoiser's weights are
-    held (float8_e4m3fn with --fp8_base); `vae_dtype`: float32 with --no_half_vae.
+    held (float8_e4m3fn with --fp8_base); `denoiser_form` and `text_form`: the form of large matrices, one of
+    weight_forms.FORMS, None = these types; `vae_dtype`: float32 with --no_half_vae.
     """
 
     accelerator: Accelerator
@@ -47,6 +49,8 @@ class Runtime:
     seed: int
     """of every random draw of the run: --seed, or a number that the main process drew"""
     seed_was_drawn: bool = False
+    denoiser_form: str | None = None
+    text_form: str | None = None
 
     @property
     def is_main_process(self) -> bool:
@@ -69,12 +73,11 @@ class Runtime:
         any rank."""
         if self.num_processes == 1:
             return
-        for parameter in parameters:
-            if not parameter.requires_grad:
-                continue
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in learning:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)
+        sum_in_buckets((parameter.grad for parameter in learning), torch.distributed.all_reduce)
 
     def clip_gradients(self, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor | None:
         """Clip to a global norm; returns the norm before clipping, a tensor on the device."""
@@ -200,8 +203,10 @@ def _runtime_of(accelerator: Accelerator, config: Config) -> Runtime:
         # with several processes accelerate numbers the CPU (cpu:1), which file readers refuse
         device=torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device,
         weight_dtype=weight_dtype,
-        denoiser_dtype=fp8 if precision.fp8_base or precision.fp8_base_unet else weight_dtype,
-        text_encoder_dtype=fp8 if precision.fp8_base and not precision.fp8_base_unet else weight_dtype,
+        denoiser_dtype=fp8 if precision.denoiser_form == "fp8" else weight_dtype,
+        text_encoder_dtype=fp8 if precision.text_form == "fp8" else weight_dtype,
+        denoiser_form=precision.denoiser_form,
+        text_form=precision.text_form,
         vae_dtype=torch.float32 if config[ModelOptions].no_half_vae else weight_dtype,
         trained_dtype=weight_dtype if precision.full_fp16 or precision.full_bf16 else torch.float32,
         rank=accelerator.process_index,

@@ -100,12 +100,15 @@ def refusals(family: type[ModelFamily], what: str) -> dict[str, str]:
         ),
         _DENOISER: (
             "fp8_base_unet",
+            "fp8_scaled",
+            "fp8_fast",
+            "quantize_base",
             *(set(option_fields(family.options)) - set().union(*family.part_options.values())),
         ),
         "a dataset class brings its own tensors, which are not cached": ("dataset_class",),
     }
     if what == "latents":
-        names["the VAE is not held in 8 bits"] = ("fp8_base",)
+        names["the VAE is not held in fewer bits"] = ("fp8_base", "quantize_text_encoder")
     reasons = {name: reason for reason, group in names.items() for name in group}
     return {**family.refused, **reasons}
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 from library.core.errors import ConfigError
 from library.core.options import (
+    AUTO,
     LARGEST_BATCH,
     LARGEST_SEED,
     LARGEST_SIDE,
     count_or_none,
     equivalent_option,
+    number_or_auto,
     option,
     refused_option,
 )
@@ -24,7 +26,8 @@ from library.training.attention_options import AttentionOptions
 MINUTES_OF_A_YEAR = 525_600
 
 _DEEPSPEED = (
-    "DeepSpeed is not supported; several GPUs work through accelerate launch, memory is saved by --blocks_to_swap"
+    "DeepSpeed is not supported; several GPUs work through accelerate launch, memory is saved by --blocks_to_swap and "
+    "--offload_optimizer"
 )
 
 
@@ -215,6 +218,20 @@ class PrecisionOptions:
     full_bf16: bool = option(False, help="trained weights and gradients in bfloat16 too; needs --mixed_precision bf16")
     fp8_base: bool = option(False, help="frozen weights of denoiser and text encoders in float8; needs mixed precision")
     fp8_base_unet: bool = option(False, help="frozen weights of the denoiser alone in float8; needs mixed precision")
+    fp8_scaled: bool = option(
+        False, help="large matrices of the frozen denoiser in float8 with scales by which they use the whole range"
+    )
+    fp8_fast: bool = option(
+        False, help="multiply in 8 bits, for --fp8_scaled: quicker and less exact; needs a GPU that can (RTX 40 on)"
+    )
+    quantize_base: str | None = option(
+        None, choices=(None, "int8", "nf4"),
+        help="large matrices of the frozen denoiser in 8 or 4 bits with scales (nf4: that of QLoRA, by bitsandbytes)",
+    )
+    quantize_text_encoder: str | None = option(
+        None, choices=(None, "fp8", "fp8_scaled", "int8", "nf4"),
+        help="large matrices of frozen text encoders in float8, in float8 with scales, in 8 or 4 bits",
+    )
 
     def __post_init__(self) -> None:
         problems = []
@@ -229,7 +246,31 @@ class PrecisionOptions:
                     f"--{name} is set with --mixed_precision no; float8 weights compute in bf16 or fp16: add "
                     "--mixed_precision bf16"
                 )
+        others = [name for name in ("fp8_base", "fp8_base_unet", "fp8_scaled") if getattr(self, name)]
+        if self.quantize_base and others:
+            problems.append(
+                f"--quantize_base {self.quantize_base} and --{others[0]} are set; the weights of the denoiser have one"
+                f" form: leave one of them out (--quantize_text_encoder fp8 is for text encoders alone)"
+            )
         raise_problems(problems)
+
+    @property
+    def denoiser_form(self) -> str | None:
+        """How the frozen denoiser is stored, one of library.checkpoints.weight_forms.FORMS; None: as it is computed
+        with."""
+        if self.quantize_base or self.fp8_scaled:
+            return self.quantize_base or "fp8_scaled"
+        return "fp8" if self.fp8_base or self.fp8_base_unet else None
+
+    @property
+    def multiplies_fp8(self) -> bool:
+        """Whether the denoiser's products are those of 8-bit numbers."""
+        return self.fp8_fast and self.fp8_scaled
+
+    @property
+    def text_form(self) -> str | None:
+        """The same of frozen text encoders."""
+        return self.quantize_text_encoder or ("fp8" if self.fp8_base and not self.fp8_base_unet else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +281,16 @@ class MemoryOptions:
     cpu_offload_checkpointing: bool = option(
         False, help="keep the inputs of checkpointed blocks in main memory; needs --gradient_checkpointing"
     )
-    blocks_to_swap: int | None = option(
-        None, help="number of blocks of the denoiser that wait in main memory; 0 = none"
+    blocks_to_swap: int | str | None = option(
+        None,
+        help="number of blocks of the denoiser that wait in main memory, 0 = none; auto = as many as the memory of the"
+        " device makes necessary",
+        convert=number_or_auto, metavar="N|auto",
+    )
+    block_swap_ring_size: int = option(
+        2,
+        help="places on the device, of those that --blocks_to_swap leaves, through which swapped blocks pass: one"
+        " computes while the next arrive",
     )
     torch_compile: bool = option(False, help="compile the blocks of the denoiser with torch.compile")
     dynamo_backend: str = option(
@@ -299,13 +348,14 @@ class MemoryOptions:
     )
 
     def __post_init__(self) -> None:
-        problems = too_small(self, 0, "blocks_to_swap", hint=" (0 = no swapping)")
+        problems = too_small(self, 1, "block_swap_ring_size")
+        if self.blocks_to_swap != AUTO:
+            problems += too_small(self, 0, "blocks_to_swap", hint=" (0 = no swapping)")
         raise_problems(problems + too_small(self, 1, "dynamo_cache_size_limit"))
 
     @property
     def compiles(self) -> bool:
-        """Blocks whose weights change places are not compiled."""
-        return self.torch_compile and self.dynamo_backend != "no" and not self.blocks_to_swap
+        return self.torch_compile and self.dynamo_backend != "no"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,8 +122,8 @@ def _precision(run: Run) -> str:
     text = f"computing in {str(runtime.weight_dtype).removeprefix('torch.')}" + (
         " (autocast)" if precision.mixed_precision != "no" else ""
     )
-    if runtime.denoiser_dtype != runtime.weight_dtype:
-        text += f", frozen weights in {str(runtime.denoiser_dtype).removeprefix('torch.')}"
+    if runtime.denoiser_form:
+        text += f", frozen weights in {runtime.denoiser_form}"
     return f"{text}, trained weights in {str(runtime.trained_dtype).removeprefix('torch.')}"
 
 
@@ -191,6 +191,7 @@ def _memory(run: Run) -> list[str]:
         lines.append(f"attention: {run.family.attention.choice}")
     if memory.gradient_checkpointing:
         lines.append("gradient checkpointing" + (" with inputs on the CPU" if memory.cpu_offload_checkpointing else ""))
-    if memory.blocks_to_swap:
-        lines.append(f"{memory.blocks_to_swap} block{'' if memory.blocks_to_swap == 1 else 's'} swapped")
+    count = run.family.blocks_to_swap
+    if count:
+        lines.append(f"{count} block{'' if count == 1 else 's'} swapped")
     return lines

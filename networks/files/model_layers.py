@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from library.checkpoints.loading import SCALE_SUFFIXES, CheckpointFiles, open_checkpoint, times_scale
+from library.checkpoints.loading import SCALE_SUFFIXES, SCALED_FORMS, CheckpointFiles, as_in_file, open_checkpoint
 from library.checkpoints.recognition import recognise
 from library.core.errors import CheckpointError
 from library.families.registry import FAMILIES, adapter_family_of, records
@@ -126,12 +126,14 @@ class _Reader:
                 self._places |= dict.fromkeys(read_header(file)[0], handle)
 
     def tensor(self, key: str) -> torch.Tensor:
-        tensor = self._stored(key).float()
+        tensor = self._stored(key)
         scale = next(
             (name for suffix in SCALE_SUFFIXES if (name := key.removesuffix(".weight") + suffix) in self._files.shapes),
             None,
         )
-        return tensor if scale is None else times_scale(tensor, self._stored(scale).float())
+        if scale is None or tensor.dtype not in SCALED_FORMS:
+            return tensor.float()
+        return as_in_file(tensor, self._stored(scale).float()).widened()
 
     def _stored(self, key: str) -> torch.Tensor:
         return self._held[key] if key in self._held else self._places[key].get_tensor(key)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from library.checkpoints.number_formats import IN_MEMORY, narrowed
 from library.core.errors import CheckpointError
 from library.core.keyed_random import StepDraws
-from library.fp8_optimization_utils import unscaled
+from library.fp8_optimization_utils import set_weight, stored_of, weight_of, weight_shape
 from networks.kinds.weight_decomposition import decomposed_output, dora_change, lengths_of, shrink
 
 
@@ -191,17 +191,24 @@ class AdapterModule(nn.Module):
             return output + sum(parameter.flatten()[0] for parameter in trained).to(output) * 0 if trained else output
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.compute_dtype)
+        return self.changed_output(x, output).to(output.dtype)
+
+    def changed_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The layer's `output` for `x` and what the adapter adds to it, in the wider of their dtypes."""
         change = (
             self.output_change(x) if self.dora_scale is None else self.multiplier * decomposed_output(self, x, output)
         )
         change = change.to(output.device)
         if self.diff_b is not None:
             bias = self.multiplier * self.diff_b  # [out]
-            change = change + bias.to(change.device, change.dtype).view(-1, *[1] * (self.org_module.weight.ndim - 2))
-        return (output + change).to(output.dtype)
+            change = change + bias.to(change.device, change.dtype).view(-1, *[1] * (len(self.weight_shape) - 2))
+        return output + change
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        for parameter in self._parameters.values():  # a walk through all modules in every call costs as much as a layer
+            if parameter is not None:
+                return parameter.dtype
         return next(self.parameters()).dtype
 
     def output_change(self, x: torch.Tensor, multiplier: float | None = None) -> torch.Tensor:
@@ -225,9 +232,13 @@ class AdapterModule(nn.Module):
         return change_of(type(self), without_lengths(self.tensors()), self.original_weight(), multiplier)
 
     def original_weight(self) -> torch.Tensor:
-        """The weight of the layer, multiplied out where it is stored in scaled 8 bits."""
-        weight, scale = getattr(self.org_module, self.weight_name), getattr(self.org_module, "fp8_scale", None)
-        return weight if scale is None else unscaled(weight, scale)
+        """The weight of the layer, widened to float32 where it is stored in fewer bits."""
+        return weight_of(self.org_module, self.weight_name)
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """[out, in, ...] of the layer's weight, however it is stored."""
+        return weight_shape(self.org_module)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """What the layer's weight makes of an input, without bias and adapter; in the type of autocast, else of `x`."""
@@ -369,7 +380,8 @@ class AdapterModule(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         """Add the change to the layer's weight: computed in float32 on `device`, rounded to `dtype` (default: the
-        weight's). `sd` holds this module's tensors of a file, when they are not loaded yet."""
+        weight's; a weight in fewer bits keeps its form). `sd` holds this module's tensors of a file, when they are not
+        loaded yet."""
         if sd:
             self.load_file_tensors(sd)
         tensors = {name: tensor.to(device) if device is not None else tensor for name, tensor in self.tensors().items()}
@@ -377,11 +389,13 @@ class AdapterModule(nn.Module):
             parameter = getattr(self.org_module, name, None)
             if parameter is None:
                 continue
-            original = parameter.detach().to(
+            original = weight_of(self.org_module, name).detach().to(
                 next(iter(tensors.values())).device if device is None else device, torch.float32
             )
             merged = change_of_part(tensors, original)
-            if merged is not None:
+            if merged is not None and name == "weight" and stored_of(self.org_module) is not None:
+                set_weight(self.org_module, merged.to(parameter.device))
+            elif merged is not None:
                 parameter.data.copy_(narrowed(f"{self.lora_name}.{name}", merged, dtype or parameter.dtype, IN_MEMORY))
 
     def _merged_weight(self, tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor | None:
@@ -394,9 +408,9 @@ class AdapterModule(nn.Module):
     @torch.no_grad()
     def backup_weight(self) -> None:
         if self._backup is None:
-            self._backup = {
-                name: parameter.detach().clone() for name, parameter in self.org_module.named_parameters(recurse=False)
-            }
+            layer = self.org_module
+            own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+            self._backup = {name: tensor.detach().clone() for name, tensor in own}
 
     @torch.no_grad()
     def restore_weight(self) -> None:

@@ -56,7 +56,7 @@ class Ggpo:
     def update_norms(self, module: LoRAModule) -> None:
         """sqrt(estimate^2 + |row of scale * up @ down|^2), the size of the changed weight's rows."""
         if self.weight_norm_estimate is None:
-            weight = module.org_module.weight
+            weight = module.original_weight()
             step = max(
                 1, weight.shape[0] // SAMPLED_ROWS
             )  # evenly spaced rows instead of random ones: the same in every run

@@ -194,7 +194,8 @@ def test_lycoris_reads_the_same_file(tiny, tmp_path):
 
 
 def test_eight_bits(tiny, adapters, tmp_path):
-    from library.generation.anima_pipeline import load_denoiser, takes_scale
+    from library.anima_utils import takes_scale
+    from library.generation.anima_pipeline import load_denoiser
 
     options = anima_inference.AnimaModelOptions(dit=str(tiny.anima), fp8_scaled=True, dtype="float32")
     scaled = dict(load_denoiser(options, torch.float32, torch.device("cpu")).named_modules())
@@ -319,7 +320,7 @@ def test_the_script_ends_with_one_message_and_a_code(tmp_path):
 
 
 def test_scaled_rows_of_any_size_keep_their_digits():
-    from library.fp8_optimization_utils import shrink_linears_to_scaled_fp8
+    from library.fp8_optimization_utils import store_layers
 
     layer = torch.nn.Linear(64, 4)
     weight = (
@@ -328,7 +329,7 @@ def test_scaled_rows_of_any_size_keep_their_digits():
     layer.weight.data, x = weight.clone(), torch.randn(9, 64, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected = layer(x)
-        assert shrink_linears_to_scaled_fp8(torch.nn.Sequential(layer), lambda path: path == "0") == 1
+        assert store_layers(torch.nn.Sequential(layer), "fp8_scaled", wanted=lambda path: path == "0") == 1
         far = (layer(x) - expected).norm(dim=0) / (expected - layer.bias).norm(dim=0).clamp_min(1e-9)
     assert layer.weight.float().abs().amax(dim=1).tolist() == [448, 448, 448, 0] and float(far.max()) < 0.05
 

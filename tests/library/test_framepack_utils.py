@@ -115,7 +115,7 @@ def test_a_row_of_a_batch_is_what_it_is_alone_whatever_pads_its_caption(file: Pa
 
 def test_weights_in_8_bits_stay_close(file: Path) -> None:
     expected = run(load_framepack(file, torch.float32, "cpu"))
-    scaled = load_framepack(file, torch.float32, "cpu", fp8_scaled=True)
+    scaled = load_framepack(file, torch.float32, "cpu", form="fp8_scaled")
     small = {name for name, weight in scaled.named_parameters() if weight.dtype == torch.float8_e4m3fn}
     assert len(small) == 2 * 12 + 3 * 5 and not any("norm" in name for name in small)
     assert 1e-4 < ((run(scaled) - expected).norm() / expected.norm()).item() < 0.05

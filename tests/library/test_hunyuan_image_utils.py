@@ -15,8 +15,8 @@ from library import hunyuan_image_utils
 from library.checkpoints.hunyuan_image_convert import NAMES
 from library.checkpoints.kinds import check_slot, describe_checkpoint
 from library.checkpoints.loading import build_on_meta
-from library.components.ldm_models import AutoEncoderParams
 from library.components.hunyuan_stream_utils import DENOISER_PREFIXES
+from library.components.ldm_models import AutoEncoderParams
 from library.components.llm_encoder_utils import inspect_qwen25_vl
 from library.components.text_encoder_utils import inspect_t5xxl
 from library.core.errors import CheckpointError
@@ -131,7 +131,7 @@ def test_eight_bits_plain_and_scaled(tmp_path: Path) -> None:
     save_file_atomic(state, tmp_path / "x.safetensors")
     exact = run(hunyuan_image_utils.load_hunyuan_image(tmp_path / "x.safetensors", torch.float32, "cpu"), **inputs())
     plain = hunyuan_image_utils.load_hunyuan_image(tmp_path / "x.safetensors", torch.float8_e4m3fn, "cpu")
-    scaled = hunyuan_image_utils.load_hunyuan_image(tmp_path / "x.safetensors", torch.float32, "cpu", fp8_scaled=True)
+    scaled = hunyuan_image_utils.load_hunyuan_image(tmp_path / "x.safetensors", torch.float32, "cpu", form="fp8_scaled")
     for model, inside in ((plain, {torch.bfloat16}), (scaled, {torch.float32})):
         assert (
             model.double_blocks[0].img_attn_qkv.weight.dtype
@@ -178,7 +178,7 @@ def test_both_layouts_whole_in_shards_and_in_8_bits(tmp_path: Path) -> None:
     save_file_atomic(state, tmp_path / "x.safetensors", {"model_config": json.dumps(asdict(params))})
     told = {"rope_theta": 300, "rope_dim_list": (8, 24)}  # no shape tells it, and one of the parts has no config.json
     for path, config in ((tmp_path / "pipeline", None), (folder, None), (folder / name, told)):
-        for how in ({}, {"fp8_scaled": True}):
+        for how in ({}, {"form": "fp8_scaled"}):
             model = hunyuan_image_utils.load_hunyuan_image(path, torch.float32, "cpu", config=config, **how)
             expected = hunyuan_image_utils.load_hunyuan_image(tmp_path / "x.safetensors", torch.float32, "cpu", **how)
             assert model.params == params and torch.equal(run(model, **given), run(expected, **given))
@@ -237,7 +237,7 @@ def test_the_names_inside_of_comfy_ui(tmp_path: Path) -> None:
         found = describe_checkpoint(tmp_path / "comfy.safetensors")
         assert (found.kind, found.layout) == ("hunyuan_image", "ComfyUI") and "guidance and mean flow" in found.detail
         given = inputs() | {"guidance": torch.tensor([3500.0, 1000.0])}
-        for dtype, how in ((torch.float32, {}), (torch.float32, {"fp8_scaled": True}), (torch.float8_e4m3fn, {})):
+        for dtype, how in ((torch.float32, {}), (torch.float32, {"form": "fp8_scaled"}), (torch.float8_e4m3fn, {})):
             mine, other = (
                 hunyuan_image_utils.load_hunyuan_image(tmp_path / f"{name}.safetensors", dtype, "cpu", **how)
                 for name in ("x", "comfy")

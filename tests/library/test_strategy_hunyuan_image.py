@@ -121,6 +121,6 @@ def test_a_missing_tokenizer_is_told_with_the_command_that_fetches_it(tmp_path: 
 
 
 def test_eight_bits_of_the_language_model_alone(tiny) -> None:
-    vlm, byt5 = load_encoders(tiny.text_encoder, tiny.byt5, torch.float16, "cpu", fp8_vl=True)
+    vlm, byt5 = load_encoders(tiny.text_encoder, tiny.byt5, torch.float16, "cpu", form="fp8")
     assert vlm.layers[0].self_attn.q_proj.weight.dtype == torch.float8_e4m3fn
     assert vlm.embed_tokens.weight.dtype == byt5.shared.weight.dtype == torch.bfloat16, "float16 on a CPU"

@@ -150,7 +150,7 @@ def test_sizes_of_the_real_language_model(tmp_path: Path) -> None:
 
 
 def test_eight_bits_of_the_language_model_alone(tiny, tokenize, encoders) -> None:
-    llama, clip_l = load_encoders(tiny.text_encoder1, tiny.text_encoder2, torch.float16, "cpu", fp8_llm=True)
+    llama, clip_l = load_encoders(tiny.text_encoder1, tiny.text_encoder2, torch.float16, "cpu", form="fp8")
     assert llama.layers[0].self_attn.q_proj.weight.dtype == torch.float8_e4m3fn
     assert llama.embed_tokens.weight.dtype == llama.norm.weight.dtype == torch.bfloat16, "float16 on a CPU"
     close = encoded(tokenize, [llama, clip_l], ["a red cat"])[0].float()

@@ -95,7 +95,7 @@ def test_eight_bits(tmp_path, model, inputs) -> None:
     """Scaled rows stay near the full weights, in either layout; what the time goes through stays float32."""
     expected = model(*inputs)
     save_wan(model, tmp_path / "one.safetensors", torch.bfloat16)
-    scaled = load_wan(tmp_path / "one.safetensors", torch.float32, "cpu", fp8_scaled=True)
+    scaled = load_wan(tmp_path / "one.safetensors", torch.float32, "cpu", form="fp8_scaled")
     assert scaled.blocks[0].self_attn.q.weight.dtype == torch.float8_e4m3fn
     error = (scaled(*inputs) - expected).norm() / expected.norm()
     assert error < 0.05

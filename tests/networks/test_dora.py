@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from library.core.errors import CheckpointError, ConfigError
 from library.core.registry import import_target
-from library.fp8_optimization_utils import shrink_linears_to_scaled_fp8
+from library.fp8_optimization_utils import store_layers
 from networks.files.network_files import by_module
 from networks.kinds.additional_network import AdditionalNetwork
 from networks.kinds.network_args import NetworkSettings
@@ -273,11 +273,11 @@ def test_arguments_that_do_nothing_for_the_kinds_of_a_file(pairs, option, caplog
 def test_weights_in_scaled_8_bits(name):
     """Kinds whose change depends on the weight see the weight, not the scaled 8-bit numbers that stand for it."""
     model = nn.Sequential(nn.Linear(8, 12)).requires_grad_(False)
-    shrink_linears_to_scaled_fp8(model, lambda path: True)
+    store_layers(model, "fp8_scaled")
     layer = model[0]
     wide = nn.Linear(8, 12)
     with torch.no_grad():
-        wide.weight.copy_(layer.weight.float() * layer.fp8_scale[:, None])
+        wide.weight.copy_(layer.weight.float() * layer.weight_scale[:, None])
         wide.bias.copy_(layer.bias)
     x = example(wide)
     outputs = []

@@ -21,6 +21,7 @@ from tests.option_sets import SCRIPTS
 from tests.runs.conftest import Work
 from tests.runs.families import MODEL, Tinies, told_as, without
 from tests.runs.test_whole_models import argv, changed, train
+from tests.simulated_device import simulated_device
 
 BF16 = ("--mixed_precision=bf16", "--full_bf16")
 DENOISER = "model.diffusion_model."
@@ -119,7 +120,10 @@ def test_updates_inside_the_backward_pass_give_the_same_bytes(
     work = tinies.work(name, tmp_path)
     words = ["--max_grad_norm=0", "--max_train_steps=2", f"--layer_lrs=^{FIRST_BLOCK[name]}=0"]
     plain = train(work, "full", "plain", *words)
-    assert changed(plain, train(work, "full", "fused", *words, "--blockwise_fused_optimizers", saving)) == set()
+    with simulated_device() as device:
+        fused = train(work, "full", "fused", *words, "--blockwise_fused_optimizers", saving)
+    assert changed(plain, fused) == set()
+    assert bool(device.sent) == ("swap" in saving)
 
 
 @pytest.mark.parametrize("name, words, told", [
@@ -134,9 +138,9 @@ def test_updates_inside_the_backward_pass_give_the_same_bytes(
     ("sd3", ["--save_model_as=diffusers"], "models of this family are not written as folders"),
     ("sd3", ["--network_train_unet_only"], "--network_train_unet_only is an option of other scripts"),
     ("chroma", ["--train_text_encoder"], "an option of other scripts for whole models; flux_train has"),
-    ("lumina", ["--fp8_base"], "trained weights are not held in 8 bits"),
+    ("lumina", ["--fp8_base"], "trained weights are not held in 8 or 4 bits"),
     ("lumina", ["--num_last_block_to_freeze=1"], "lumina_train has"),
-    ("hunyuan_image", ["--fp8_scaled"], "trained weights are not held in 8 bits"),
+    ("hunyuan_image", ["--fp8_scaled"], "trained weights are not held in 8 or 4 bits"),
     ("hunyuan_image", ["--network_args=a=1"], "--network_args is an option of other scripts"),
 ])  # fmt: skip
 def test_what_cannot_be(name: str, words: list[str], told: str, tinies: Tinies, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from library.dataset import CachingOptions
 from library.families.registry import record_of
 from library.training.checkpoint import FOLDER_FORMATS, side_name
 from library.training.hooks.base import Hook
-from library.training.option_groups import SavingOptions
+from library.training.option_groups import PrecisionOptions, SavingOptions
 from library.training.trainables.weights import WeightsTrainable
 from library.training.whole_models import TEXT_RATES, WholeModelOptions
 
@@ -144,6 +144,12 @@ class FullTrainable(WeightsTrainable):
         return without_effect(list(dict.fromkeys(still)), "the learning rate of what it lets learn is 0")
 
     def _memory_problems(self, family: ModelFamily) -> Iterator[str]:
+        form = self.config[PrecisionOptions].quantize_text_encoder
+        if form and any(self.trains_text_encoders(family)):
+            yield (
+                f"--quantize_text_encoder is {form}, and text encoders learn, for which their weights are held as they"
+                " are computed with; leave it out, or --train_text_encoder"
+            )
         if family.swaps_blocks and not self._is_fused:
             yield (
                 "--blocks_to_swap sends weights away before an update at the end of the step could reach them; add"

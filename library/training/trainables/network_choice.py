@@ -57,12 +57,12 @@ class NetworkChoice(Trainable):
             problems.attempt(step)
         problems.attempt(lambda: check_rates(self.config[OptimizerOptions], self._rates(family)))
         precision = self.config[PrecisionOptions]
-        if self.opts.module_path.split(".")[0] == "lycoris" and (precision.fp8_base or precision.fp8_base_unet):
+        form = precision.denoiser_form or precision.text_form
+        if self.opts.module_path.split(".")[0] == "lycoris" and form:
             problems.add(
                 f"--network_module is {self.opts.network_module}, which computes in the number format of the base's "
-                "weights; that is 8 bits"
-                " with --fp8_base, in which nothing can be computed. Leave --fp8_base out, or use one of the networks "
-                "here, e.g. networks.loha"
+                f"weights; that is {form}, in which nothing can be computed. Leave {_asking(precision)} out, or use "
+                "one of the networks here, e.g. networks.loha"
             )
         if not self._has_a_rate(family):
             problems.add(NO_RATE)
@@ -288,3 +288,9 @@ class NetworkChoice(Trainable):
             f"look at --network_args: the network of --network_module {self.opts.network_module} cannot be made with "
             f"{' '.join(words) or 'no arguments'}",
         )
+
+
+def _asking(precision: PrecisionOptions) -> str:
+    """The options by which the base is stored in fewer bits."""
+    names = ("fp8_base", "fp8_base_unet", "fp8_scaled", "quantize_base", "quantize_text_encoder")
+    return " and ".join(f"--{name}" for name in names if getattr(precision, name))

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from library.core.errors import Problems
 from library.core.options import Config, equivalent_option, option, option_fields
-from library.core.registry import import_target
 from library.families.record import FamilyRecord
 from library.families.registry import FAMILIES
 from library.training.trained_weights import OF_EVERY_SCRIPT, OLD, TrainedWeightsOptions
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 TEXT_RATES = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3")
 """learning rates of text encoders: of the only one, or of each"""
 _SWAP = "an old option that no script reads any more; see --blocks_to_swap"
-_EIGHT_BITS = "trained weights are not held in 8 bits, in which nothing can be learned; --full_bf16 halves them"
+_FEWER_BITS = "trained weights are not held in 8 or 4 bits, in which nothing can be learned; --full_bf16 halves them"
 OF_ADAPTERS = {"skip_until_initial_step": "a run that resumes goes on at its step and reads no image before it"}
 """shared options that only scripts of adapters have"""
 
@@ -103,10 +102,8 @@ def side_endings(config: Config) -> list[str]:
 
 def refused_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:
     """Options of a script without which the result would be another: name -> reason."""
-    in_eight_bits = ["fp8_base", "fp8_base_unet"]
-    in_eight_bits += [name for name in ("fp8_scaled",) if name in option_fields(import_target(record.family).options)]
     return {
-        **dict.fromkeys(in_eight_bits, _EIGHT_BITS),
+        **dict.fromkeys(("fp8_base", "fp8_base_unet", "fp8_scaled", "fp8_fast", "quantize_base"), _FEWER_BITS),
         "no_token_padding": "captions are padded to their length in tokens, as the text encoder was trained",
     }
 

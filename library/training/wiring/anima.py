@@ -15,7 +15,7 @@ from library.dataset import CachingOptions
 from library.families.anima import FAMILY
 from library.training.adapters import NetworkOptions
 from library.training.inference_samplers import SamplerOptions, check_flow_sampler
-from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
+from library.training.option_groups import ModelOptions, NoiseOptions
 from library.training.sampling_prompts import with_defaults
 from library.training.timestep_samplers import TimestepOptions
 from library.training.whole_models import WholeModelOptions
@@ -181,8 +181,8 @@ class AnimaFamily(FlowFamily):
 
     def _size_problems(self) -> list[str]:
         """Sizes of the files against each other; headers only."""
-        from library.custom_offloading_utils import row_swap_problem
         from library.anima_utils import fitting_problems
+        from library.custom_offloading_utils import row_swap_problem
 
         params, adapter = self._denoiser_info.params, self._adapter
         place = self.opts.llm_adapter_path or self._denoiser_path
@@ -193,7 +193,7 @@ class AnimaFamily(FlowFamily):
         if adapter is not None:
             rows, where = adapter.vocab, f"the LLM adapter in {place}"
             problems += tokenizer_problems(lambda: self._t5_tokenizer, lambda: rows, "T5", "--t5_tokenizer_path", where)
-        problems.append(row_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.num_blocks))
+        problems.append(row_swap_problem(self.blocks_to_swap, params.num_blocks))
         return [problem for problem in problems if problem]
 
     @cached_property
@@ -298,33 +298,20 @@ class AnimaFamily(FlowFamily):
         return vae
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """[Qwen3]. With 8-bit storage it is read in the compute type first, because only its linear layers shrink."""
+        """[Qwen3]."""
         from library.components.llm_encoder_utils import load_qwen3
 
-        qwen3 = load_qwen3(
-            self.opts.qwen3, runtime.weight_dtype, runtime.device, self._disable_mmap, transform=self.transform
-        )
-        if runtime.text_encoder_dtype != runtime.weight_dtype:
-            from library.fp8_optimization_utils import shrink_linears_to_fp8
-
-            shrink_linears_to_fp8(qwen3)
-        return [qwen3]
+        return [self.stored_encoder(load_qwen3, self.opts.qwen3, runtime)]
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""
         from library.anima_utils import load_anima
 
-        swap = self.config[MemoryOptions].blocks_to_swap or 0
-        device = "cpu" if swap else runtime.device
         denoiser = load_anima(
-            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap,
-            llm_adapter_path=self.opts.llm_adapter_path,
-            transform=self.transform,
-        )
-        if swap:
-            denoiser.enable_block_swap(swap, runtime.device)
-            denoiser.move_to_device_except_swap_blocks(runtime.device)
-        return denoiser
+            self._denoiser_path, runtime.denoiser_dtype, self.loading_place(runtime), self._disable_mmap,
+            llm_adapter_path=self.opts.llm_adapter_path, transform=self.transform, form=runtime.denoiser_form,
+        )  # fmt: skip
+        return self.placed(denoiser, runtime)
 
     def objective(self) -> Objective:
         """Velocity, weighted by `--weighting_scheme`."""

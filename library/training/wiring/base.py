@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.core.attention_modes import Place
 from library.core.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
-from library.core.options import Config, Ignored
+from library.core.options import AUTO, Config, Ignored, without_effect
 from library.core.registry import import_target
 from library.dataset import CachingOptions
 from library.training import timestep_samplers
@@ -22,7 +22,7 @@ from library.training.attention_options import (
     AttentionSettings,
     attention_settings,
 )
-from library.training.option_groups import MemoryOptions, PrecisionOptions
+from library.training.option_groups import MemoryOptions, ModelOptions, PrecisionOptions
 from library.training.sampling_prompts import (
     IMAGE_LINE_OPTIONS,
     VIDEO_LINE_OPTIONS,
@@ -153,6 +153,9 @@ class ModelFamily(ABC):
         """Shared options whose default follows from the values that were given, by name -> default."""
         return {}
 
+    small_text_option: ClassVar[str | None] = None
+    """its own option by which text encoders are kept in 8 bits"""
+
     attention_switches: ClassVar[Mapping[str, str]] = ATTENTION_SWITCHES
     """options that choose how the attention of the denoiser is computed, beside --attn_mode -> the mode; the first that
     is set counts"""
@@ -220,6 +223,8 @@ class ModelFamily(ABC):
         caching = self.config[CachingOptions]
         if not caching.caches_text:
             return None
+        form = self.config[PrecisionOptions].quantize_text_encoder
+        more = (*more, f"text encoders in {form}") if form else more
         if not files:
             more, settings = (), {}
         return TextCache(
@@ -253,6 +258,33 @@ class ModelFamily(ABC):
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         """In the order in which the text strategy expects them. One that can learn has `get_input_embeddings` and
         `gradient_checkpointing_enable` as models of transformers have, and no dropout."""
+
+    def text_form(self, runtime: Runtime) -> str | None:
+        """How the matrices of text encoders are stored, one of weight_forms.FORMS; None: as they are computed with."""
+        return runtime.text_form or ("fp8" if self._is_text_small else None)
+
+    @property
+    def _is_text_small(self) -> bool:
+        return bool(self.small_text_option and getattr(self.opts, self.small_text_option))
+
+    def idle_text_form(self) -> list[Ignored]:
+        """Its own option for text encoders in 8 bits, where the shared one says how they are stored."""
+        form = self.config[PrecisionOptions].quantize_text_encoder
+        given = [self.small_text_option] if form and self._is_text_small else []
+        return without_effect(given, f"--quantize_text_encoder {form} says how text encoders are stored")
+
+    def stored_encoder(
+        self, load: Callable[..., torch.nn.Module], path: str | Path, runtime: Runtime
+    ) -> torch.nn.Module:
+        """A text encoder by its loader, (path, dtype, place, disable_mmap, transform=...), with its matrices in the
+        form of the run."""
+        from library.components.stored_parts import stored_model
+
+        disable_mmap = self.config[ModelOptions].disable_mmap_load_safetensors
+        return stored_model(
+            lambda place: load(path, runtime.weight_dtype, place, disable_mmap, transform=self.transform),
+            self.text_form(runtime), runtime.device,
+        )  # fmt: skip
 
     @abstractmethod
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
@@ -401,10 +433,40 @@ class ModelFamily(ABC):
         = one adapter for all."""
         return ""
 
+    planned_swap: int | None = None
+    """with --blocks_to_swap auto, what the memory plan has chosen, before the denoiser is loaded"""
+
+    @property
+    def asked_swap(self) -> int | str:
+        """--blocks_to_swap: a number, or AUTO."""
+        return self.config[MemoryOptions].blocks_to_swap or 0
+
+    @property
+    def blocks_to_swap(self) -> int:
+        """How many blocks wait in main memory; 0 of AUTO until it is planned."""
+        return (self.planned_swap or 0) if self.asked_swap == AUTO else self.asked_swap
+
     @property
     def swaps_blocks(self) -> bool:
-        """Whether blocks of the denoiser wait in main memory."""
-        return bool(self.config[MemoryOptions].blocks_to_swap)
+        """Whether blocks of the denoiser may wait in main memory."""
+        return bool(self.asked_swap)
+
+    def loading_place(self, runtime: Runtime) -> torch.device | str:
+        """Where the denoiser is loaded, for `placed`."""
+        return "cpu" if self.swaps_blocks else runtime.device
+
+    def placed(self, denoiser: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
+        """A denoiser that was loaded to `loading_place`, on the device, or with block swap spread over device and main
+        memory. AUTO without a plan is all that can be swapped, or none where the device is the main memory."""
+        if not self.swaps_blocks:
+            return denoiser
+        if self.asked_swap == AUTO and self.planned_swap is None:
+            self.planned_swap = 0 if runtime.device.type == "cpu" else denoiser.most_blocks_to_swap
+            logger.info("--blocks_to_swap auto: %d blocks wait in main memory", self.planned_swap)
+        ring_size = self.config[MemoryOptions].block_swap_ring_size
+        denoiser.enable_block_swap(self.blocks_to_swap, runtime.device, ring_size)
+        denoiser.move_to_device_except_swap_blocks(runtime.device)
+        return denoiser
 
     writes_folders: ClassVar[bool] = False
     """whether `save_folder` writes models in the layout of diffusers"""

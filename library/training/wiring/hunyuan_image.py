@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from library.core.errors import Problems
 from library.core.options import Ignored, option, without_effect
 from library.families.hunyuan_image import FAMILY
-from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions, PrecisionOptions
+from library.training.option_groups import ModelOptions, NoiseOptions, PrecisionOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
@@ -55,9 +55,6 @@ class HunyuanImageOptions:
         choices=PREDICTION_TYPES,
         help="raw: compare velocities; sigma_scaled: compare the clean estimate, weighted by --weighting_scheme",
     )
-    fp8_scaled: bool = option(
-        False, help="keep the large matrices of the denoiser in 8 bits, each row scaled to the whole range"
-    )
     fp8_vl: bool = option(False, help="keep the matrices of the Qwen2.5-VL text encoder in 8 bits")
     text_encoder_cpu: bool = option(False, help="let the text encoders compute on the CPU")
     vae_chunk_size: int | None = option(
@@ -90,6 +87,7 @@ class HunyuanImageFamily(FlowFamily):
     denoiser_kinds = ("hunyuan_image",)
     denoiser_writer = "library.hunyuan_image_utils:save_hunyuan_image"
     options = HunyuanImageOptions
+    small_text_option = "fp8_vl"
     defaults = {"discrete_flow_shift": 5.0}
     part_options = {
         "vae": frozenset({"vae_chunk_size", "vae_tiling"}),
@@ -140,7 +138,7 @@ class HunyuanImageFamily(FlowFamily):
         return fitting_problems(
             lambda: self._denoiser_info.params, text_encoder=("text_encoder", self.opts.text_encoder),
             byt5=("byt5", self.opts.byt5), vae=("vae", self._vae_path), model=self._denoiser_path,
-            blocks_to_swap=self._blocks_to_swap,
+            blocks_to_swap=self.blocks_to_swap,
         )  # fmt: skip
 
     def _notices(self) -> list[str]:
@@ -153,7 +151,7 @@ class HunyuanImageFamily(FlowFamily):
             )
         elif params.guidance_embed:
             lines.append("a distilled model, trained with its embedded guidance (--guidance_scale)")
-        if (precision.fp8_base or precision.fp8_base_unet) and not self.opts.fp8_scaled:
+        if precision.denoiser_form == "fp8":
             lines.append(
                 "--fp8_base stores the denoiser as --fp8_scaled does: without scales its small rows would be lost"
             )
@@ -170,10 +168,6 @@ class HunyuanImageFamily(FlowFamily):
     @property
     def _vae_path(self) -> str | None:
         return self.config[ModelOptions].vae
-
-    @property
-    def _blocks_to_swap(self) -> int:
-        return self.config[MemoryOptions].blocks_to_swap or 0
 
     @cached_property
     def _denoiser_info(self) -> DenoiserInfo:
@@ -216,30 +210,26 @@ class HunyuanImageFamily(FlowFamily):
         )  # fmt: skip
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """[Qwen2.5-VL, ByT5]. In 8 bits are the linear layers of the first, which is read in the compute type."""
+        """[Qwen2.5-VL, ByT5]. In fewer bits are the linear layers of the first."""
         from library.hunyuan_image_utils import load_encoders
 
         device = "cpu" if self.opts.text_encoder_cpu else runtime.device
         return load_encoders(
             self.opts.text_encoder, self.opts.byt5, runtime.weight_dtype, device, self._disable_mmap,
-            fp8_vl=self.opts.fp8_vl or runtime.text_encoder_dtype != runtime.weight_dtype,
+            form=self.text_form(runtime),
         )  # fmt: skip
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""
         from library.hunyuan_image_utils import load_hunyuan_image
 
-        swap = self._blocks_to_swap
-        device = "cpu" if swap else runtime.device
-        scaled = self.opts.fp8_scaled or runtime.denoiser_dtype.itemsize == 1
+        form = "fp8_scaled" if runtime.denoiser_form == "fp8" else runtime.denoiser_form
         denoiser = load_hunyuan_image(
-            self._denoiser_path, runtime.weight_dtype if scaled else runtime.denoiser_dtype, device, self._disable_mmap,
-            fp8_scaled=scaled, transform=self.transform,
+            self._denoiser_path, runtime.weight_dtype if form else runtime.denoiser_dtype, self.loading_place(runtime),
+            self._disable_mmap, form=form, by_rows=self.config[PrecisionOptions].multiplies_fp8,
+            transform=self.transform,
         )  # fmt: skip
-        if swap:
-            denoiser.enable_block_swap(swap, runtime.device)
-            denoiser.move_to_device_except_swap_blocks(runtime.device)
-        return denoiser
+        return self.placed(denoiser, runtime)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         from library.hunyuan_image_vae import LATENT_SCALING_FACTOR

@@ -12,7 +12,7 @@ from library.core.errors import Problems
 from library.core.options import LARGEST_BATCH, LARGEST_TOKENS, option, refused_option
 from library.dataset import DatasetOptions
 from library.families.lumina import FAMILY
-from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
+from library.training.option_groups import ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
@@ -142,7 +142,7 @@ class LuminaFamily(FlowFamily):
         from library.lumina_utils import fitting_problems
 
         params = self._denoiser_info.params
-        swap = row_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.n_layers)
+        swap = row_swap_problem(self.blocks_to_swap, params.n_layers)
         found = fitting_problems(
             params, self._denoiser_path, gemma2=("gemma2", self._gemma2_path), ae=("ae", self._ae_path),
             tokens=self.max_token_length,
@@ -225,31 +225,20 @@ class LuminaFamily(FlowFamily):
         return load_ae(self._ae_path, runtime.vae_dtype, runtime.device, self._disable_mmap)
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """[Gemma 2]. With 8-bit storage it is read in the compute type first, because only its linear layers shrink."""
+        """[Gemma 2]."""
         from library.components.gemma_encoder_utils import load_gemma2
 
-        gemma2 = load_gemma2(
-            self._gemma2_path, runtime.weight_dtype, runtime.device, self._disable_mmap, transform=self.transform
-        )
-        if runtime.text_encoder_dtype != runtime.weight_dtype:
-            from library.fp8_optimization_utils import shrink_linears_to_fp8
-
-            shrink_linears_to_fp8(gemma2)
-        return [gemma2]
+        return [self.stored_encoder(load_gemma2, self._gemma2_path, runtime)]
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""
         from library.lumina_utils import load_lumina
 
-        swap = self.config[MemoryOptions].blocks_to_swap or 0
-        device = "cpu" if swap else runtime.device
         denoiser = load_lumina(
-            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, transform=self.transform
-        )
-        if swap:
-            denoiser.enable_block_swap(swap, runtime.device)
-            denoiser.move_to_device_except_swap_blocks(runtime.device)
-        return denoiser
+            self._denoiser_path, runtime.denoiser_dtype, self.loading_place(runtime), self._disable_mmap,
+            transform=self.transform, form=runtime.denoiser_form,
+        )  # fmt: skip
+        return self.placed(denoiser, runtime)
 
     def objective(self) -> Objective:
         """Velocity towards data; with sigma_scaled the clean latents, weighted by `--weighting_scheme`."""

@@ -140,11 +140,10 @@ class SdFamily(UNetFamily):
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         from library.sd_utils import load_text_encoder_sd
 
-        encoder = load_text_encoder_sd(
-            self.base_path, self.is_v2, runtime.weight_dtype, runtime.device, self.disable_mmap,
-            transform=self.transform
-        )
-        return self.stored_small_text([encoder], runtime)
+        def load(path: str, *settings: object, **further: object) -> torch.nn.Module:
+            return load_text_encoder_sd(path, self.is_v2, *settings, **further)
+
+        return [self.stored_encoder(load, self.base_path, runtime)]
 
     def unused_text_layers(self, number: int, encoder: torch.nn.Module) -> Sequence[str]:
         """The projection of the pooled state, and with --clip_skip the layers behind."""
@@ -155,10 +154,7 @@ class SdFamily(UNetFamily):
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         from library.sd_utils import load_unet_sd
 
-        denoiser = load_unet_sd(
-            self.base_path, self.reading_dtype(runtime), runtime.device, self.disable_mmap, transform=self.transform
-        )
-        return self.stored_small(denoiser, runtime)
+        return self.stored_unet(load_unet_sd, runtime)
 
     @property
     def file_kind(self) -> str:

@@ -138,12 +138,14 @@ class SdxlFamily(UNetFamily):
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
         """[CLIP-L, CLIP bigG]."""
+        from torch import nn
+
         from library.sdxl_utils import load_text_encoders_sdxl
 
-        encoders = load_text_encoders_sdxl(
-            self.base_path, runtime.weight_dtype, runtime.device, self.disable_mmap, transform=self.transform
-        )
-        return self.stored_small_text(encoders, runtime)
+        def load(*settings: object, **further: object) -> nn.ModuleList:
+            return nn.ModuleList(load_text_encoders_sdxl(*settings, **further))
+
+        return list(self.stored_encoder(load, self.base_path, runtime))
 
     def layer_rates(self) -> Mapping[str, float]:
         """Those of --block_lr, block by block."""
@@ -170,10 +172,7 @@ class SdxlFamily(UNetFamily):
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         from library.sdxl_utils import load_unet_sdxl
 
-        denoiser = load_unet_sdxl(
-            self.base_path, self.reading_dtype(runtime), runtime.device, self.disable_mmap, transform=self.transform
-        )
-        return self.stored_small(denoiser, runtime)
+        return self.stored_unet(load_unet_sdxl, runtime)
 
     @property
     def file_kind(self) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import shutil
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
@@ -39,9 +39,11 @@ POSITION_IDS = ".position_ids"
 def foreign_to_unet(model: str) -> dict[str, str]:
     """What no script of a family with a U-Net has: name -> reason, for its `foreign`. `model` is its name in
     messages."""
+    swap = f"the U-Net of {model} has no row of equal blocks to swap"
     return {
         **foreign_to_ddpm(model),
-        "blocks_to_swap": f"the U-Net of {model} has no row of equal blocks to swap; --gradient_checkpointing saves memory",
+        "blocks_to_swap": f"{swap}; --gradient_checkpointing saves memory",
+        "block_swap_ring_size": swap,
     }
 
 
@@ -159,29 +161,16 @@ class UNetFamily(ModelFamily):
 
         return load_autoencoder(self.vae_info, runtime.vae_dtype, runtime.device, self.disable_mmap)
 
-    @staticmethod
-    def reading_dtype(runtime: Runtime) -> torch.dtype:
-        """In what the U-Net is read; one that is stored in 8 bits is read in the type of the computation first."""
-        return runtime.weight_dtype if runtime.denoiser_dtype.itemsize == 1 else runtime.denoiser_dtype
+    def stored_unet(self, load: Callable[..., torch.nn.Module], runtime: Runtime) -> torch.nn.Module:
+        """The U-Net of the base, in the form of the run: linear layers and convolutions."""
+        from library.components.stored_parts import stored_model
 
-    @staticmethod
-    def stored_small(denoiser: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
-        """The U-Net as --fp8_base stores it: linear layers and convolutions in 8 bits."""
-        if runtime.denoiser_dtype.itemsize == 1:
-            from library.fp8_optimization_utils import shrink_to_fp8
-
-            shrink_to_fp8(denoiser)
-        return denoiser
-
-    @staticmethod
-    def stored_small_text(encoders: list[torch.nn.Module | None], runtime: Runtime) -> list[torch.nn.Module | None]:
-        """Text encoders as --fp8_base stores them: linear layers in 8 bits, embeddings and norms as they are."""
-        if runtime.text_encoder_dtype != runtime.weight_dtype:
-            from library.fp8_optimization_utils import shrink_linears_to_fp8
-
-            for encoder in encoders:
-                shrink_linears_to_fp8(encoder)
-        return encoders
+        form = runtime.denoiser_form
+        dtype = runtime.weight_dtype if form else runtime.denoiser_dtype
+        return stored_model(
+            lambda place: load(self.base_path, dtype, place, self.disable_mmap, transform=self.transform),
+            form, runtime.device, convolutions=True,
+        )  # fmt: skip
 
     @abstractmethod
     def file_tensors(

@@ -130,15 +130,11 @@ class VideoFamily(FlowFamily):
     def placed_denoiser(self, load: Callable[..., Any], path: str | None, runtime: Runtime) -> Any:
         """A denoiser's file, read by the loader of the family, on the device, or with block swap spread over device and
         main memory."""
-        swap, scaled = self.config[MemoryOptions].blocks_to_swap or 0, self.opts.fp8_scaled
         denoiser = load(
-            path, runtime.weight_dtype if scaled else runtime.denoiser_dtype, "cpu" if swap else runtime.device,
-            self._disable_mmap, fp8_scaled=scaled, transform=self.transform,
+            path, runtime.denoiser_dtype, self.loading_place(runtime), self._disable_mmap, form=runtime.denoiser_form,
+            by_rows=self.config[PrecisionOptions].multiplies_fp8, transform=self.transform,
         )  # fmt: skip
-        if swap:
-            denoiser.enable_block_swap(swap, runtime.device)
-            denoiser.move_to_device_except_swap_blocks(runtime.device)
-        return denoiser
+        return self.placed(denoiser, runtime)
 
     @property
     def _denoiser_path(self) -> str | None:
@@ -154,6 +150,7 @@ class VideoFamily(FlowFamily):
         found = without_effect(given, how)
         for part, names in self.loading_options.items():
             if self.lacks(part):
+                names = (*names, *(["quantize_text_encoder"] if part == "text_encoders" else []))
                 unread = [name for name in names if name in self.config.explicit]
                 files = " and ".join(f"--{name}" for name in self.part_files(part))
                 found += without_effect(unread, f"what is made by {files} is in the caches")

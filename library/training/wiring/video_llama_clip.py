@@ -86,6 +86,7 @@ class LlamaClipFamily(VideoFamily):
             }
         ),
     }
+    small_text_option = "fp8_llm"
     loading_options = {"vae": ("vae_dtype", "vae_chunk_size"), "text_encoders": ("text_encoder_dtype", "fp8_llm")}
     tool_defaults = {"latents": {"vae_dtype": "fp16"}, "text": {"text_encoder_dtype": "fp16"}}
 
@@ -149,7 +150,7 @@ class LlamaClipFamily(VideoFamily):
         )  # fmt: skip
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """[LLaMA, CLIP-L]. In 8 bits are the linear layers of the first, which is read in the compute type."""
+        """[LLaMA, CLIP-L]. In fewer bits are the linear layers of the first."""
         from library.components.llama_clip_utils import load_encoders
         from library.training.accelerator_setup import DTYPES
 
@@ -157,5 +158,5 @@ class LlamaClipFamily(VideoFamily):
         dtype = runtime.weight_dtype if wanted is None else DTYPES["no" if wanted == "fp32" else wanted]
         return load_encoders(
             *self.part_files("text_encoders").values(), dtype, runtime.device, self._disable_mmap,
-            fp8_llm=self.opts.fp8_llm,
+            form=self.text_form(runtime),
         )  # fmt: skip

@@ -16,7 +16,7 @@ from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import Ignored, equivalent_option, number_or_none, option, without_effect
 from library.families.wan import FAMILY
 from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, boundary_of, task_of_caches
-from library.training.option_groups import MemoryOptions, ModelOptions
+from library.training.option_groups import ModelOptions
 from library.training.timestep_samplers import TimestepOptions, build
 from library.training.wiring.base import tokenizer_problems
 from library.training.wiring.video import VideoFamily
@@ -117,6 +117,7 @@ class WanFamily(VideoFamily):
         "vae": frozenset({"task", "clip", "i2v", "one_frame", "vae_cache_cpu", "vae_dtype"}),
         "text_encoders": frozenset({"t5", "t5_tokenizer", "fp8_t5"}),
     }
+    small_text_option = "fp8_t5"
     loading_options = {"vae": ("vae_dtype", "vae_cache_cpu"), "text_encoders": ("fp8_t5",)}
     tool_defaults = {"latents": {"vae_dtype": "bf16"}, "text": {"mixed_precision": "bf16"}}
 
@@ -206,8 +207,7 @@ class WanFamily(VideoFamily):
         if not self.lacks("vae"):
             files |= {"vae": self._vae_path, "clip": self.opts.clip if self.task.needs_vision else None}
         add_size_problems(problems, part_sizes(params, **files), self._denoiser_path)
-        asked, staying = self.config[MemoryOptions].blocks_to_swap or 0, WanModel.blocks_that_stay
-        swap = row_swap_problem(asked, params.num_layers, staying)
+        swap = row_swap_problem(self.blocks_to_swap, params.num_layers, WanModel.blocks_that_stay)
         return [*problems.messages, swap] if swap else problems.messages
 
     @cached_property
@@ -352,15 +352,10 @@ class WanFamily(VideoFamily):
         return {VISION: load_vision(self.opts.clip, self.vae_dtype(runtime), runtime.device, self._disable_mmap)}
 
     def load_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
-        """[umT5]. In 8 bits are its matrices, which are read in the compute type."""
+        """[umT5]."""
         from library.wan_text_encoder_utils import load_umt5
 
-        return [
-            load_umt5(
-                self.opts.t5, runtime.weight_dtype, runtime.device, self._disable_mmap,
-                fp8=self.opts.fp8_t5 or runtime.text_encoder_dtype != runtime.weight_dtype, transform=self.transform,
-            )
-        ]
+        return [self.stored_encoder(load_umt5, self.opts.t5, runtime)]
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory; with it the second expert."""

@@ -158,7 +158,7 @@ def test_metadata_holds_the_known_keys(tiny):
 def test_eight_bit_text_encoders_still_encode(tiny):
     family = family_of(tiny)
     runtime = dataclasses.replace(
-        prepare_runtime(family.config), text_encoder_dtype=torch.float8_e4m3fn, weight_dtype=torch.bfloat16
+        prepare_runtime(family.config), text_form="fp8", weight_dtype=torch.bfloat16
     )
     encoders = family.load_text_encoders(runtime)
     strategies = family.strategies()
