@@ -78,7 +78,9 @@ class MemoryTracker(TorchDispatchMode):
             return self._value_of(args[0]).item()
         if func is torch.ops.aten._to_copy.default and args[0].device == META and "device" in kwargs:
             if torch.device(kwargs["device"]).type == "cpu":
-                return self._value_of(args[0]).to(kwargs.get("dtype") or args[0].dtype)
+                if args[0].numel() <= MOST_KNOWN:
+                    return self._value_of(args[0]).to(kwargs.get("dtype") or args[0].dtype)
+                kwargs = {**kwargs, "device": META}  # weights that wait in main memory
         result = self._computed(func, args, kwargs)
         if isinstance(result, torch.Tensor):
             self._note(result, func, args, kwargs)
