@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import AttentionModule, DeviceTables, rope_cos_sin, rotate_pairs
+from library.attention import AttentionModule, DeviceTables, rms_normed, rope_cos_sin, rotate_pairs
 from library.custom_offloading_utils import RING_SIZE, BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
@@ -116,9 +116,7 @@ class WanRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        full = x.float()
-        normed = full * torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
+        return rms_normed(x, self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
 class WanLayerNorm(nn.LayerNorm):

@@ -24,7 +24,8 @@ from library.training.attention_options import AttentionOptions
 MINUTES_OF_A_YEAR = 525_600
 
 _DEEPSPEED = (
-    "DeepSpeed is not supported; several GPUs work through accelerate launch, memory is saved by --blocks_to_swap"
+    "DeepSpeed is not supported; several GPUs work through accelerate launch, memory is saved by --blocks_to_swap and "
+    "--offload_optimizer"
 )
 
 

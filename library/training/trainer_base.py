@@ -52,6 +52,7 @@ from library.training.memory.choice import RESERVED, Chooser, changed
 from library.training.memory.plan import GB, MemoryPlan, Planner, capacity_of, resident
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
+from library.training.optimizers.host_states import keep_on_host
 from library.training.option_groups import (
     LoopOptions,
     MemoryOptions,
@@ -490,6 +491,7 @@ class Trainer:
             # A fused kernel skips steps of fp16 by itself, and the schedule would not learn of it.
             fused=runtime.accelerator.scaler is None,
         )
+        host_states = keep_on_host(self.config[OptimizerOptions], built.optimizer, runtime.device)
         settings = settings_of(
             self.config, self.family, self.trainable, built, progress.max_train_steps, hook_modules, data.shadowed
         )
@@ -517,6 +519,8 @@ class Trainer:
         if hasattr(run.step.timestep_sampler, "know_epochs"):
             run.step.timestep_sampler.know_epochs(batches.steps_per_epoch, batches.samples_per_step)
         resume(run, state)
+        if host_states is not None:
+            host_states.send_all()
         # Now that inputs among them (--network_weights) are read, and nothing more can be refused.
         self.on_main(runtime, lambda: keep_earlier_files(self.config))
         if runtime.is_main_process:
