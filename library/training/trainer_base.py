@@ -49,7 +49,7 @@ from library.training.hooks.standard import standard_hooks
 from library.training.loop import fit
 from library.training.loss import LossFunction
 from library.training.memory.choice import RESERVED, Chooser, changed
-from library.training.memory.plan import GB, MemoryPlan, Planner, capacity_of, resident
+from library.training.memory.plan import GB, MemoryPlan, Planner, capacity_of, quiet, resident
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
 from library.training.optimizers.host_states import keep_on_host
@@ -217,7 +217,7 @@ class Trainer:
             )
         chooser = Chooser(
             lambda config: planner.measured(config, demand), planner.assembled,
-            lambda config: not checks.collect(config, *self._with_config(config)),
+            self._has_no_problem,
         )
         budget, capacity = memory.vram_budget, capacity_of(runtime.device)
         if budget is None and (capacity is None or runtime.device.type == "cpu"):
@@ -231,9 +231,10 @@ class Trainer:
         self.config = self.family.config = self.trainable.config = chosen
         return with_forms(runtime, chosen)
 
-    def _with_config(self, config: Config) -> tuple[ModelFamily, Trainable]:
-        """Family and trainable of another configuration, for its checks."""
-        return type(self.family)(config), type(self.trainable)(config)
+    def _has_no_problem(self, config: Config) -> bool:
+        """Whether the checks of a start have nothing against another configuration of the run."""
+        with quiet():
+            return not checks.collect(config, type(self.family)(config), type(self.trainable)(config))
 
     def show_plan(self, planner: Planner) -> None:
         """The table of memory in the log. What cannot be planned does not stop the run."""

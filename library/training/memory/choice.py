@@ -20,6 +20,10 @@ RESERVED = 0.06
 """share of a device's memory that is left to others and to what no plan sees, where no budget is given"""
 
 
+WORTH = 0.01
+"""share of the peak that an option must save to be chosen"""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A configuration that fits, with its plan; `lines`: what was chosen and why."""
@@ -66,18 +70,21 @@ class Chooser:
         raise ConfigError(_refusal(nearest, seen[0], budget, given))
 
     def _candidates(self, config: Config, budget: float, given: bool, swaps: bool) -> Iterator[Candidate]:
-        """From what was asked on, each with what came before."""
+        """From what was asked on, each with what came before, unless that was no use."""
         words: list[str] = []
+        least: int | None = None
         further = list(_further(config)) if given else []
         for name, (group, values) in (("", (MemoryOptions, {})), *further):
-            if name:
-                wider = changed(config, group, **values)
-                if not self._is_valid(wider):
-                    continue
-                config = wider
-                words.append(f"--{name}")
-            sizes = self._measure(config)
-            yield Candidate(config, self._assemble(config, sizes), " ".join(words))
+            wider = changed(config, group, **values)
+            if name and not self._is_valid(wider):
+                continue
+            sizes = self._measure(wider)
+            plan = self._assemble(wider, sizes)
+            if least is not None and plan.device_peak > (1 - WORTH) * least:
+                continue
+            config, least = wider, plan.device_peak
+            words += [f"--{name}"] if name else []
+            yield Candidate(config, plan, " ".join(words))
             if swaps and (config[MemoryOptions].gradient_checkpointing or not given):
                 yield from self._swapped(config, sizes, budget, words)
 

@@ -50,6 +50,8 @@ class Sizes:
     """Bytes. `weights`: frozen and trained ones by part; `phases`: what a part of the run takes beside weights."""
 
     demand: Demand
+    kind: str
+    """of the device"""
     weights: dict[str, int] = field(default_factory=dict)
     encoding: dict[str, int] = field(default_factory=dict)
     """activations while "latents" and "captions" are encoded"""
@@ -64,6 +66,8 @@ class Sizes:
     forward: int = 0
     backward: int = 0
     """with the gradients that are there at its largest moment"""
+    is_paged: bool = False
+    """whether the optimizer keeps its states where a device reads them from main memory"""
     update: int = 0
     """beside gradients and states"""
     swaps: list[tuple[int, int]] = field(default_factory=list)
@@ -90,7 +94,7 @@ class PhaseTracer:
 
     def sizes(self, demand: Demand) -> Sizes:
         """What a run takes whose batches are all as large as `demand`."""
-        found = Sizes(demand)
+        found = Sizes(demand, self.kind)
         with isolated_rng(0), tracing(self.kind) as tracker:
             models = Models()
             latents, conditions = self._latents(demand, models, found, tracker)
@@ -216,7 +220,7 @@ class PhaseTracer:
         found.num_trained = sum(p.numel() for p in parameters)
 
         step = trainer.new_step(runtime, models, self.strategies, trained, HookList([]))
-        run, updater = self._stand_in(groups, step, models), trainer.trainable.updater()
+        run, updater = self._stand_in(groups, step, models, found), trainer.trainable.updater()
         updater.begin(run)
         before = tracker.reset()
         output = step(batch)
@@ -239,10 +243,13 @@ class PhaseTracer:
             found.backward = max(0, found.backward - found.optimizer)
         updater.end(run)
 
-    def _stand_in(self, groups: Iterable[ParamGroup], step: object, models: Models) -> SimpleNamespace:
+    def _stand_in(
+        self, groups: Iterable[ParamGroup], step: object, models: Models, found: Sizes
+    ) -> SimpleNamespace:
         """What updaters read of a Run."""
         options = self.config[OptimizerOptions]
         built = optimizers.build(options, groups)
+        found.is_paged = bool(getattr(built.optimizer, "is_paged", False))
         prepare_for_meta(built.optimizer, self.kind)
         schedule = SimpleNamespace(step=lambda: None)
         return SimpleNamespace(

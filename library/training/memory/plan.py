@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from library.dataset import CachingOptions
 from library.training.accelerator_setup import with_forms
 from library.training.memory.measure import PhaseTracer, Sizes
 from library.training.memory.samples import demands
+from library.training.optimizers import OptimizerOptions
 from library.training.option_groups import EmaOptions, HookOptions, LoopOptions, MemoryOptions
 
 if TYPE_CHECKING:
@@ -93,6 +95,17 @@ class MemoryPlan:
         return "\n".join(rows)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside nothing is logged: what a plan does, the run does again."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 class Planner:
     """Plans of one run, whose data is known. `twin`: gives a trainer of a configuration, to be used up; `encodes`: the
     parts that have something to encode; `program`: bytes that the process has without models."""
@@ -116,16 +129,13 @@ class Planner:
     def measured(self, config: Config, demand: Demand) -> Sizes:
         """What the phases take, without a word of the log. What models raise becomes an AtelierError."""
         twin, kind, runtime = self._twin(config), self.runtime.device.type, with_forms(self.runtime, config)
-        before = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)
         try:
-            return PhaseTracer(twin, runtime, self._strategies, kind, self._encodes).sizes(demand)
+            with quiet():
+                return PhaseTracer(twin, runtime, self._strategies, kind, self._encodes).sizes(demand)
         except AtelierError:
             raise
         except Exception as error:  # of modules from outside, say, which read values
             raise AtelierError(f"the models cannot be followed without their values ({_told(error)})") from error
-        finally:
-            logging.disable(before)
 
     def assembled(self, config: Config, sizes: Sizes) -> MemoryPlan:
         """The moments of a run from what its phases take."""
@@ -148,6 +158,7 @@ class Planner:
         yield "average", 4 * sizes.num_trained if ema.ema and ema.ema_on_cpu else 0
         waits = self._keeps_vae and "VAE" not in sizes.in_step
         yield "VAE for samples", sum(_parts_of_images(sizes).values()) if waits else 0
+        yield "optimizer", sizes.optimizer if _states_wait(config, sizes) else 0
         yield "swapped blocks", _swapped(config, sizes)[0]
         yield "inputs of checkpoints", sizes.away
 
@@ -158,6 +169,11 @@ def _parts_of_images(sizes: Sizes) -> dict[str, int]:
         for name, size in sizes.weights.items()
         if not name.startswith("text encoder") and name not in sizes.in_step - {"VAE"}
     }
+
+
+def _states_wait(config: Config, sizes: Sizes) -> bool:
+    """Whether the states of the optimizer are in main memory between steps."""
+    return sizes.is_paged or (config[OptimizerOptions].offload_optimizer and sizes.kind != "cpu")
 
 
 def _swapped(config: Config, sizes: Sizes) -> tuple[int, int]:
@@ -177,7 +193,8 @@ def _phases(config: Config, sizes: Sizes) -> Iterator[Phase]:
     held["denoiser"] += places - home
     ema = config[EmaOptions]
     average = 4 * sizes.num_trained if ema.ema and not ema.ema_on_cpu else 0
-    beside = {"adapter": sizes.trained, "optimizer": sizes.optimizer, "average": average}
+    states = 0 if _states_wait(config, sizes) else sizes.optimizer
+    beside = {"adapter": sizes.trained, "optimizer": states, "average": average}
     held |= {name: size for name, size in beside.items() if size}
     yield Phase("forward", {**held, "activations": sizes.forward})
     there = min(sizes.gradients, sizes.backward)
