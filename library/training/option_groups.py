@@ -5,6 +5,7 @@ at several groups, at files or at installed packages are in `checks.py`."""
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError
@@ -354,6 +355,8 @@ class MemoryOptions:
 
     def __post_init__(self) -> None:
         problems = too_small(self, 1, "block_swap_ring_size")
+        if self.vram_budget is not None and not 0 < self.vram_budget < math.inf:
+            problems.append(f"--vram_budget is {self.vram_budget:g}; needed: gigabytes above 0, e.g. 12")
         if self.blocks_to_swap != AUTO:
             problems += too_small(self, 0, "blocks_to_swap", hint=" (0 = no swapping)")
         raise_problems(problems + too_small(self, 1, "dynamo_cache_size_limit"))

@@ -17,7 +17,7 @@ import torch
 from library.attention import use_attention
 from library.components.transformers_import import import_in_background
 from library.core.attention_modes import AttentionChoice
-from library.core.errors import CheckpointError, ConfigError, Problems, RunInterrupted
+from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems, RunInterrupted
 from library.core.garbage import started
 from library.core.options import AUTO, Config, option_fields, shortened
 from library.dataset import CachingOptions, DatasetOptions
@@ -222,6 +222,8 @@ class Trainer:
         budget, capacity = memory.vram_budget, capacity_of(runtime.device)
         if budget is None and (capacity is None or runtime.device.type == "cpu"):
             chosen = changed(self.config, MemoryOptions, blocks_to_swap=0)
+            where = "main memory" if runtime.device.type == "cpu" else f"{runtime.device}, whose size is not known"
+            logger.info("--blocks_to_swap auto: 0, as the run computes in %s", where)
         else:
             limit = (1 - RESERVED) * capacity if budget is None else budget * GB
             choice = chooser.choose(self.config, limit, given=budget is not None)
