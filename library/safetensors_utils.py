@@ -14,6 +14,8 @@ import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, BinaryIO
 
 import torch
@@ -90,12 +92,33 @@ class MemoryEfficientSafeOpen:
         return tensor.to(device=device, dtype=dtype) if device is not None or dtype is not None else tensor
 
 
+_WITHOUT_VALUES: ContextVar[bool] = ContextVar("without_values", default=False)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Inside, `iterate_tensors` reads headers alone and gives tensors of their shapes and types on the meta device."""
+    token = _WITHOUT_VALUES.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_VALUES.reset(token)
+
+
+def _empty_tensors(path: str | os.PathLike, keys: Sequence[str] | None) -> Iterator[tuple[str, Tensor]]:
+    found = load_pickled_tensors(path) if is_pickled(path) else read_header(path)[0]
+    for key in found if keys is None else keys:
+        yield key, torch.empty(found[key].shape, dtype=found[key].dtype, device="meta")
+
+
 def iterate_tensors(
     path: str | os.PathLike, device: torch.device | str | None = None, disable_mmap: bool = False,
     keys: Sequence[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a checkpoint file in its order, or of the names in `keys`; pickles are read as weights only."""
-    if is_pickled(path):
+    if _WITHOUT_VALUES.get():
+        yield from _empty_tensors(path, keys)
+    elif is_pickled(path):
         state = load_pickled_tensors(path)
         yield from ((key, state[key].to(device)) for key in (state if keys is None else keys))
     elif disable_mmap:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from library.core.errors import CheckpointError, ConfigError, Problems
@@ -53,6 +54,11 @@ def lora_delta(
         return scale * torch.einsum("ij...,pi,jq->pq...", mid, up.flatten(1), down.flatten(1))
     product = up.flatten(1) @ down.flatten(1)  # [out, in * kh * kw]
     return scale * product.view(up.shape[0], *down.shape[1:])
+
+
+def _scaled(hidden: torch.Tensor, scale: float) -> torch.Tensor:
+    """Inner values times the scale: they are the smallest tensor that it can be applied to."""
+    return hidden if scale == 1 else hidden * scale
 
 
 class LoRAModule(AdapterModule):
@@ -128,15 +134,31 @@ class LoRAModule(AdapterModule):
         """(down, up) of every part; one pair unless the layer is split."""
         return zip(self.lora_down, self.lora_up, strict=True) if self.split else iter([(self.lora_down, self.lora_up)])
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return (self.lora_up[0] if self.split else self.lora_up).weight.dtype
+
+    def changed_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Of a Linear with one pair, the product with up, its scale and the sum are one kernel."""
+        has_more = self.dora_scale is not None or self.diff_b is not None or (self.ggpo is not None and self.training)
+        if self.is_conv or self.split or has_more or x.device != output.device or x.ndim < 2:
+            return super().changed_output(x, output)
+        hidden = self._dropped(F.linear(x, self.lora_down.weight), 0)  # [B, ..., rank]
+        scale = self.multiplier * self.scale
+        if hidden.dtype != output.dtype:  # the wider of both is that of the sum
+            return output + F.linear(_scaled(hidden, scale), self.lora_up.weight)
+        total = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), self.lora_up.weight.t(), alpha=scale)
+        return total.view(output.shape)
+
     def output_change(self, x: torch.Tensor, multiplier: float | None = None) -> torch.Tensor:
-        multiplier = self.multiplier if multiplier is None else multiplier
+        scale = (self.multiplier if multiplier is None else multiplier) * self.scale
         parts = []
         for number, (down, up) in enumerate(self.pairs()):
             hidden = down(x)  # [B, ..., rank] or [B, rank, H, W]
             if self.is_conv and hasattr(self, "lora_mid"):
                 hidden = self.lora_mid(hidden)
-            parts.append(up(self._dropped(hidden, number)))
-        change = (torch.cat(parts, dim=-1) if self.split else parts[0]) * (multiplier * self.scale)
+            parts.append(up(_scaled(self._dropped(hidden, number), scale)))
+        change = torch.cat(parts, dim=-1) if self.split else parts[0]
         if self.ggpo is not None and self.training:
             change = change + self.ggpo.perturbation(x, self)
         return change

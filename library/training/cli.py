@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from library.core.errors import AtelierError, ConfigError, RunInterrupted
 from library.core.garbage import wait_until_started
@@ -24,8 +25,11 @@ from library.training.option_reader import OptionsError, names_any
 from library.training.stopping import INTERRUPTED, exit_code_of, signals_end_cleanly  # noqa: F401
 from library.training.timestep_samplers import TimestepOptions
 
-logger = logging.getLogger("atelier")
+if TYPE_CHECKING:
+    from library.core.options import Config
+    from library.training.trainer_base import Trainer
 
+logger = logging.getLogger("atelier")
 
 
 def build_parser(family: str, trainable: str) -> argparse.ArgumentParser:
@@ -79,11 +83,7 @@ def exit_code(run: Callable[[], object], interrupted: str = "interrupted") -> in
 
 def run(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
     """`main` without the handling of errors."""
-    family = parser_common.chosen_variant(family, argv)
-    try:
-        parsed = parser_common.parse_command(argv, family, trainable)
-    except OptionsError as error:
-        raise ConfigError([*error.problems, *further_problems(error, family, trainable)]) from error
+    family, parsed = read_command(family, trainable, argv)
     config = parsed.config
     set_up_logging(config[ConsoleOptions])
     for note in parsed.notes:
@@ -105,12 +105,29 @@ def run(family: str, trainable: str, argv: Sequence[str] | None = None) -> None:
         show_timesteps(config, shown)
         return
     from library.training import checks
-    from library.training.trainer_base import Trainer
 
     for line in checks.warnings(config):
         _tell(logging.WARNING, line)
+    trainer_of(family, trainable, config).run()
+
+
+def read_command(
+    family: str, trainable: str, argv: Sequence[str] | None = None
+) -> tuple[str, parser_common.Parsed]:
+    """The family that a command line means, and its options; one ConfigError with everything that is wrong with it."""
+    family = parser_common.chosen_variant(family, argv)
+    try:
+        return family, parser_common.parse_command(argv, family, trainable)
+    except OptionsError as error:
+        raise ConfigError([*error.problems, *further_problems(error, family, trainable)]) from error
+
+
+def trainer_of(family: str, trainable: str, config: Config) -> Trainer:
+    """The run of options that were read, of which nothing has begun."""
+    from library.training.trainer_base import Trainer
+
     trainable_class = parser_common.TRAINABLES.resolve(trainable)
-    Trainer(config, family_class(config), trainable_class(config)).run()
+    return Trainer(config, import_target(record_of(family).family)(config), trainable_class(config))
 
 
 def further_problems(error: OptionsError, family: str, trainable: str) -> list[str]:

@@ -38,6 +38,7 @@ def formula_problems(config: Config) -> list[str]:
 
 def _check_optimizer(config: Config) -> None:
     built = optimizers.check(config[OptimizerOptions])
+    optimizers.check_offload(config[OptimizerOptions], built)
     if EmaOptions in config and config[EmaOptions].ema and built.schedule_free:
         raise ConfigError(
             f"--ema is set with --optimizer_type {built.choice.name}, which keeps an average of the weights itself "
@@ -78,6 +79,7 @@ def idle_formulas(config: Config) -> list[Ignored]:
     nothing is `explicit` elsewhere."""
     found = losses.idle(config[LossOptions]) + timestep_samplers.idle(config[TimestepOptions], config.explicit)
     try:
-        return schedulers.idle(config[SchedulerOptions], config[OptimizerOptions]) + found
+        own = optimizers.idle(config[OptimizerOptions])
+        return [*own, *schedulers.idle(config[SchedulerOptions], config[OptimizerOptions]), *found]
     except ConfigError:  # an unknown optimizer, which `formula_problems` tells
         return found

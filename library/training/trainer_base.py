@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
@@ -47,8 +48,11 @@ from library.training.hooks.sample import encode_sample_prompts
 from library.training.hooks.standard import standard_hooks
 from library.training.loop import fit
 from library.training.loss import LossFunction
+from library.training.memory.plan import MemoryPlan, plan_of
+from library.training.memory.samples import Demand, demands
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
+from library.training.optimizers.host_states import keep_on_host
 from library.training.option_groups import (
     LoopOptions,
     MemoryOptions,
@@ -131,19 +135,12 @@ class Trainer:
 
     def prepare(self) -> Run | None:
         """Every phase up to the complete Run; None when there is nothing to train (--debug_dataset)."""
+        if is_main_process() and not self.config[DatasetOptions].debug_dataset:
+            clean_up(self.config)
         found, prompts = self.check()
         started()
         runtime = prepare_runtime(self.config)
-        trained = self.trainable.follows_text_encoders(self.family)
-        strategies = self.family.strategies(trained)
-        self.trainable.prepare_tokenizers(self.family, strategies)
-        strategies = self.trainable.text_strategies(strategies)
-        strategies.mark_text_models(self.trainable.transform_identity(self.family))
-        data = group_data(self.config, found, self.family.architecture, runtime.seed)
-        data.set_strategies(strategies)
-        self.trainable.prepare_data(data)
-        for group in data.groups:
-            strategies.latents_caching.check_pictures(group.items)
+        data, strategies, trained = self.data_phase(found, runtime)
         if self.config[DatasetOptions].debug_dataset:
             data.show(runtime.seed, self.config[SavingOptions].output_dir)
             return None
@@ -160,11 +157,41 @@ class Trainer:
             strategies = self.know_prompt_words(strategies)
         text = self.text_phase(data, strategies, runtime, prompts)
         models = Models(
-            vae, text.text_encoders, self.denoiser_phase(runtime), {**beside_vae, **self._parts(runtime, "denoiser")}
+            vae, text.text_encoders, self.denoiser_phase(runtime), {**beside_vae, **self.parts_beside(runtime, "denoiser")}
         )
         self.trainable.attach(self.family, models, runtime)
         self.arm(models, trained)
         return self.assemble(runtime, data, models, strategies, trained, prompts, text, state)
+
+    def plans(self, device: torch.device | None = None) -> list[MemoryPlan]:
+        """What `prepare` and the steps would hold in memory, for each size of batches, the largest first; nothing is
+        written and no weight is read. `device`: another one than the run would have here."""
+        found, prompts = self.check()
+        runtime = prepare_runtime(self.config)
+        if device is not None:
+            runtime = dataclasses.replace(runtime, device=device)
+        data, strategies, _ = self.data_phase(found, runtime)
+        if problems := lacking_problems(self.family, data, strategies):
+            raise ConfigError(problems)
+        return [
+            self.plan_for(demand, data, strategies, runtime, prompts)
+            for demand in demands(data, self.family.architecture.latents)
+        ]
+
+    def plan_for(
+        self, demand: Demand, data: DataGroups, strategies: StrategySet, runtime: Runtime,
+        prompts: list[SamplePrompt],
+    ) -> MemoryPlan:
+        return plan_of(self.twin(), data, strategies, runtime, demand=demand, keeps_vae=bool(prompts))
+
+    def twin(self) -> Trainer:
+        """A trainer of the same run for a plan: what is attached to its family and its trainable is not to this one's."""
+        twin = copy.copy(self)
+        twin.family = copy.copy(self.family)
+        twin.family.transform = None  # what it changes are values
+        twin.trainable = copy.deepcopy(self.trainable, {id(self.config): self.config})
+        twin.trainable_hooks, twin.own_hooks = [], []
+        return twin
 
     def release(self) -> None:
         """Give the name of the output free, after `prepare` without `run`."""
@@ -190,8 +217,6 @@ class Trainer:
 
     def check(self) -> tuple[FoundData, list[SamplePrompt]]:
         """Everything that can be wrong before models are loaded, in one error; the images and the sample prompts."""
-        if is_main_process() and not self.config[DatasetOptions].debug_dataset:
-            clean_up(self.config)
         problems = Problems()
         for message in checks.collect(self.config, self.family, self.trainable):
             problems.add(message)
@@ -235,6 +260,22 @@ class Trainer:
             logger.warning("%s; this sample prompt is left out", problem)
         return prompts
 
+    def data_phase(
+        self, found: FoundData, runtime: Runtime
+    ) -> tuple[DataGroups, StrategySet, list[bool]]:
+        """The data in its buckets, how it is encoded, and per text encoder whether gradients go through it."""
+        trained = self.trainable.follows_text_encoders(self.family)
+        strategies = self.family.strategies(trained)
+        self.trainable.prepare_tokenizers(self.family, strategies)
+        strategies = self.trainable.text_strategies(strategies)
+        strategies.mark_text_models(self.trainable.transform_identity(self.family))
+        data = group_data(self.config, found, self.family.architecture, runtime.seed)
+        data.set_strategies(strategies)
+        self.trainable.prepare_data(data)
+        for group in data.groups:
+            strategies.latents_caching.check_pictures(group.items)
+        return data, strategies, trained
+
     def check_length(self, data: DataGroups, runtime: Runtime, state: Path | None) -> None:
         """What depends on the number of batches, before models are loaded: the schedule, and whether steps are left."""
         batches, options = self.loader(data, runtime), self.config[ResumeOptions]
@@ -256,10 +297,10 @@ class Trainer:
 
         def load_vae() -> torch.nn.Module:
             import_in_background()  # text encoders come next, and images are encoded meanwhile
-            return self._frozen(self.family.load_vae(runtime))
+            return self.frozen(self.family.load_vae(runtime))
 
         vae = KeptModels(load_vae)
-        parts = KeptModels(lambda: self._parts(runtime, "vae"))
+        parts = KeptModels(lambda: self.parts_beside(runtime, "vae"))
         cache_latents(self.config, data, strategies, runtime, vae, parts)
         live = not self.config[CachingOptions].caches_latents
         place = runtime.device if live else "cpu"
@@ -270,8 +311,8 @@ class Trainer:
         clean_memory_on_device()
         return kept
 
-    def _parts(self, runtime: Runtime, beside: str) -> dict[str, torch.nn.Module]:
-        return {name: self._frozen(part) for name, part in self.family.load_parts(runtime, beside).items()}
+    def parts_beside(self, runtime: Runtime, beside: str) -> dict[str, torch.nn.Module]:
+        return {name: self.frozen(part) for name, part in self.family.load_parts(runtime, beside).items()}
 
     def text_phase(
         self, data: DataGroups, strategies: StrategySet, runtime: Runtime, prompts: list[SamplePrompt]
@@ -279,12 +320,7 @@ class Trainer:
         """Encode captions and sample prompts; afterwards only encoders that the step needs are in memory."""
 
         def load() -> list[torch.nn.Module | None]:
-            dtype = self.trainable.text_encoder_dtype(self.family, runtime)
-            held = runtime
-            if dtype is not None:
-                held = dataclasses.replace(runtime, weight_dtype=dtype, text_encoder_dtype=dtype, text_form=None)
-            encoders = [e if e is None else self._frozen(e) for e in self.family.load_text_encoders(held)]
-            self.trainable.prepare_text_encoders(self.family, encoders, runtime)
+            encoders = self.loaded_text_encoders(runtime)
             if self._prompt_words is not None:
                 self._prompt_words.join(encoders, checks.prompt_words(self.config, self.family))
             return encoders
@@ -297,6 +333,16 @@ class Trainer:
         )
         clean_memory_on_device()
         return phase
+
+    def loaded_text_encoders(self, runtime: Runtime) -> list[torch.nn.Module | None]:
+        """In the type in which they learn or stay as they are, with new tokens in them."""
+        dtype = self.trainable.text_encoder_dtype(self.family, runtime)
+        held = runtime
+        if dtype is not None:
+            held = dataclasses.replace(runtime, weight_dtype=dtype, text_encoder_dtype=dtype, text_form=None)
+        encoders = [e if e is None else self.frozen(e) for e in self.family.load_text_encoders(held)]
+        self.trainable.prepare_text_encoders(self.family, encoders, runtime)
+        return encoders
 
     def know_prompt_words(self, strategies: StrategySet) -> StrategySet:
         """Strategies that read words of embedding files in sample prompts, once the text encoders are there."""
@@ -317,10 +363,10 @@ class Trainer:
 
             logger.info("--fp8_fast: %d layers of the denoiser multiply in 8 bits", multiply_in_fp8(denoiser))
         self.added_hooks.on_transformer_loaded(denoiser)
-        return self._frozen(denoiser)
+        return self.frozen(denoiser)
 
     @staticmethod
-    def _frozen(module: torch.nn.Module) -> torch.nn.Module:
+    def frozen(module: torch.nn.Module) -> torch.nn.Module:
         return module.requires_grad_(False).eval()
 
     def arm(self, models: Models, trained: list[bool]) -> None:
@@ -375,6 +421,7 @@ class Trainer:
             # A fused kernel skips steps of fp16 by itself, and the schedule would not learn of it.
             fused=runtime.accelerator.scaler is None,
         )
+        host_states = keep_on_host(self.config[OptimizerOptions], built.optimizer, runtime.device)
         settings = settings_of(
             self.config, self.family, self.trainable, built, progress.max_train_steps, hook_modules, data.shadowed
         )
@@ -402,6 +449,8 @@ class Trainer:
         if hasattr(run.step.timestep_sampler, "know_epochs"):
             run.step.timestep_sampler.know_epochs(batches.steps_per_epoch, batches.samples_per_step)
         resume(run, state)
+        if host_states is not None:
+            host_states.send_all()
         # Now that inputs among them (--network_weights) are read, and nothing more can be refused.
         self.on_main(runtime, lambda: keep_earlier_files(self.config))
         if runtime.is_main_process:

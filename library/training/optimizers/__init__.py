@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.core.errors import ConfigError, Problems, did_you_mean
-from library.core.options import option
+from library.core.options import Ignored, option, without_effect
 from library.core.registry import Registry, is_path
 from library.training.keyword_args import argument_problems, parse_keyword_args
 
@@ -89,6 +89,9 @@ class OptimizerOptions:
         None, nargs="*", metavar="KEY=VALUE", help='arguments of the optimizer, e.g. weight_decay=0.01 betas=0.9,0.999'
     )
     fused_backward_pass: bool = option(False, help="update each parameter inside the backward pass")
+    offload_optimizer: bool = option(
+        False, help="keep the states of the optimizer (moments) in main memory between its steps; results stay the same"
+    )
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -208,6 +211,18 @@ def choose(options: OptimizerOptions) -> OptimizerChoice:
     return OptimizerChoice(f"torch.optim.{name}", kwargs, dict(kwargs), name)
 
 
+def _nearest(choice: OptimizerChoice) -> str:
+    """For messages: what every torch has in the place of an optimizer with 8-bit or paged states."""
+    if choice.package != "bitsandbytes":
+        return ""
+    if "SGD" in choice.name:
+        return "; the nearest that is there is SGDNesterov, whose states take four times the memory"
+    return (
+        "; the nearest that are there: AdamW with --offload_optimizer, whose states wait in main memory, and AdaFactor,"
+        " whose states take less"
+    )
+
+
 def optimizer_class(choice: OptimizerChoice) -> type:
     """Import the class. ConfigError with the nearest name, or with the package to install."""
     module_name, _, class_name = choice.class_path.rpartition(".")
@@ -219,6 +234,7 @@ def optimizer_class(choice: OptimizerChoice) -> type:
         raise ConfigError(
             f"--optimizer_type {choice.name} needs the package {package}, which is not installed;"
             f" install it with: pip install {package}, or all of these packages with: pip install -e .[optimizers]"
+            f"{_nearest(choice)}"
         )
     try:
         module = importlib.import_module(module_name)
@@ -283,6 +299,31 @@ def check_rates(
             f"--optimizer_type {built.choice.name} takes one learning rate for all parts, or 0;"
             f" {named} ask for {' and '.join(map(str, different))} ({error}). Give one rate, usually 1"
         ) from error
+
+
+def check_offload(options: OptimizerOptions, built: OptimizerBuild) -> None:
+    """ConfigError for --offload_optimizer with an optimizer that reads its states between steps."""
+    if options.offload_optimizer and built.schedule_free:
+        raise ConfigError(
+            f"--offload_optimizer is set with --optimizer_type {built.choice.name}, which makes the weights of samples and"
+            " files of its states (schedule-free), so that these stay on the device; leave --offload_optimizer out, or"
+            " choose another optimizer, AdamW say"
+        )
+
+
+def idle(options: OptimizerOptions) -> list[Ignored]:
+    """What the chosen optimizer, or the device, leaves without effect."""
+    if not options.offload_optimizer:
+        return []
+    choice = choose(options)
+    if choice.class_name.startswith("Paged"):
+        reason = f"the states of {choice.name} are paged, and wait in main memory by themselves"
+        return without_effect(["offload_optimizer"], reason)
+    from library.device_utils import get_preferred_device
+
+    if get_preferred_device().type != "cpu":
+        return []
+    return without_effect(["offload_optimizer"], "the run computes in main memory")
 
 
 def check_float16(options: OptimizerOptions) -> None:

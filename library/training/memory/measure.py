@@ -1,0 +1,263 @@
+"""The phases of a run on the meta device, one after the other as `Trainer.prepare` and the loop have them, and what
+each takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+
+from library.core.keyed_random import isolated_rng
+from library.dataset import CachingOptions
+from library.training import optimizers
+from library.training.accelerator_setup import Runtime
+from library.training.hooks.base import HookList
+from library.training.memory.samples import Demand
+from library.training.memory.tracing import META, MemoryTracker, bytes_of, tracing
+from library.training.optimizers import OptimizerOptions
+from library.training.option_groups import LoopOptions
+from library.training.run import Models
+from library.training.updaters.base import trained_parameters
+
+if TYPE_CHECKING:
+    from library.dataset.strategies import Conditioning, StrategySet
+    from library.training.protocols import ParamGroup
+    from library.training.trainer_base import Trainer
+
+
+@dataclass(frozen=True)
+class TracedRuntime(Runtime):
+    """A runtime on the meta device."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def clip_gradients(self, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def unscale_gradients(self) -> None: ...
+
+    def seed_foreign_code(self, seed: int) -> None: ...
+
+
+@dataclass
+class Sizes:
+    """Bytes. `weights`: frozen and trained ones by part; `phases`: what a part of the run takes beside weights."""
+
+    demand: Demand
+    weights: dict[str, int] = field(default_factory=dict)
+    encoding: dict[str, int] = field(default_factory=dict)
+    """activations while "latents" and "captions" are encoded"""
+    in_step: set[str] = field(default_factory=set)
+    """the parts that are in memory with the denoiser"""
+    trained: int = 0
+    """parameters that are no weights of the models: those of an adapter"""
+    num_trained: int = 0
+    """trained parameters, counted one by one"""
+    gradients: int = 0
+    optimizer: int = 0
+    forward: int = 0
+    backward: int = 0
+    """with the gradients that are there at its largest moment"""
+    update: int = 0
+    """beside gradients and states"""
+    sample_bytes: int = 0
+    """of what caches hold of one sample: latents, conditions, outputs of text encoders"""
+
+
+class PhaseTracer:
+    """Runs the phases of a trainer, whose family and trainable are copies for this alone."""
+
+    def __init__(self, trainer: Trainer, runtime: Runtime, strategies: StrategySet, kind: str) -> None:
+        fields = {f.name: getattr(runtime, f.name) for f in dataclasses.fields(runtime)}
+        self.trainer, self.strategies, self.kind = trainer, strategies, kind
+        self.runtime = TracedRuntime(**{**fields, "device": META})
+        self.config = trainer.config
+
+    def sizes(self, demand: Demand) -> Sizes:
+        """What a run takes whose batches are all as large as `demand`."""
+        found = Sizes(demand)
+        with isolated_rng(0), tracing(self.kind) as tracker:
+            models = Models()
+            latents, conditions = self._latents(demand, models, found, tracker)
+            encoders, conditioning, tokens = self._captions(demand, found, tracker)
+            models.text_encoders = encoders
+            found.sample_bytes = _bytes_per_sample((latents, conditions, conditioning), len(demand.items))
+            batch = dataclasses.replace(
+                demand.batch().to(META), latents=latents, conditions=conditions, conditioning=conditioning, **tokens
+            )
+            self._train(batch, models, found, tracker)
+        return found
+
+    # -- before the denoiser -----------------------------------------------------------------------------------------
+
+    def _latents(
+        self, demand: Demand, models: Models, found: Sizes, tracker: MemoryTracker
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Latents [B, ...] and conditions of the batch, from a VAE where there is one."""
+        caching, family, options = self.strategies.latents_caching, self.trainer.family, self.config[CachingOptions]
+        size, live = len(demand.items), not options.caches_latents
+        read = caching.encoder.pictures_for(demand.bucket)
+        kept = demand.pictures([name for name in demand.own_picture if name not in read], size, META)
+        if family.lacks("vae"):
+            shapes = caching.encoder.condition_shapes(demand.bucket)
+            empty = {name: torch.empty(size, *map(abs, shape), device=META) for name, shape in shapes.items()}
+            shape = family.architecture.latents.latent_shape(demand.bucket)
+            return torch.empty(size, *shape, device=META), {**kept, **empty}
+        vae = self.trainer.frozen(family.load_vae(self.runtime))
+        parts = self.trainer.parts_beside(self.runtime, "vae")
+        together = 1 if self.kind == "cpu" else size if live else options.vae_batch_size
+        images, pictures = demand.images(together, META), demand.pictures(read, together, META)
+        facts = [demand.items[0].facts] * together
+        with tracker.measured() as taken:
+            latents, made = caching.encode_samples(vae, parts, images, [0] * together, pictures, facts)
+        found.weights["VAE"] = weights_of(vae)
+        found.weights |= {name: weights_of(part) for name, part in parts.items()}
+        found.encoding["latents"] = taken.peak
+        if live:
+            found.in_step |= {"VAE", *parts}
+        models.vae, models.extra = vae, dict(parts)
+        rows = {"latents": latents, **made}
+        rows = {name: torch.empty(size, *value.shape[1:], dtype=value.dtype, device=META) for name, value in rows.items()}
+        return rows.pop("latents"), {**kept, **rows}
+
+    def _captions(
+        self, demand: Demand, found: Sizes, tracker: MemoryTracker
+    ) -> tuple[list[torch.nn.Module | None], Conditioning | None, dict[str, list[torch.Tensor] | None]]:
+        """The text encoders of the step, what is cached of the captions, and the tokens for what is not."""
+        trainer, strategies, runtime = self.trainer, self.strategies, self.runtime
+        caching = strategies.text_encoder_outputs_caching
+        if trainer.family.lacks("text_encoders"):
+            return [], self._cached_captions(demand), {}
+        encoders = trainer.loaded_text_encoders(runtime)
+        for number, encoder in enumerate(encoders, start=1):
+            if encoder is not None:
+                name = f"text encoder {number}" if len(encoders) > 1 else "text encoder"
+                found.weights[name] = weights_of(encoder)
+        ids, weights = strategies.tokenize.tokens_of([item.caption for item in demand.items])
+        ids, weights = [tracker.know(part) for part in ids], weights and [part.to(META) for part in weights]
+        tokens = {"input_ids_list": ids, "token_weights_list": weights}
+        if caching is None:
+            found.in_step |= {name for name in found.weights if name.startswith("text encoder")}
+            return encoders, None, tokens
+        with tracker.measured() as taken, torch.no_grad(), runtime.autocast():
+            outputs = strategies.encode(encoders, ids, weights)
+        found.encoding["captions"] = taken.peak
+        needed = set(strategies.layout.encoders_for(caching.live)) if caching.live else set()
+        for number, encoder in enumerate(encoders):
+            if number not in needed:
+                encoders[number] = None
+            elif encoder is not None:
+                found.in_step.add(f"text encoder {number + 1}" if len(encoders) > 1 else "text encoder")
+        conditioning = {name: value for name, value in outputs.items() if name not in caching.live}
+        return encoders, conditioning, tokens if caching.live else {}
+
+    def _cached_captions(self, demand: Demand) -> Conditioning:
+        """The outputs in caches, which are all there where the files of the encoders are not given."""
+        caching = self.strategies.text_encoder_outputs_caching
+        item = demand.items[0]
+        path = item.text_encoder_outputs_npz or caching.path_of(item)
+        suffix, _ = caching.find(path, item.caption)
+        row = caching.read(path, suffix or "")
+        lists, size = self.strategies.layout.lists, len(demand.items)
+        return {
+            name: [value.to(META)] * size
+            if name in lists
+            else torch.empty(size, *value.shape, dtype=value.dtype, device=META)
+            for name, value in row.items()
+        }
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    def _train(self, batch: object, models: Models, found: Sizes, tracker: MemoryTracker) -> None:
+        trainer, runtime = self.trainer, self.runtime
+        models.denoiser = trainer.denoiser_phase(runtime)
+        beside = trainer.parts_beside(runtime, "denoiser")
+        models.extra |= beside
+        found.in_step |= {"denoiser", *beside}
+        trained = trainer.trainable.follows_text_encoders(trainer.family)
+        trainer.trainable.attach(trainer.family, models, runtime)
+        trainer.arm(models, trained)
+        found.weights |= {"denoiser": weights_of(models.denoiser)}
+        found.weights |= {name: weights_of(part) for name, part in beside.items()}
+        groups = trainer.trainable.param_groups()
+        of_models = {id(p) for part in (*models.of_step, *models.text_encoders) if part for p in part.parameters()}
+        parameters = [p for group in groups for p in group["params"]]
+        found.trained = bytes_of(p for p in parameters if id(p) not in of_models)
+        found.num_trained = sum(p.numel() for p in parameters)
+
+        step = trainer.new_step(runtime, models, self.strategies, trained, HookList([]))
+        run, updater = self._stand_in(groups, step, models), trainer.trainable.updater()
+        updater.begin(run)
+        before = tracker.reset()
+        output = step(batch)
+        found.forward = tracker.peak - before
+        tracker.reset()
+        updater.backward(run, output.loss)
+        found.backward = tracker.peak - before
+        del output
+        found.gradients = bytes_of(p.grad for p in parameters if p.grad is not None)
+        if self.config[LoopOptions].gradient_accumulation_steps > 1:
+            found.forward, found.backward = found.forward + found.gradients, max(found.backward, found.forward) + found.gradients
+        with tracker.measured() as taken:
+            updater.update(run)
+        found.optimizer = states_of(run.optimizer)
+        found.update = max(0, taken.peak - found.optimizer)
+        updater.end(run)
+
+    def _stand_in(self, groups: Iterable[ParamGroup], step: object, models: Models) -> SimpleNamespace:
+        """What updaters read of a Run."""
+        options = self.config[OptimizerOptions]
+        built = optimizers.build(options, groups)
+        prepare_for_meta(built.optimizer, self.kind)
+        schedule = SimpleNamespace(step=lambda: None)
+        return SimpleNamespace(
+            config=self.config, runtime=self.runtime, optimizer=built.optimizer, lr_scheduler=schedule, step=step,
+            models=models, hooks=SimpleNamespace(on_gradients_ready=lambda run: None),
+            progress=SimpleNamespace(global_step=0), max_grad_norm=options.max_grad_norm,
+        )
+
+
+def prepare_for_meta(optimizer: torch.optim.Optimizer, kind: str) -> None:
+    """Let an optimizer step where there are no values: as it does on a device of `kind`, all tensors of a group at
+    once, or by making its states alone where its kernels are for GPUs only."""
+    if "foreach" in optimizer.defaults and optimizer.defaults["foreach"] is None and kind == "cuda":
+        for group in optimizer.param_groups:
+            group["foreach"] = not group.get("fused")
+    if hasattr(optimizer, "init_state"):  # of bitsandbytes
+
+        def step(closure: object = None) -> None:
+            for g, group in enumerate(optimizer.param_groups):
+                for p, parameter in enumerate(group["params"]):
+                    if parameter.grad is not None:
+                        optimizer.init_state(group, parameter, g, p)
+
+        optimizer.is_paged = False
+        optimizer.step = step
+
+
+def states_of(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of what an optimizer keeps."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return bytes_of(value for value in values if isinstance(value, torch.Tensor))
+
+
+def weights_of(module: torch.nn.Module) -> int:
+    return bytes_of([*module.parameters(), *module.buffers()])
+
+
+def _bytes_per_sample(parts: Iterable[object], count: int) -> int:
+    total = 0
+    for part in parts:
+        values = part.values() if isinstance(part, Mapping) else [part]
+        for value in values:
+            for tensor in value if isinstance(value, list) else [value]:
+                total += 0 if tensor is None else tensor.numel() * tensor.element_size()
+    return total // max(1, count)
+
+
+__all__ = ["PhaseTracer", "Sizes", "TracedRuntime", "bytes_of", "trained_parameters"]
