@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 import os
+import pickle
 import threading
 import time
 
@@ -19,7 +22,7 @@ from library.dataset.captions import read_caption
 from library.dataset.datasources import AbsolutePaths
 from library.dataset.folders import has_extension
 from library.dataset.items import SubsetParams
-from tests.library.dataset.images import make_folder, make_group
+from tests.library.dataset.images import make_folder, make_group, make_item
 
 NAMES = (
     "a.png", "a.b.png", ".png", "..png", "...png", "a", "a.", "", "a.b/c", "a.b/c.png", "a/.png", "a/..png", "a\\b.png",
@@ -108,3 +111,19 @@ def test_the_collector_works_again_after_an_error():
         assert not gc.isenabled()
         raise ValueError
     assert gc.isenabled()
+
+
+def test_names_of_files_beside_an_image_take_no_room_of_their_own(tmp_path):
+    """An item is small: it keeps endings, in whichever way the names are given, and plug-ins set and read whole ones."""
+    path, elsewhere = str(tmp_path / "a.b.png"), str(tmp_path / "caches" / "a_flux.npz")
+    item = make_item(tmp_path / "a.b.png", latents_npz=str(tmp_path / "a.b_0064x0064_flux.npz"))
+    assert item.latents_npz == str(tmp_path / "a.b_0064x0064_flux.npz") and item.text_encoder_outputs_npz is None
+    item.text_encoder_outputs_npz = elsewhere
+    other = dataclasses.replace(item, absolute_path=str(tmp_path / "c.png"))
+    for kept in (item, other, copy.copy(item), pickle.loads(pickle.dumps(item))):
+        assert kept.text_encoder_outputs_npz == elsewhere
+        assert kept.latents_npz == str(tmp_path / "a.b_0064x0064_flux.npz")
+    item.latents_npz = f"{path}_0064x0064_flux.npz"
+    assert item.latents_npz == f"{path}_0064x0064_flux.npz" and item != other
+    items = [make_item(tmp_path / f"{k}.png", latents_npz=str(tmp_path / f"{k}_x.npz")) for k in range(2)]
+    assert items[0]._latents_npz is items[1]._latents_npz and items[0].captions_extra is items[1].captions_extra
