@@ -14,8 +14,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import AttentionModule, DeviceTables, never_empty, per_token, rotate_halves, timestep_embedding
-from library.custom_offloading_utils import RING_SIZE, BlockStackMixin
+from library.attention import (
+    AttentionModule,
+    DeviceTables,
+    modulate,
+    never_empty,
+    per_token,
+    rms_normed,
+    rotate_halves,
+    timestep_embedding,
+)
+from library.custom_offloading_utils import BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
 NORM_EPS = 1e-6
@@ -140,9 +149,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        full = x.float()
-        normed = full * torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + NORM_EPS)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
+        return rms_normed(x, NORM_EPS).to(x.dtype) * self.weight.to(x.dtype)
 
 
 class Attention(AttentionModule):
@@ -259,11 +266,11 @@ class Block(nn.Module):
         """x [B, L, D], emb [B, D], adaln_lora [B, 3D] (or both [B, L, ...], for each token its own), context [B, T,
         C]."""
         shift, scale, gate = self._parts(self.adaln_modulation_self_attn, emb, adaln_lora)
-        x = x + gate * self.self_attn(self.layer_norm_self_attn(x) * (1 + scale) + shift, rope=rope)
+        x = torch.addcmul(x, gate, self.self_attn(modulate(self.layer_norm_self_attn(x), shift, scale), rope=rope))
         shift, scale, gate = self._parts(self.adaln_modulation_cross_attn, emb, adaln_lora)
-        x = x + gate * self.cross_attn(self.layer_norm_cross_attn(x) * (1 + scale) + shift, context)
+        x = torch.addcmul(x, gate, self.cross_attn(modulate(self.layer_norm_cross_attn(x), shift, scale), context))
         shift, scale, gate = self._parts(self.adaln_modulation_mlp, emb, adaln_lora)
-        return x + gate * self.mlp(self.layer_norm_mlp(x) * (1 + scale) + shift)
+        return torch.addcmul(x, gate, self.mlp(modulate(self.layer_norm_mlp(x), shift, scale)))
 
     @staticmethod
     def _parts(modulation: nn.Module, emb: Tensor, adaln_lora: Tensor) -> tuple[Tensor, ...]:
@@ -440,13 +447,8 @@ class Anima(BlockStackMixin, nn.Module):
                 f"{p.max_img_w}"
             )
 
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device, ring_size: int = RING_SIZE) -> None:
-        """Keep the weights of some blocks on the CPU while others compute, with so many places on the device for them. On
-        a CPU `device` nothing moves.
-
-        ValueError when more blocks are asked for than `row_swap_problem` allows.
-        """
-        self.swap_row(self.blocks, blocks_to_swap, device, ring_size)
+    def swapped_rows(self) -> tuple[nn.ModuleList, ...]:
+        return (self.blocks,)
 
 
 def _with_mask(x: Tensor, padding_mask: Tensor | None) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from library.components.attention_backends import KERNELS, by_sample
 from library.core.attention_modes import AttentionChoice
@@ -83,8 +85,18 @@ def rotate_pairs(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the pairs (2i, 2i+1) of `states` [B, heads, L, D] by the angles of `rope` ([B or 1, L, D/2] each); float32
     result."""
     cos, sin = rope[0][:, None], rope[1][:, None]  # [B, 1, L, D/2]
-    first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
+    pairs = states.float().unflatten(-1, (-1, 2))  # [B, heads, L, D/2, 2]
+    if torch.compiler.is_compiling():  # it fuses these, and has no complex numbers
+        first, second = pairs.unbind(-1)
+        return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
+    return torch.view_as_real(as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)  # one kernel
+
+
+def as_complex(pairs: Tensor) -> Tensor:
+    """Real and imaginary parts [..., 2] as complex numbers [...]; without a copy where they lie in memory as such."""
+    *outer, inner = pairs.stride()
+    is_fit = inner == 1 and pairs.storage_offset() % 2 == 0 and not any(stride % 2 for stride in outer)
+    return torch.view_as_complex(pairs if is_fit else pairs.clone(memory_format=torch.contiguous_format))
 
 
 def rotate_halves(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -126,7 +138,33 @@ def of_joined_tokens(vec: Tensor, num_text: int, *, text_first: bool = True) -> 
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return (1 + scale) * x + shift
+    """(1 + scale) * x + shift, rounded once."""
+    return torch.addcmul(shift, 1 + scale, x)
+
+
+class _RmsNormed(torch.autograd.Function):
+    """Keeps its input in the type in which it came, where autograd would keep it in float32 and pass over it twice as
+    often."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        full = x.float()
+        factors = torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, factors)
+        return full * factors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        x, factors = ctx.saved_tensors
+        normed = x.float() * factors
+        along = (gradient * normed).mean(dim=-1, keepdim=True)  # a change of the length changes nothing
+        return (torch.addcmul(gradient, normed, along, value=-1) * factors).to(x.dtype), None
+
+
+def rms_normed(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, float32."""
+    return _RmsNormed.apply(x, eps)
 
 
 def plain_norm(width: int) -> nn.LayerNorm:

@@ -25,6 +25,7 @@ from library.attention import (
     of_text,
     per_token,
     plain_norm,
+    rms_normed,
     rope_cos_sin,
     rotate_pairs,
     timestep_embedding,
@@ -103,8 +104,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        full = x.float()
-        return (full * torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + 1e-6) * self.scale.float()).to(x.dtype)
+        return (rms_normed(x, 1e-6) * self.scale.float()).to(x.dtype)
 
 
 class QKNorm(nn.Module):
@@ -191,10 +191,10 @@ class DoubleStreamBlock(AttentionModule):
         attended = self.scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), value, key_mask)
         txt_attended, img_attended = attended.split((txt.shape[1], img.shape[1]), dim=1)
 
-        img = img + img_gate1 * self.img_attn.proj(img_attended)
-        img = img + img_gate2 * self.img_mlp(modulate(self.img_norm2(img), img_shift2, img_scale2))
-        txt = txt + txt_gate1 * self.txt_attn.proj(txt_attended)
-        txt = txt + txt_gate2 * self.txt_mlp(modulate(self.txt_norm2(txt), txt_shift2, txt_scale2))
+        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attended))
+        img = torch.addcmul(img, img_gate2, self.img_mlp(modulate(self.img_norm2(img), img_shift2, img_scale2)))
+        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attended))
+        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(self.txt_norm2(txt), txt_shift2, txt_scale2)))
         return img, txt
 
 
@@ -221,7 +221,7 @@ class SingleStreamBlock(AttentionModule):
         query, key, value = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
         query, key = self.norm(query, key)
         attended = self.scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), value, key_mask)
-        return x + gate * self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1))
+        return torch.addcmul(x, gate, self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1)))
 
 
 class LastLayer(nn.Module):

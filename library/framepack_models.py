@@ -198,8 +198,8 @@ class RefinerBlock(AttentionModule):
     def forward(self, x: Tensor, vec: Tensor, key_mask: Tensor | None) -> Tensor:
         attention_gate, mlp_gate = self.norm_out(vec)
         query, key, value = self.attn.heads(self.norm1(x), ("to_q", "to_k", "to_v"))
-        x = x + attention_gate * self.attn.to_out[0](self.scaled_attention(query, key, value, key_mask))
-        return x + mlp_gate * self.ff(self.norm2(x))
+        x = torch.addcmul(x, attention_gate, self.attn.to_out[0](self.scaled_attention(query, key, value, key_mask)))
+        return torch.addcmul(x, mlp_gate, self.ff(self.norm2(x)))
 
 
 class TokenRefinerBlocks(nn.Module):
@@ -323,10 +323,10 @@ class HunyuanVideoTransformerBlock(AttentionModule):
         attended = self.scaled_attention(rotated(query, rope), rotated(key, rope), value, key_mask)
         img_attended, txt_attended = attended.split((img.shape[1], txt.shape[1]), dim=1)
 
-        img = img + gate * self.attn.to_out[0](img_attended)
-        img = img + gate_mlp * self.ff(modulate(self.plain(img), shift_mlp, scale_mlp))
-        txt = txt + c_gate * self.attn.to_add_out(txt_attended)
-        txt = txt + c_gate_mlp * self.ff_context(modulate(self.plain(txt), c_shift_mlp, c_scale_mlp))
+        img = torch.addcmul(img, gate, self.attn.to_out[0](img_attended))
+        img = torch.addcmul(img, gate_mlp, self.ff(modulate(self.plain(img), shift_mlp, scale_mlp)))
+        txt = torch.addcmul(txt, c_gate, self.attn.to_add_out(txt_attended))
+        txt = torch.addcmul(txt, c_gate_mlp, self.ff_context(modulate(self.plain(txt), c_shift_mlp, c_scale_mlp)))
         return img, txt
 
 
@@ -349,7 +349,7 @@ class HunyuanVideoSingleTransformerBlock(AttentionModule):
         normed = modulate(self.plain(x), shift, scale)
         query, key, value = self.attn.own(normed)
         attended = self.scaled_attention(rotated(query, rope), rotated(key, rope), value, key_mask)
-        return x + gate * self.proj_out(torch.cat((attended, self.act_mlp(self.proj_mlp(normed))), dim=-1))
+        return torch.addcmul(x, gate, self.proj_out(torch.cat((attended, self.act_mlp(self.proj_mlp(normed))), dim=-1)))
 
 
 class HunyuanVideoTransformer3DModelPacked(StreamStackMixin, nn.Module):

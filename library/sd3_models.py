@@ -23,12 +23,13 @@ from library.attention import (
     of_text,
     per_token,
     plain_norm,
+    rms_normed,
     timestep_embedding,
 )
 from library.components.ldm_models import AutoEncoder as SDVAE  # noqa: F401, a name that is imported from here
 from library.core.errors import ConfigError
 from library.core.lazy_names import homes, lazy_names
-from library.custom_offloading_utils import RING_SIZE, BlockStackMixin
+from library.custom_offloading_utils import BlockStackMixin
 
 __getattr__, __dir__ = lazy_names(__name__, homes("library.compat.sd3_names", "create_sd3_mmdit"))
 
@@ -87,8 +88,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        full = x.float()
-        return (full * torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + 1e-6) * self.weight.float()).to(x.dtype)
+        return (rms_normed(x, 1e-6) * self.weight.float()).to(x.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -191,12 +191,12 @@ class SingleDiTBlock(AttentionModule):
     def after_attention(self, x: Tensor, attended: Tensor, chunks: Sequence[Tensor]) -> Tensor:
         """The stream [B, L, hidden] after this block, from what the joint attention gave it."""
         gate_attn, shift_mlp, scale_mlp, gate_mlp = chunks[2:6]
-        result = x + gate_attn * self.attn.proj(attended)
+        result = torch.addcmul(x, gate_attn, self.attn.proj(attended))
         if len(chunks) == 9:
             shift, scale, gate = chunks[6:]
             own = self.scaled_attention(*self.attn2.query_key_value(modulate(self.norm1(x), shift, scale)))
-            result = result + gate * self.attn2.proj(own)
-        return result + gate_mlp * self.mlp(modulate(self.norm2(result), shift_mlp, scale_mlp))
+            result = torch.addcmul(result, gate, self.attn2.proj(own))
+        return torch.addcmul(result, gate_mlp, self.mlp(modulate(self.norm2(result), shift_mlp, scale_mlp)))
 
 
 class MMDiTBlock(AttentionModule):
@@ -337,13 +337,8 @@ class MMDiT(BlockStackMixin, nn.Module):
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device, ring_size: int = RING_SIZE) -> None:
-        """Keep the weights of some blocks on the CPU while others compute, with so many places on the device for them. On
-        a CPU `device` nothing moves.
-
-        ValueError when more blocks are asked for than `row_swap_problem` allows.
-        """
-        self.swap_row(self.joint_blocks, blocks_to_swap, device, ring_size)
+    def swapped_rows(self) -> tuple[nn.ModuleList, ...]:
+        return (self.joint_blocks,)
 
 
 def sample_side(grid: tuple[int, int]) -> int:

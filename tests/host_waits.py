@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from library.components.device_transfers import Event, Pairs, Transfers
 from library.core import keyed_random
+from library.training import host_copies
 
 if TYPE_CHECKING:
     import pytest
@@ -66,10 +69,10 @@ class HostWaits(TorchDispatchMode):
             return self._copied(args[0], kwargs)
         if func is aten.copy_.default and args[0].device != args[1].device:
             waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
-            if args[0].device != DEVICE:
-                self.note("copy to the host")
+            to_host = args[0].device != DEVICE
+            self.note(f"copy to the {'host' if to_host else 'device'}") if waits else None
+            if to_host:
                 return args[0].fill_(1)
-            self.note("copy to the device") if waits else None
         if on_device and func in OF_VALUES:
             self.note(func.name())
             return torch.ones_like(args[0]).nonzero() if func is aten.nonzero.default else func(*args, **kwargs)
@@ -116,6 +119,14 @@ class _ListsToDevice(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class QueuedTransfers(Transfers):
+    """Copies beside the computation, as of a device with streams."""
+
+    def copy(self, pairs: Pairs, after: Event) -> Event:
+        for target, _ in pairs:
+            target.zero_()
+
+
 def imitate(patch: pytest.MonkeyPatch) -> None:
     """What "meta" lacks of a device: number formats of autocast, and generators."""
     enabled, autocast, generator = torch.is_autocast_enabled, torch.autocast, keyed_random.keyed_generator
@@ -126,6 +137,8 @@ def imitate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": kind != DEVICE.type and enabled(kind))
     patch.setattr(torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == DEVICE.type else autocast(kind, *a, **k))
     patch.setattr(keyed_random, "keyed_generator", keyed_generator)
+    patch.setattr(host_copies, "transfers_to", QueuedTransfers)
+    patch.setattr(torch, DEVICE.type, SimpleNamespace(manual_seed=lambda seed: None), raising=False)
 
 
 def move_run(run: Run) -> None:
@@ -138,4 +151,5 @@ def move_run(run: Run) -> None:
     moved = {old[name]: p for module, old in named for name, p in module.named_parameters(remove_duplicate=False)}
     for group in run.optimizer.param_groups:
         group["params"] = [moved.get(parameter, parameter) for parameter in group["params"]]
+        group.update({"fused": False} if group.get("fused") else {})  # there is no such kernel for "meta"
     object.__setattr__(run.runtime, "device", DEVICE)

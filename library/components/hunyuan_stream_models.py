@@ -25,6 +25,7 @@ from library.attention import (
     of_text,
     per_token,
     plain_norm,
+    rms_normed,
     rope_cos_sin,
     rotate_pairs,
     timestep_embedding,
@@ -83,8 +84,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        full = x.float()
-        return (full * torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype) * self.weight
+        return rms_normed(x, 1e-6).to(x.dtype) * self.weight
 
 
 class MLP(nn.Module):
@@ -142,8 +142,8 @@ class IndividualTokenRefinerBlock(AttentionModule):
         query, key, value = rearrange(
             self.self_attn_qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.num_heads
         )
-        x = x + attention_gate * self.self_attn_proj(self.scaled_attention(query, key, value, key_mask))
-        return x + mlp_gate * self.mlp(self.norm2(x))
+        x = torch.addcmul(x, attention_gate, self.self_attn_proj(self.scaled_attention(query, key, value, key_mask)))
+        return torch.addcmul(x, mlp_gate, self.mlp(self.norm2(x)))
 
 
 class IndividualTokenRefiner(nn.Module):
@@ -238,10 +238,10 @@ class MMDoubleStreamBlock(AttentionModule):
         attended = self.scaled_attention(rotated(query, rope), rotated(key, rope), value, key_mask)
         img_attended, txt_attended = attended.split((img.shape[1], txt.shape[1]), dim=1)
 
-        img = img + img_gate1 * self.img_attn_proj(img_attended)
-        img = img + img_gate2 * self.img_mlp(modulate(self.img_norm2(img), img_shift2, img_scale2))
-        txt = txt + txt_gate1 * self.txt_attn_proj(txt_attended)
-        txt = txt + txt_gate2 * self.txt_mlp(modulate(self.txt_norm2(txt), txt_shift2, txt_scale2))
+        img = torch.addcmul(img, img_gate1, self.img_attn_proj(img_attended))
+        img = torch.addcmul(img, img_gate2, self.img_mlp(modulate(self.img_norm2(img), img_shift2, img_scale2)))
+        txt = torch.addcmul(txt, txt_gate1, self.txt_attn_proj(txt_attended))
+        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(self.txt_norm2(txt), txt_shift2, txt_scale2)))
         return img, txt
 
     def _heads(self, qkv: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ class MMSingleStreamBlock(AttentionModule):
         query, key, value = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
         query, key = rotated(self.q_norm(query), rope), rotated(self.k_norm(key), rope)
         attended = self.scaled_attention(query, key, value, key_mask)
-        return x + gate * self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1))
+        return torch.addcmul(x, gate, self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1)))
 
 
 class StreamDenoiser(StreamStackMixin, nn.Module):

@@ -15,6 +15,7 @@ import torch
 
 from library.core.errors import ConfigError, TrainingError
 from library.core.options import Config
+from library.training.gradient_sums import sum_in_buckets
 from library.training.option_groups import DdpOptions, MemoryOptions, ModelOptions, PrecisionOptions
 
 if TYPE_CHECKING:
@@ -72,12 +73,11 @@ class Runtime:
         any rank."""
         if self.num_processes == 1:
             return
-        for parameter in parameters:
-            if not parameter.requires_grad:
-                continue
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in learning:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)
+        sum_in_buckets((parameter.grad for parameter in learning), torch.distributed.all_reduce)
 
     def clip_gradients(self, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor | None:
         """Clip to a global norm; returns the norm before clipping, a tensor on the device."""

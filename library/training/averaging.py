@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from library.core.errors import CheckpointError
 from library.components.block_ring import bring_weights_home
+from library.core.errors import CheckpointError
+from library.device_utils import copies_are_queued
+from library.training.host_copies import HostCopies, Merge
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""(average, weight)"""
+PART_BYTES = 256 * 2**20
+"""most memory of weights that are on their way to the average at once"""
 
 
 class WeightAverage:
     """average = average * (1 - share) + weights * share, float32, of every parameter of `modules()`; frozen ones too,
-    because some adapters choose per step what learns. `what` names it in messages."""
+    because some adapters choose per step what learns. `what` names it in messages.
+
+    `on_cpu`: it is in main memory. What a GPU has learned is copied there and added while the GPU goes on.
+    """
 
     def __init__(
         self, modules: Callable[[], Mapping[str, torch.nn.Module]], *, on_cpu: bool = False, what: str = "the average"
@@ -22,19 +32,43 @@ class WeightAverage:
         self._modules = modules
         self._on_cpu = on_cpu
         self._what = what
-        self.tensors: dict[str, torch.Tensor] = {}
-        """empty before `begin`"""
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._copies = HostCopies()
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By the names of the parameters, with all that it was to follow; empty before `begin`."""
+        self._copies.settle()
+        return self._tensors
 
     def begin(self) -> None:
         """It is what the weights are now."""
-        self.tensors = {name: self._kept(parameter) for name, parameter in self.parameters().items()}
+        if self._tensors:
+            self._bring(_replace)
+        else:
+            self._tensors = {name: self._kept(parameter) for name, parameter in self.parameters().items()}
 
-    @torch.no_grad()
     def follow(self, share: float) -> None:
         """Go by `share` towards the weights."""
+
+        def approach(averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> None:
+            torch._foreach_lerp_(averages, [weight.to(torch.float32) for weight in weights], share)
+
+        self._bring(approach)
+
+    @torch.no_grad()
+    def _bring(self, into: Merge) -> None:
+        """The weights into their averages, in parts."""
+        beside: list[Pair] = []
+        apart: list[Pair] = []  # the average is in main memory, the weight is not
         for name, parameter in self.parameters().items():
-            own = self.tensors[name]
-            own.lerp_(parameter.detach().to(own), share)
+            pair = (self._tensors[name], parameter.detach())
+            is_apart = pair[0].device.type == "cpu" and copies_are_queued(pair[1].device)
+            (apart if is_apart else beside).append(pair)
+        for part in parts_of(beside, PART_BYTES):
+            into([average for average, _ in part], [weight.to(average) for average, weight in part])
+        for part in parts_of(apart, PART_BYTES):
+            self._copies.add([average for average, _ in part], [weight for _, weight in part], into)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {
@@ -85,6 +119,26 @@ class WeightAverage:
                 f"{self._what} in the state does not fit this run: {len(wrong)} weights differ (first: {min(wrong)}); "
                 "resume with the options of the interrupted run"
             )
-        self.tensors = {
+        self._copies.settle()
+        self._tensors = {
             name: state[name].to("cpu" if self._on_cpu else p.device, torch.float32) for name, p in parameters.items()
         }
+
+
+def _replace(averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> None:
+    torch._foreach_copy_(averages, weights)
+
+
+def parts_of(pairs: Sequence[Pair], most_bytes: int) -> Iterator[list[Pair]]:
+    """Pairs in their order, in parts whose weights take at most so much memory; one of more is a part
+    of its own."""
+    part: list[Pair] = []
+    size = 0
+    for average, weight in pairs:
+        if part and size + weight.nbytes > most_bytes:
+            yield part
+            part, size = [], 0
+        part.append((average, weight))
+        size += weight.nbytes
+    if part:
+        yield part

@@ -191,6 +191,10 @@ class AdapterModule(nn.Module):
             return output + sum(parameter.flatten()[0] for parameter in trained).to(output) * 0 if trained else output
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.compute_dtype)
+        return self.changed_output(x, output).to(output.dtype)
+
+    def changed_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The layer's `output` for `x` and what the adapter adds to it, in the wider of their dtypes."""
         change = (
             self.output_change(x) if self.dora_scale is None else self.multiplier * decomposed_output(self, x, output)
         )
@@ -198,10 +202,13 @@ class AdapterModule(nn.Module):
         if self.diff_b is not None:
             bias = self.multiplier * self.diff_b  # [out]
             change = change + bias.to(change.device, change.dtype).view(-1, *[1] * (len(self.weight_shape) - 2))
-        return (output + change).to(output.dtype)
+        return output + change
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        for parameter in self._parameters.values():  # a walk through all modules in every call costs as much as a layer
+            if parameter is not None:
+                return parameter.dtype
         return next(self.parameters()).dtype
 
     def output_change(self, x: torch.Tensor, multiplier: float | None = None) -> torch.Tensor:

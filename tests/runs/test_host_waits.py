@@ -31,14 +31,15 @@ def options_of(case: FamilyCase, kind: str) -> list[str]:
     noise = DDPM_NOISE if case.family in ("sd", "sdxl") else NOISE
     if kind == "live":
         return [*case.text_options]
-    return [*case.caches(on_disk=False), "--gradient_checkpointing", *noise, *DROPOUTS]
+    return [*case.caches(on_disk=False), "--gradient_checkpointing", "--ema", "--ema_on_cpu", *noise, *DROPOUTS]
 
 
 def waits_of_second_step(run: Run) -> Counter[str]:
     """The first step makes tables that stay, once for each size of pictures."""
     move_run(run)
     run.updater.begin(run)
-    run.hooks.on_train_start(run)
+    with HostWaits():
+        run.hooks.on_train_start(run)
     run.hooks.find(LossReader).every = 1000
     for number, batch in enumerate(run.data.batches(1)):
         with HostWaits() if number == 1 else nullcontext() as waits:
