@@ -19,12 +19,14 @@ RING_SIZE = 2
 
 @dataclass
 class Traveller:
-    """A block whose matrices travel. `homes` are those in main memory, while the block lies on the device."""
+    """A block whose matrices travel. `homes` are those in main memory and `here` those in its place on the device, while
+    it has one."""
 
     number: int
     """in its row"""
     tensors: list[Tensor]
     homes: list[Tensor] = field(default_factory=list)
+    here: list[Tensor] = field(default_factory=list)
     is_used: bool = False
     """whether its tensors are the ones on the device"""
     has_learned: bool = False
@@ -185,7 +187,8 @@ class BlockOffloader:
             if home is not tensor.data:
                 tensor.data = home
             traveller.homes.append(home)
-        pairs = list(zip(pieces(place.buffer, traveller.tensors), traveller.homes))
+        traveller.here = pieces(place.buffer, traveller.tensors)
+        pairs = list(zip(traveller.here, traveller.homes))
         # what has been queued so far may still read the block that lay there
         place.arrived = self._transfers.copy(pairs, after=self._transfers.computed())
         place.holds = traveller
@@ -198,7 +201,7 @@ class BlockOffloader:
         if traveller.is_used:
             return
         self._transfers.wait(place.arrived)
-        for tensor, here in zip(traveller.tensors, pieces(place.buffer, traveller.tensors)):
+        for tensor, here in zip(traveller.tensors, traveller.here):
             tensor.data = here
         traveller.is_used = True
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from library.checkpoints.weight_forms import FORMS
 from library.components.block_ring import spread_evenly
+from library.components.device_transfers import room_for
 from library.fp8_optimization_utils import store_layers
 from library.training.averaging import WeightAverage
 from library.training.run import Models
@@ -79,6 +80,19 @@ def test_results_are_those_without_swap(family: str, learning: Callable, checkpo
             with device.watching():
                 found = step(denoiser, trained)
             assert_equal(found, expected)
+        assert_few_on_the_device(denoiser, device)
+
+
+def assert_few_on_the_device(denoiser: Denoiser, device: SimulatedDevice) -> None:
+    """Of each row those that stay and the places for others are no more than `blocks_to_swap` leaves, and their size is
+    known beforehand."""
+    for one in denoiser.offloaders:
+        staying = len(one.blocks) - len(one._travellers)
+        assert staying + len(one._places) == len(one.blocks) - one.num_swapped
+    at_home, places = denoiser.model.swapped_bytes(MOST[denoiser.family])
+    assert sum(buffer.numel() for buffer in device.buffers) == places
+    homes = [home for one in denoiser.offloaders for traveller in one._travellers for home in traveller.tensors]
+    assert room_for(homes) == at_home
 
 
 def loads_of(denoiser: Denoiser, device: SimulatedDevice) -> list[int]:
