@@ -21,6 +21,7 @@ SUBJECTS = {
     "first": ("benchmarks.first_step", "from the start of the demo to its first step, beside importing its packages"),
     "start": ("benchmarks.start", "starts with few and with many pictures, beside the least that a start must read"),
     "help": ("benchmarks.startup", "--help of every script, beside a bare interpreter"),
+    "forms": ("benchmarks.weight_forms", "weights of a base in 8 and 4 bits: errors, held-out loss, room"),
     "merge": ("benchmarks.merge", "memory and time of a merge into a large model, beside a copy of the file"),
     "caching": ("benchmarks.caching", "how much of the time of caching the encoder computes"),
     "gpu": ("benchmarks.gpu", "training of FLUX.1 dev, SDXL and Wan on a GPU, beside what its arithmetic takes"),

@@ -93,7 +93,8 @@ class AdditionalNetwork(nn.Module):
         self.requires_grad_(True)
 
     def on_epoch_start(self, text_encoder: Any = None, unet: Any = None) -> None:
-        self.train()
+        if not all(module.training for module in self.loras):  # a walk through thousands of modules otherwise
+            self.train()
 
     def on_step_start(self, text_encoder: Any = None, unet: Any = None) -> None:
         """Start of a micro-step; the draws come by set_step_draws."""
@@ -217,6 +218,8 @@ class AdditionalNetwork(nn.Module):
         return int(summary[0]), summary[1], summary[2]
 
     def _ggpo(self) -> list[tuple[AdapterModule, Any]]:
+        if self.settings.get("ggpo_sigma") is None:  # asked several times in every step
+            return []
         return [(module, module.ggpo) for module in self.loras if getattr(module, "ggpo", None) is not None]
 
     def update_grad_norms(self) -> None:
