@@ -24,7 +24,7 @@ from library.attention import (
     rotate_halves,
     timestep_embedding,
 )
-from library.custom_offloading_utils import RING_SIZE, BlockStackMixin
+from library.custom_offloading_utils import BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
 NORM_EPS = 1e-6
@@ -447,13 +447,8 @@ class Anima(BlockStackMixin, nn.Module):
                 f"{p.max_img_w}"
             )
 
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device, ring_size: int = RING_SIZE) -> None:
-        """Keep the weights of some blocks on the CPU while others compute, with so many places on the device for them. On
-        a CPU `device` nothing moves.
-
-        ValueError when more blocks are asked for than `row_swap_problem` allows.
-        """
-        self.swap_row(self.blocks, blocks_to_swap, device, ring_size)
+    def swapped_rows(self) -> tuple[nn.ModuleList, ...]:
+        return (self.blocks,)
 
 
 def _with_mask(x: Tensor, padding_mask: Tensor | None) -> Tensor:

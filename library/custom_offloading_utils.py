@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.components.activation_offload import run_checkpointed
-from library.components.block_ring import RING_SIZE, BlockOffloader
+from library.components.block_ring import RING_SIZE, BlockOffloader, swapped_bytes
 from library.core.lazy_names import homes, lazy_names
 
 __getattr__, __dir__ = lazy_names(
@@ -61,11 +61,12 @@ BLOCKS_THAT_STAY = 2
 class BlockStackMixin(CheckpointedBlocks):
     """What a denoiser made of rows of equal blocks does with its memory: checkpoints, and blocks that wait on the CPU.
 
-    A module calls `init_block_stack` in its constructor, runs its blocks through `run_block`, and fills `offloaders`
-    (one per row of blocks, None = that row stays) in its own `enable_block_swap`.
+    A module calls `init_block_stack` in its constructor, names its `swapped_rows` and runs their blocks through
+    `run_block` with the offloader of their row.
     """
 
     offloaders: tuple[BlockOffloader | None, ...]
+    """one per row, None = that row stays"""
     blocks_that_stay: ClassVar[int] = BLOCKS_THAT_STAY
     """of each row, with block swap"""
 
@@ -73,13 +74,45 @@ class BlockStackMixin(CheckpointedBlocks):
         self.init_checkpointing()
         self.offloaders = (None,) * num_rows
 
-    def swap_row(self, blocks: nn.ModuleList, blocks_to_swap: int, device: torch.device, ring_size: int) -> None:
-        """`enable_block_swap` where one row of blocks takes part. ValueError when more are asked for than
-        `row_swap_problem` allows."""
-        problem = row_swap_problem(blocks_to_swap, len(blocks), self.blocks_that_stay)
+    def swapped_rows(self) -> tuple[nn.ModuleList, ...]:
+        """The rows whose blocks can be swapped, in the order of `offloaders`."""
+        raise NotImplementedError
+
+    def split_swap(self, blocks_to_swap: int) -> tuple[int, ...]:
+        """How many blocks of each row `--blocks_to_swap` stands for."""
+        return (blocks_to_swap,)
+
+    def swap_problem(self, blocks_to_swap: int) -> str | None:
+        """What is wrong with a number of blocks to swap, or None."""
+        (row,) = self.swapped_rows()
+        return row_swap_problem(blocks_to_swap, len(row), self.blocks_that_stay)
+
+    @property
+    def most_blocks_to_swap(self) -> int:
+        most = 0
+        while self.swap_problem(most + 1) is None:
+            most += 1
+        return most
+
+    def enable_block_swap(self, blocks_to_swap: int, device: torch.device, ring_size: int = RING_SIZE) -> None:
+        """Keep the weights of some blocks on the CPU while others compute, with so many places of each row on the
+        device for them. On a CPU `device` nothing moves.
+
+        ValueError when more blocks are asked for than `swap_problem` allows.
+        """
+        problem = self.swap_problem(blocks_to_swap)
         if problem:
             raise ValueError(problem)
-        self.offloaders = (BlockOffloader(blocks, blocks_to_swap, device, ring_size) if blocks_to_swap else None,)
+        self.offloaders = tuple(
+            BlockOffloader(row, count, device, ring_size) if count else None
+            for row, count in zip(self.swapped_rows(), self.split_swap(blocks_to_swap), strict=True)
+        )
+
+    def swapped_bytes(self, blocks_to_swap: int, ring_size: int = RING_SIZE) -> tuple[int, int]:
+        """(bytes of weights that would lie in main memory, bytes on the device for those of them that compute)."""
+        rows = zip(self.swapped_rows(), self.split_swap(blocks_to_swap), strict=True)
+        sizes = [swapped_bytes(row, count, ring_size) for row, count in rows]
+        return sum(home for home, _ in sizes), sum(places for _, places in sizes)
 
     def run_block(
         self, block: nn.Module, index: int, offloader: BlockOffloader | None, hidden: tuple[Tensor, ...], context: tuple
@@ -111,7 +144,7 @@ class BlockStackMixin(CheckpointedBlocks):
     def move_to_device_except_swap_blocks(self, device: torch.device) -> None:
         """Move everything but the weights that block swap keeps on the CPU."""
         offloaders = [one for one in self.offloaders if one is not None]
-        travelling = {id(tensor) for offloader in offloaders for tensor in offloader.travelling()}
+        travelling = {id(tensor) for offloader in offloaders for tensor in offloader.travellers()}
         for module in self.modules():
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if id(tensor) not in travelling:
@@ -127,20 +160,15 @@ class StreamStackMixin(BlockStackMixin):
     def repeated_blocks(self) -> list[nn.Module]:
         return [*self.double_blocks, *self.single_blocks]
 
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device, ring_size: int = RING_SIZE) -> None:
-        """Keep the weights of some blocks on the CPU while others compute, with so many places of each row on the
-        device for them. On a CPU `device` nothing moves.
+    def swapped_rows(self) -> tuple[nn.ModuleList, ...]:
+        return self.double_blocks, self.single_blocks
 
-        ValueError when more blocks are asked for than `stream_swap_problem` allows.
-        """
-        numbers = (len(self.double_blocks), len(self.single_blocks))
-        problem = stream_swap_problem(blocks_to_swap, *numbers, self.blocks_that_stay)
-        if problem:
-            raise ValueError(problem)
-        num_double, num_single = split_blocks_to_swap(blocks_to_swap)
-        self.offloaders = (
-            BlockOffloader(self.double_blocks, num_double, device, ring_size) if num_double else None,
-            BlockOffloader(self.single_blocks, num_single, device, ring_size) if num_single else None,
+    def split_swap(self, blocks_to_swap: int) -> tuple[int, ...]:
+        return split_blocks_to_swap(blocks_to_swap)
+
+    def swap_problem(self, blocks_to_swap: int) -> str | None:
+        return stream_swap_problem(
+            blocks_to_swap, len(self.double_blocks), len(self.single_blocks), self.blocks_that_stay
         )
 
 

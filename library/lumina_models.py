@@ -23,7 +23,7 @@ from library.attention import (
     rotate_pairs,
     timestep_embedding,
 )
-from library.custom_offloading_utils import RING_SIZE, BlockStackMixin
+from library.custom_offloading_utils import BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
 
@@ -249,13 +249,9 @@ class NextDiT(BlockStackMixin, nn.Module):
     def repeated_blocks(self) -> list[nn.Module]:
         return [*self.context_refiner, *self.noise_refiner, *self.layers]
 
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device, ring_size: int = RING_SIZE) -> None:
-        """Keep the weights of some main layers on the CPU while others compute, with so many places on the device for
-        them; the refiners stay. On a CPU `device` nothing moves.
-
-        ValueError when more layers are asked for than `row_swap_problem` allows.
-        """
-        self.swap_row(self.layers, blocks_to_swap, device, ring_size)
+    def swapped_rows(self) -> tuple[nn.ModuleList, ...]:
+        """The refiners stay."""
+        return (self.layers,)
 
     def _patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens [B, L, p p C] and their (rows, columns); inside a patch the channel is last."""

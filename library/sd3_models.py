@@ -29,7 +29,7 @@ from library.attention import (
 from library.components.ldm_models import AutoEncoder as SDVAE  # noqa: F401, a name that is imported from here
 from library.core.errors import ConfigError
 from library.core.lazy_names import homes, lazy_names
-from library.custom_offloading_utils import RING_SIZE, BlockStackMixin
+from library.custom_offloading_utils import BlockStackMixin
 
 __getattr__, __dir__ = lazy_names(__name__, homes("library.compat.sd3_names", "create_sd3_mmdit"))
 
@@ -337,13 +337,8 @@ class MMDiT(BlockStackMixin, nn.Module):
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device, ring_size: int = RING_SIZE) -> None:
-        """Keep the weights of some blocks on the CPU while others compute, with so many places on the device for them. On
-        a CPU `device` nothing moves.
-
-        ValueError when more blocks are asked for than `row_swap_problem` allows.
-        """
-        self.swap_row(self.joint_blocks, blocks_to_swap, device, ring_size)
+    def swapped_rows(self) -> tuple[nn.ModuleList, ...]:
+        return (self.joint_blocks,)
 
 
 def sample_side(grid: tuple[int, int]) -> int:

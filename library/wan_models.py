@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import AttentionModule, DeviceTables, rms_normed, rope_cos_sin, rotate_pairs
-from library.custom_offloading_utils import RING_SIZE, BlockStackMixin
+from library.custom_offloading_utils import BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
 ROPE_THETA = 10000.0
@@ -361,13 +361,8 @@ class WanModel(BlockStackMixin, nn.Module):
     def repeated_blocks(self) -> list[nn.Module]:
         return list(self.blocks)
 
-    def enable_block_swap(self, blocks_to_swap: int, device: torch.device, ring_size: int = RING_SIZE) -> None:
-        """Keep the weights of some blocks on the CPU while others compute, with so many places on the device for them. On
-        a CPU `device` nothing moves.
-
-        ValueError when more blocks are asked for than `row_swap_problem` allows.
-        """
-        self.swap_row(self.blocks, blocks_to_swap, device, ring_size)
+    def swapped_rows(self) -> tuple[nn.ModuleList, ...]:
+        return (self.blocks,)
 
     def _times(self, t: Tensor, grid: tuple[int, ...]) -> tuple[Modulation, Modulation]:
         """(of the head, one vector; of the blocks, six). One of each distinct time is computed and held: with a time

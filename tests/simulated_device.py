@@ -43,7 +43,9 @@ class SimulatedDevice(Transfers):
         self._unseen: set[int] = set()
         """memory that the host may not look at, as copies to it may not be done"""
         self._awaited: set[int] = set()
-        """memory that copies work on for which the computation has not waited"""
+        """targets of copies for which the computation has not waited"""
+        self._read: set[int] = set()
+        """their sources"""
         self._done = 0
         """how many of the copies are done"""
         self._touched: dict[int, int] = {}
@@ -84,11 +86,11 @@ class SimulatedDevice(Transfers):
         with self._at_work():
             for target, source in copy.pairs:
                 self._check_copy(target, source, after)
-                if self.memory_of(target) in self._awaited:
+                if self.memory_of(target) in self._awaited | self._read:
                     self._do(len(self.copies) - 1)  # one queue works in order
                 target.view(torch.uint8).fill_(255) if target.is_contiguous() else target.fill_(0)
         self.copies.append(copy)
-        self._awaited |= {self.memory_of(tensor) for pair in copy.pairs for tensor in pair}
+        self._follow()
         return copy
 
     def _check_copy(self, target: Tensor, source: Tensor, after: int) -> None:
@@ -120,8 +122,12 @@ class SimulatedDevice(Transfers):
                     raise RaceError("nothing keeps the memory of a copy from others")
                 target.copy_(source)
         self._done = max(self._done, last + 1)
-        waiting = self.copies[self._done :]
-        self._awaited = {self.memory_of(tensor) for one in waiting for pair in one.pairs for tensor in pair}
+        self._follow()
+
+    def _follow(self) -> None:
+        pairs = [pair for one in self.copies[self._done :] for pair in one.pairs]
+        self._awaited = {self.memory_of(target) for target, _ in pairs}
+        self._read = {self.memory_of(source) for _, source in pairs}
 
     # -- what it watches -----------------------------------------------------------------------------------------------
 
@@ -138,8 +144,8 @@ class SimulatedDevice(Transfers):
         with Watch(self.saw):
             yield
 
-    def saw(self, func: Any, tensors: list[Tensor]) -> None:
-        """The computation was given an operation."""
+    def saw(self, func: Any, tensors: list[Tensor], written: list[Tensor]) -> None:
+        """The computation was given an operation, which changes those that are `written`."""
         if self._works:
             return
         if func is torch.ops.aten.copy_.default and self.is_home(tensors[0]):
@@ -148,7 +154,7 @@ class SimulatedDevice(Transfers):
         if any(self.is_home(tensor) for tensor in tensors):
             raise RaceError(f"{func} computes with main memory")
         for memory in {self.memory_of(tensor) for tensor in tensors}:
-            if memory in self._awaited:
+            if memory in self._awaited or memory in self._read and memory in map(self.memory_of, written):
                 raise RaceError(f"{func} does not wait for a copy")
             self._touched[memory] = self._clock - 1
 
@@ -161,14 +167,16 @@ class SimulatedDevice(Transfers):
 
 
 class Watch(TorchDispatchMode):
-    def __init__(self, saw: Callable[[Any, list[Tensor]], None]) -> None:
+    def __init__(self, saw: Callable[[Any, list[Tensor], list[Tensor]], None]) -> None:
         super().__init__()
         self._saw = saw
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if not func.is_view:  # which reads nothing
-            self._saw(func, [*tensors_in(args), *tensors_in((result,))])
+        if not (func.is_view or "empty" in func._schema.name):  # which read nothing
+            schema = zip(args, func._schema.arguments)
+            written = [one for one, told in schema if told.alias_info is not None and told.alias_info.is_write]
+            self._saw(func, [*tensors_in(args), *tensors_in((result,))], list(tensors_in(written)))
         return result
 
 

@@ -74,7 +74,7 @@ class ModelOffloader(BlockOffloader, Offloader):
 
     def prepare_block_devices_before_forward(self, blocks: Sequence[nn.Module]) -> None:
         if self.active:
-            travelling = {id(tensor) for tensor in self.travelling()}
+            travelling = {id(tensor) for tensor in self.travellers()}
             for block in self.blocks:
                 for tensor in (*block.parameters(), *block.buffers()):
                     if id(tensor) not in travelling:

@@ -19,12 +19,14 @@ RING_SIZE = 2
 
 @dataclass
 class Traveller:
-    """A block whose matrices travel. `homes` are those in main memory, while the block lies on the device."""
+    """A block whose matrices travel. `homes` are those in main memory and `here` those in its place on the device, while
+    it has one."""
 
     number: int
     """in its row"""
     tensors: list[Tensor]
     homes: list[Tensor] = field(default_factory=list)
+    here: list[Tensor] = field(default_factory=list)
     is_used: bool = False
     """whether its tensors are the ones on the device"""
     has_learned: bool = False
@@ -76,10 +78,8 @@ class BlockOffloader:
         self.device = torch.device(device)
         self.blocks = list(blocks)
         self.num_swapped = num_swapped
-        self.ring_size = max(min(ring_size, len(self.blocks) - num_swapped), 1)
         self._transfers = transfers_to(self.device) if num_swapped > 0 else None
-        count = min(num_swapped + self.ring_size, len(self.blocks))
-        travel = spread_evenly(count, len(self.blocks)) if self.active else []
+        self.ring_size, travel = travelling(len(self.blocks), num_swapped, ring_size) if self.active else (0, [])
         self._travellers = [Traveller(number, matrices_of(self.blocks[number])) for number in travel]
         self._ordinals = {number: ordinal for ordinal, number in enumerate(travel)}
         self._places: list[Place] = []
@@ -91,7 +91,7 @@ class BlockOffloader:
     def active(self) -> bool:
         return self._transfers is not None
 
-    def travelling(self) -> Iterator[Tensor]:
+    def travellers(self) -> Iterator[Tensor]:
         """Those that lie in main memory between passes."""
         return (tensor for traveller in self._travellers for tensor in traveller.tensors)
 
@@ -187,7 +187,8 @@ class BlockOffloader:
             if home is not tensor.data:
                 tensor.data = home
             traveller.homes.append(home)
-        pairs = list(zip(pieces(place.buffer, traveller.tensors), traveller.homes))
+        traveller.here = pieces(place.buffer, traveller.tensors)
+        pairs = list(zip(traveller.here, traveller.homes))
         # what has been queued so far may still read the block that lay there
         place.arrived = self._transfers.copy(pairs, after=self._transfers.computed())
         place.holds = traveller
@@ -200,7 +201,7 @@ class BlockOffloader:
         if traveller.is_used:
             return
         self._transfers.wait(place.arrived)
-        for tensor, here in zip(traveller.tensors, pieces(place.buffer, traveller.tensors)):
+        for tensor, here in zip(traveller.tensors, traveller.here):
             tensor.data = here
         traveller.is_used = True
 
@@ -241,6 +242,22 @@ class BlockOffloader:
         return memory.as_strided(kept.size, kept.stride, kept.offset)
 
 
+def travelling(total: int, num_swapped: int, ring_size: int) -> tuple[int, list[int]]:
+    """(places in the ring, the numbers of the blocks that travel) of a row of `total` blocks."""
+    places = max(min(ring_size, total - num_swapped), 1)
+    return places, spread_evenly(min(num_swapped + places, total), total)
+
+
+def swapped_bytes(blocks: Sequence[nn.Module], num_swapped: int, ring_size: int) -> tuple[int, int]:
+    """(bytes of the matrices that lie in main memory, bytes on the device for those of them that compute) of a row, of
+    which nothing need be loaded."""
+    if not num_swapped:
+        return 0, 0
+    places, numbers = travelling(len(blocks), num_swapped, ring_size)
+    rooms = [room_for(matrices_of(blocks[number])) for number in numbers]
+    return sum(rooms), places * max(rooms)
+
+
 def spread_evenly(count: int, total: int) -> list[int]:
     """`count` of the numbers below `total`, in the middles of stretches of equal length."""
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
@@ -259,4 +276,4 @@ def bring_weights_home(module: nn.Module) -> set[Tensor]:
     offloaders = [one for one in getattr(module, "offloaders", ()) if one is not None]
     for one in offloaders:
         one.bring_home()
-    return {tensor for one in offloaders for tensor in one.travelling()}
+    return {tensor for one in offloaders for tensor in one.travellers()}

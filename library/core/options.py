@@ -142,6 +142,20 @@ def number_or_none(text: str | float) -> float | None:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
 
 
+AUTO = "auto"
+"""of a number that the program finds"""
+
+
+def number_or_auto(text: str | int) -> int | str:
+    """A whole number or AUTO."""
+    if str(text).strip().lower() == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number nor {AUTO}") from None
+
+
 def count_or_none(text: str | int) -> int | None:
     """A count of 1 or more; 0 is the same as not given, as front ends write it. Negative ones are left to the
     checks."""

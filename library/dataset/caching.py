@@ -174,9 +174,10 @@ def check_jobs(jobs: Sequence[LatentsJob], strategy: LatentCache, index: CacheIn
 def _jobs_of(items: Iterable[ImageItem], strategy: LatentCache) -> list[LatentsJob]:
     jobs: dict[tuple, LatentsJob] = {}
     for item in items:
-        beside = tuple(condition_paths(item, strategy.encoder.pictures_for(item.bucket)).values())
+        bucket = item.bucket
+        beside = tuple(condition_paths(item, strategy.encoder.pictures_for(bucket)).values())
         key = (
-            item.absolute_path, item.clip, item.bucket, item.resized_size, item.subset.resize_interpolation,
+            item.absolute_path, item.clip, bucket, item.resized_size, item.subset.resize_interpolation,
             item.subset.cache_directory, beside,
         )  # fmt: skip
         jobs.setdefault(key, LatentsJob()).add(item)
@@ -197,10 +198,12 @@ def _conflicts(items: Iterable[ImageItem], strategy: LatentCache) -> list[str]:
     """Images that two subsets want at one size with different resampling, or with different pictures that the family
     caches with them, or at two sizes or rates where a file has one: a file has room for one."""
     wanted: dict[tuple, ImageItem] = {}
-    problems = []
+    problems, has_one_size = [], strategy.store.has_one_size
     for item in items:
-        place = (item.latents_npz,) if strategy.store.has_one_size else (item.latents_npz, item.bucket)
+        place = (item.latents_npz,) if has_one_size else (item.latents_npz, item.bucket)
         other = wanted.setdefault(place, item)
+        if other is item:
+            continue
         if (other.bucket, other.clip) != (item.bucket, item.clip):
             problems.append(
                 f"{item.absolute_path} is used at {_words(other)} ({other.subset.label}) and at {_words(item)}"

@@ -29,7 +29,7 @@ from library.dataset.discovery import discover
 from library.dataset.file_checks import check_files, files_of, take_check
 from library.dataset.folders import NAME_VIDEOS, has_extension
 from library.dataset.info_cache import info_entry, known_image, read_info, write_info
-from library.dataset.items import DatasetParams, ImageItem, SubsetParams
+from library.dataset.items import NO_CAPTIONS, DatasetParams, ImageItem, SubsetParams
 from library.dataset.media_utils import ImageCheck
 from library.dataset.scanner import FoundImage, Scanner
 
@@ -423,18 +423,20 @@ class AbsolutePaths:
             return os.path.abspath(path)
         if folder not in self._folders:
             self._folders[folder] = os.path.join(os.path.abspath(folder + os.sep), "")
-        return self._folders[folder] + name
+        absolute = self._folders[folder]
+        return path if absolute[:-1] == folder else absolute + name  # most are, and need no second text
 
 
 def _item(image: FoundImage, subset: SubsetParams, num_repeats: int, absolute: AbsolutePaths) -> ImageItem:
     caption = storable(image.caption if image.caption is not None else subset.class_tokens or "")
+    path = absolute.of(image.path)
     return ImageItem(
-        image_key=image.key, absolute_path=absolute.of(image.path), caption=caption, subset=subset,
+        image_key=path if image.key == path else image.key, absolute_path=path, caption=caption, subset=subset,
         image_size=image.size or (0, 0), num_repeats=num_repeats, cond_path=image.cond_path,
         control_paths=tuple(map(absolute.of, image.control_paths)),
         target_paths=tuple(map(absolute.of, image.target_paths)),
         control_image_sizes=tuple(control.size for control in image.controls),
-        captions_extra={} if image.tags is None else {"tags": storable(image.tags)},
+        captions_extra=NO_CAPTIONS if image.tags is None else {"tags": storable(image.tags)},
     )
 
 

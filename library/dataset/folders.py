@@ -64,10 +64,10 @@ def images_in(folder: str, subset: SubsetParams, scanner: Scanner) -> list[Found
     controls = _controls(names, subset, scanner)
     return [
         FoundImage(
-            listing.of(name), listing.of(name), control_paths=controls.get(name, ()),
+            path, path, control_paths=controls.get(name, ()),
             target_paths=tuple(map(listing.of, targets.get(name, ()))),
         )
-        for name in names
+        for name, path in zip(names, map(listing.of, names))
     ]  # fmt: skip
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from library.core.file_limits import stem_of
 from library.dataset.clips.settings import WINDOW_SIZE, ClipSettings, OneFrameSettings
 from library.dataset.clips.windows import ClipWindow, ControlClip
 from library.families.latents import PLAIN, Bucket, SampleKind
@@ -138,6 +140,10 @@ class SampleFacts:
     section: int | None = None
 
 
+NO_CAPTIONS: Mapping[str, Any] = {}
+"""of most items; one for all, as each would take as much as a short caption"""
+
+
 @dataclass
 class ImageItem:
     """One image, or one clip of a video, of one subset. Sizes are (width, height), after the EXIF orientation is
@@ -167,7 +173,7 @@ class ImageItem:
     """of their files"""
     control_clip: ControlClip | None = None
     """Which frames of the control clip belong to a clip."""
-    captions_extra: dict[str, Any] = field(default_factory=dict)
+    captions_extra: Mapping[str, Any] = field(default_factory=lambda: NO_CAPTIONS)
 
     bucket_reso: tuple[int, int] | None = None
     resized_size: tuple[int, int] | None = None
@@ -212,9 +218,38 @@ class ImageItem:
     @property
     def kind(self) -> SampleKind:
         """What it shares with the samples of its batches beside the size."""
+        if self.clip is None and not self.control_sizes and self.subset.one_frame is None:
+            return PLAIN
         one_frame = self.subset.one_frame if self.clip is None else None
         is_section = self.clip is not None and self.clip.section is not None
         return sample_kind(self.control_sizes, one_frame, self.subset.window_size if is_section else None)
+
+
+class _FileBeside:
+    """An attribute of an item: the path of a file of its own. Most lie beside the image and bear its name; of these
+    only the ending is kept, one text for all items: a fifth less memory for each."""
+
+    def __init__(self, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, item: ImageItem | None, owner: type) -> str | None:
+        if item is None:
+            return None
+        kept = getattr(item, self._name)
+        if kept.__class__ is str:
+            return stem_of(item.absolute_path) + kept
+        return None if kept is None else kept[0]
+
+    def __set__(self, item: ImageItem, path: str | None) -> None:
+        kept: str | tuple[str] | None = None
+        if path is not None:
+            stem = stem_of(item.absolute_path)
+            kept = sys.intern(path[len(stem) :]) if path.startswith(stem) else (path,)
+        setattr(item, self._name, kept)
+
+
+for _name in ("latents_npz", "text_encoder_outputs_npz"):
+    setattr(ImageItem, _name, _FileBeside(_name))
 
 
 @lru_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -271,9 +271,10 @@ class LatentCache:
 
         def problem_of(item: ImageItem, flip_aug: bool, alpha_mask: bool) -> str | None:
             is_folder = item.clip is not None and os.path.isdir(item.absolute_path)  # which an index cannot see change
-            if is_folder or self.encoder.pictures_for(item.bucket):  # the index knows of one source
+            bucket = item.bucket
+            if is_folder or self.encoder.pictures_for(bucket):  # the index knows of one source
                 return self.problem_of(item, flip_aug, alpha_mask)
-            kind = (item.bucket, item.clip, item.resized_size, item.subset.resize_interpolation, flip_aug, alpha_mask)
+            kind = (bucket, item.clip, item.resized_size, item.subset.resize_interpolation, flip_aug, alpha_mask)
             if kind not in questions:
                 questions[kind] = question(item, flip_aug, alpha_mask)
             path = item.latents_npz or self.path_of(item)
@@ -337,8 +338,10 @@ def _made_with(item: ImageItem) -> dict[str, str]:
     }
 
 
-def condition_paths(item: ImageItem, names: Iterable[str]) -> dict[str, str]:
+def condition_paths(item: ImageItem, names: Collection[str]) -> dict[str, str]:
     """Where the pictures of these conditions lie, of those that an item has."""
+    if not names:
+        return {}
     beside = item.control_paths if item.cond_path is None else (item.cond_path,)
     known = {
         numbered(name, number): path

@@ -12,7 +12,7 @@ from library.dataset.clips.video_check import VideoCheck
 from library.dataset.media_utils import ImageCheck, image_extensions
 
 
-@dataclass
+@dataclass(slots=True)
 class FoundImage:
     """An image or video on its way to an ImageItem. `caption` None: no caption file."""
 

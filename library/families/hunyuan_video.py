@@ -29,8 +29,8 @@ FAMILY = FamilyRecord(
             name="hv_train", options=frozenset({"trainable_modules"}),
             foreign={
                 **dict.fromkeys(
-                    ("use_pinned_memory_for_block_swap", "block_swap_h2d_only", "block_swap_ring_size"),
-                    "an option of hv_train_network; blocks change places in the background (--blocks_to_swap)",
+                    ("use_pinned_memory_for_block_swap", "block_swap_h2d_only"),
+                    "an option of hv_train_network; --blocks_to_swap does it by itself",
                 ),
                 "flash3": "an option of hv_train_network; attention is computed by torch (--sdpa)",
                 "use_safetensors": "files are safetensors unless --save_model_as says otherwise",

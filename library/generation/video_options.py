@@ -58,7 +58,7 @@ class VideoModelOptions:
     blocks_to_swap: int = option(0, help="blocks whose weights wait in main memory")
     use_pinned_memory_for_block_swap: bool = equivalent_option(
         False, help="pinned memory for swapped blocks",
-        reason="--use_pinned_memory_for_block_swap: swapped blocks exchange their places on a stream of their own",
+        reason="--use_pinned_memory_for_block_swap: swapped blocks wait in page-locked memory in any case",
     )  # fmt: skip
     attn_mode: str = equivalent_option(
         "torch", help="which package computes the attention",

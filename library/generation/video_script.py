@@ -335,8 +335,6 @@ class VideoScript(LatentScript[VideoRequest]):
         options = config[self.compilation]
         if not options.compile:
             return []
-        if config[self.models].blocks_to_swap:
-            return ["--blocks_to_swap and --compile do not go together; leave one of them out"]
         from library.training.compilation import unknown_backend
 
         return unknown_backend(options.compile_backend, "compile_backend")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from library.core.options import Config, Ignored
+from library.core.options import Config, Ignored, without_effect
 from library.dataset import FOLDER_OPTIONS, DatasetOptions
 from library.training.formula_checks import idle_formulas
 from library.training.option_groups import (
@@ -47,7 +47,7 @@ def ignored(config: Config, family: ModelFamily | None = None, trainable: Traina
     """Everything without effect, in the order in which the start page shows it; with what family and trainable know."""
     found = [*config.ignored, *(Ignored(f"--{name}", reason) for name, reason in _idle(config)), *idle_formulas(config)]
     if family is not None:
-        found += [*family.idle(), *family.attention.idle, *family.idle_text_form()]
+        found += [*family.idle(), *family.attention.idle, *family.idle_text_form(), *_idle_swap(config, family)]
     if trainable is not None and family is not None:
         found += trainable.idle(family)
     return found
@@ -130,14 +130,17 @@ def _idle_samples(sampling: SamplingOptions) -> Iterator[tuple[str, str]]:
         yield "textual_inversion_embeddings", "has no effect: its words are for sample images, and none are made"
 
 
+def _idle_swap(config: Config, family: ModelFamily) -> list[Ignored]:
+    given = "block_swap_ring_size" in config.explicit and not family.swaps_blocks
+    return without_effect(["block_swap_ring_size"] if given else [], "no blocks are swapped (--blocks_to_swap)")
+
+
 def _idle_memory(config: Config) -> Iterator[tuple[str, str]]:
     memory, loop = config[MemoryOptions], config[LoopOptions]
     if memory.cpu_offload_checkpointing and not memory.gradient_checkpointing:
         yield "cpu_offload_checkpointing", "has no effect without --gradient_checkpointing, whose blocks it moves"
     if memory.torch_compile and memory.dynamo_backend == "no":
         yield "torch_compile", "has no effect with --dynamo_backend no"
-    if memory.torch_compile and memory.blocks_to_swap:
-        yield "torch_compile", "has no effect with --blocks_to_swap, whose blocks change places and are not compiled"
     settings = {
         "dynamo_backend": memory.dynamo_backend not in ("inductor", "no"), "dynamo_mode": memory.dynamo_mode,
         "dynamo_fullgraph": memory.dynamo_fullgraph, "dynamo_dynamic": memory.dynamo_dynamic is not None,

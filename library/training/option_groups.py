@@ -5,15 +5,18 @@ at several groups, at files or at installed packages are in `checks.py`."""
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError
 from library.core.options import (
+    AUTO,
     LARGEST_BATCH,
     LARGEST_SEED,
     LARGEST_SIDE,
     count_or_none,
     equivalent_option,
+    number_or_auto,
     option,
     refused_option,
 )
@@ -279,8 +282,21 @@ class MemoryOptions:
     cpu_offload_checkpointing: bool = option(
         False, help="keep the inputs of checkpointed blocks in main memory; needs --gradient_checkpointing"
     )
-    blocks_to_swap: int | None = option(
-        None, help="number of blocks of the denoiser that wait in main memory; 0 = none"
+    blocks_to_swap: int | str | None = option(
+        None,
+        help="number of blocks of the denoiser that wait in main memory, 0 = none; auto = as many as the memory of the"
+        " device makes necessary",
+        convert=number_or_auto, metavar="N|auto",
+    )
+    block_swap_ring_size: int = option(
+        2,
+        help="places on the device, of those that --blocks_to_swap leaves, through which swapped blocks pass: one"
+        " computes while the next arrive",
+    )
+    vram_budget: float | None = option(
+        None, metavar="GB",
+        help="gigabytes (10^9 bytes) of the device that the run may hold: gradient checkpointing, swapped blocks, inputs of"
+        " checkpoints in main memory and 8-bit weights are chosen so that it fits, as far as these options are not given",
     )
     torch_compile: bool = option(False, help="compile the blocks of the denoiser with torch.compile")
     dynamo_backend: str = option(
@@ -338,13 +354,16 @@ class MemoryOptions:
     )
 
     def __post_init__(self) -> None:
-        problems = too_small(self, 0, "blocks_to_swap", hint=" (0 = no swapping)")
+        problems = too_small(self, 1, "block_swap_ring_size")
+        if self.vram_budget is not None and not 0 < self.vram_budget < math.inf:
+            problems.append(f"--vram_budget is {self.vram_budget:g}; needed: gigabytes above 0, e.g. 12")
+        if self.blocks_to_swap != AUTO:
+            problems += too_small(self, 0, "blocks_to_swap", hint=" (0 = no swapping)")
         raise_problems(problems + too_small(self, 1, "dynamo_cache_size_limit"))
 
     @property
     def compiles(self) -> bool:
-        """Blocks whose weights change places are not compiled."""
-        return self.torch_compile and self.dynamo_backend != "no" and not self.blocks_to_swap
+        return self.torch_compile and self.dynamo_backend != "no"
 
 
 @dataclass(frozen=True, kw_only=True)

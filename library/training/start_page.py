@@ -191,6 +191,7 @@ def _memory(run: Run) -> list[str]:
         lines.append(f"attention: {run.family.attention.choice}")
     if memory.gradient_checkpointing:
         lines.append("gradient checkpointing" + (" with inputs on the CPU" if memory.cpu_offload_checkpointing else ""))
-    if memory.blocks_to_swap:
-        lines.append(f"{memory.blocks_to_swap} block{'' if memory.blocks_to_swap == 1 else 's'} swapped")
+    count = run.family.blocks_to_swap
+    if count:
+        lines.append(f"{count} block{'' if count == 1 else 's'} swapped")
     return lines

@@ -93,7 +93,8 @@ class AdditionalNetwork(nn.Module):
         self.requires_grad_(True)
 
     def on_epoch_start(self, text_encoder: Any = None, unet: Any = None) -> None:
-        self.train()
+        if not all(module.training for module in self.loras):  # a walk through thousands of modules otherwise
+            self.train()
 
     def on_step_start(self, text_encoder: Any = None, unet: Any = None) -> None:
         """Start of a micro-step; the draws come by set_step_draws."""
@@ -221,6 +222,8 @@ class AdditionalNetwork(nn.Module):
         return torch.stack([(ratios != 1).sum().to(scaled.dtype), scaled.mean(), scaled.max()])
 
     def _ggpo(self) -> list[tuple[AdapterModule, Any]]:
+        if self.settings.get("ggpo_sigma") is None:  # asked several times in every step
+            return []
         return [(module, module.ggpo) for module in self.loras if getattr(module, "ggpo", None) is not None]
 
     def update_grad_norms(self) -> None:

@@ -21,6 +21,7 @@ from tests.runs.conftest import (
     read_parts,
     sample_pictures,
 )
+from tests.simulated_device import simulated_device
 from tests.tiny import TinyFlux, build_tiny_flux
 
 
@@ -89,10 +90,29 @@ def test_the_result_is_the_same(base: Work, options: str):
 def test_swapped_blocks_give_the_same_result(tmp_path: Path):
     tiny = build_tiny_flux(tmp_path / "deep", depth=4, depth_single_blocks=4)
     work = Work(tmp_path, tiny, draw_pictures(tmp_path / "images", 2))
-    whole = run(work, "whole")
-    for more in ("", "--gradient_checkpointing --cpu_offload_checkpointing --torch_compile"):
-        swapped = run(work, f"swapped{len(more)}", "--blocks_to_swap=2", *more.split())
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red square --w 32 --h 32 --s 2\n")
+    words = [f"--sample_prompts={prompts}", "--sample_every_n_steps=1"]
+    whole = run(work, "whole", *words, steps=2)
+    for number, more in enumerate((
+        "--block_swap_ring_size=1", "--gradient_checkpointing --cpu_offload_checkpointing",
+        "--torch_compile --dynamo_backend=eager",
+    )):  # fmt: skip
+        name = f"swapped{number}"
+        with simulated_device() as device:
+            swapped = run(work, name, "--blocks_to_swap=2", *more.split(), *words, steps=2)
+        assert device.buffers, more
         assert largest_difference(swapped, whole) < 1e-6, more
+        pictures = [sample_pictures(work.folder / one) for one in ("whole", name)]
+        assert len(pictures[0]) == 2
+        assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*pictures, strict=True))
+
+
+def test_auto_swaps_what_the_device_makes_necessary(base: Work, caplog: pytest.LogCaptureFixture):
+    """On a CPU nothing."""
+    path = run(base, "auto", "--blocks_to_swap=auto", "--console_log_level=INFO")
+    assert "--blocks_to_swap auto: 0 blocks wait in main memory" in caplog.text
+    assert largest_difference(path, base.folder / "base" / "lora.safetensors") == 0
 
 
 @pytest.mark.parametrize(

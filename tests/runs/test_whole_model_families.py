@@ -21,6 +21,7 @@ from tests.option_sets import SCRIPTS
 from tests.runs.conftest import Work
 from tests.runs.families import MODEL, Tinies, told_as, without
 from tests.runs.test_whole_models import argv, changed, train
+from tests.simulated_device import simulated_device
 
 BF16 = ("--mixed_precision=bf16", "--full_bf16")
 DENOISER = "model.diffusion_model."
@@ -119,7 +120,10 @@ def test_updates_inside_the_backward_pass_give_the_same_bytes(
     work = tinies.work(name, tmp_path)
     words = ["--max_grad_norm=0", "--max_train_steps=2", f"--layer_lrs=^{FIRST_BLOCK[name]}=0"]
     plain = train(work, "full", "plain", *words)
-    assert changed(plain, train(work, "full", "fused", *words, "--blockwise_fused_optimizers", saving)) == set()
+    with simulated_device() as device:
+        fused = train(work, "full", "fused", *words, "--blockwise_fused_optimizers", saving)
+    assert changed(plain, fused) == set()
+    assert bool(device.sent) == ("swap" in saving)
 
 
 @pytest.mark.parametrize("name, words, told", [

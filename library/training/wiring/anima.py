@@ -15,7 +15,7 @@ from library.dataset import CachingOptions
 from library.families.anima import FAMILY
 from library.training.adapters import NetworkOptions
 from library.training.inference_samplers import SamplerOptions, check_flow_sampler
-from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
+from library.training.option_groups import ModelOptions, NoiseOptions
 from library.training.sampling_prompts import with_defaults
 from library.training.timestep_samplers import TimestepOptions
 from library.training.whole_models import WholeModelOptions
@@ -193,7 +193,7 @@ class AnimaFamily(FlowFamily):
         if adapter is not None:
             rows, where = adapter.vocab, f"the LLM adapter in {place}"
             problems += tokenizer_problems(lambda: self._t5_tokenizer, lambda: rows, "T5", "--t5_tokenizer_path", where)
-        problems.append(row_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.num_blocks))
+        problems.append(row_swap_problem(self.blocks_to_swap, params.num_blocks))
         return [problem for problem in problems if problem]
 
     @cached_property
@@ -307,16 +307,11 @@ class AnimaFamily(FlowFamily):
         """On the device, or with block swap spread over device and main memory."""
         from library.anima_utils import load_anima
 
-        swap = self.config[MemoryOptions].blocks_to_swap or 0
-        device = "cpu" if swap else runtime.device
         denoiser = load_anima(
-            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap,
+            self._denoiser_path, runtime.denoiser_dtype, self.loading_place(runtime), self._disable_mmap,
             llm_adapter_path=self.opts.llm_adapter_path, transform=self.transform, form=runtime.denoiser_form,
         )  # fmt: skip
-        if swap:
-            denoiser.enable_block_swap(swap, runtime.device)
-            denoiser.move_to_device_except_swap_blocks(runtime.device)
-        return denoiser
+        return self.placed(denoiser, runtime)
 
     def objective(self) -> Objective:
         """Velocity, weighted by `--weighting_scheme`."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.core.attention_modes import Place
 from library.core.errors import CheckpointError, ConfigError, Problems, UnsupportedCombination
-from library.core.options import Config, Ignored, without_effect
+from library.core.options import AUTO, Config, Ignored, without_effect
 from library.core.registry import import_target
 from library.dataset import CachingOptions
 from library.training import timestep_samplers
@@ -433,10 +433,40 @@ class ModelFamily(ABC):
         = one adapter for all."""
         return ""
 
+    planned_swap: int | None = None
+    """with --blocks_to_swap auto, what the memory plan has chosen, before the denoiser is loaded"""
+
+    @property
+    def asked_swap(self) -> int | str:
+        """--blocks_to_swap: a number, or AUTO."""
+        return self.config[MemoryOptions].blocks_to_swap or 0
+
+    @property
+    def blocks_to_swap(self) -> int:
+        """How many blocks wait in main memory; 0 of AUTO until it is planned."""
+        return (self.planned_swap or 0) if self.asked_swap == AUTO else self.asked_swap
+
     @property
     def swaps_blocks(self) -> bool:
-        """Whether blocks of the denoiser wait in main memory."""
-        return bool(self.config[MemoryOptions].blocks_to_swap)
+        """Whether blocks of the denoiser may wait in main memory."""
+        return bool(self.asked_swap)
+
+    def loading_place(self, runtime: Runtime) -> torch.device | str:
+        """Where the denoiser is loaded, for `placed`."""
+        return "cpu" if self.swaps_blocks else runtime.device
+
+    def placed(self, denoiser: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
+        """A denoiser that was loaded to `loading_place`, on the device, or with block swap spread over device and main
+        memory. AUTO without a plan is all that can be swapped, or none where the device is the main memory."""
+        if not self.swaps_blocks:
+            return denoiser
+        if self.asked_swap == AUTO and self.planned_swap is None:
+            self.planned_swap = 0 if runtime.device.type == "cpu" else denoiser.most_blocks_to_swap
+            logger.info("--blocks_to_swap auto: %d blocks wait in main memory", self.planned_swap)
+        ring_size = self.config[MemoryOptions].block_swap_ring_size
+        denoiser.enable_block_swap(self.blocks_to_swap, runtime.device, ring_size)
+        denoiser.move_to_device_except_swap_blocks(runtime.device)
+        return denoiser
 
     writes_folders: ClassVar[bool] = False
     """whether `save_folder` writes models in the layout of diffusers"""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, without_effect
 from library.families.flux import FAMILY
-from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
+from library.training.option_groups import ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
@@ -200,7 +200,7 @@ class FluxFamily(FlowFamily):
             for slot, what, size, needed in self._sizes()
             if size != needed
         ]
-        swap = block_swap_problem(self._blocks_to_swap, params.depth, params.depth_single_blocks)
+        swap = block_swap_problem(self.blocks_to_swap, params.depth, params.depth_single_blocks)
         return [*problems, swap] if swap else problems
 
     def _sizes(self) -> list[tuple[str, str, int, int]]:
@@ -261,12 +261,8 @@ class FluxFamily(FlowFamily):
         return self._denoiser_info.is_schnell
 
     @property
-    def swaps_blocks(self) -> bool:
-        return bool(self._blocks_to_swap)
-
-    @property
-    def _blocks_to_swap(self) -> int:
-        return self.config[MemoryOptions].blocks_to_swap or (SPLIT_MODE_BLOCKS if self.opts.split_mode else 0)
+    def asked_swap(self) -> int | str:
+        return super().asked_swap or (SPLIT_MODE_BLOCKS if self.opts.split_mode else 0)
 
     @property
     def max_token_length(self) -> int:
@@ -327,16 +323,11 @@ class FluxFamily(FlowFamily):
 
     def load_denoiser(self, runtime: Runtime) -> torch.nn.Module:
         """On the device, or with block swap spread over device and main memory."""
-        swap = self._blocks_to_swap
-        device = "cpu" if swap else runtime.device
         denoiser = self._loader(
-            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, transform=self.transform,
-            form=runtime.denoiser_form,
-        )
-        if swap:
-            denoiser.enable_block_swap(swap, runtime.device)
-            denoiser.move_to_device_except_swap_blocks(runtime.device)
-        return denoiser
+            self._denoiser_path, runtime.denoiser_dtype, self.loading_place(runtime), self._disable_mmap,
+            transform=self.transform, form=runtime.denoiser_form,
+        )  # fmt: skip
+        return self.placed(denoiser, runtime)
 
     @property
     def _loader(self) -> Callable[..., StreamTransformer]:

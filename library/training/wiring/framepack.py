@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from library.core.errors import ConfigError, Problems
 from library.core.options import Ignored, option, shortened, without_effect
 from library.families.framepack import FAMILY
-from library.training.option_groups import MemoryOptions
 from library.training.wiring.video_llama_clip import LlamaClipFamily, LlamaClipOptions
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ class FramePackFamily(LlamaClipFamily):
         pictures = {} if self.lacks("vae") else self.part_files("vae")
         return fitting_problems(
             lambda: self._denoiser_info.params, **text, **pictures, model=self._denoiser_path,
-            blocks_to_swap=self.config[MemoryOptions].blocks_to_swap or 0,
+            blocks_to_swap=self.blocks_to_swap,
         )  # fmt: skip
 
     def idle(self) -> list[Ignored]:

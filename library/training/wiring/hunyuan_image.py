@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from library.core.errors import Problems
 from library.core.options import Ignored, option, without_effect
 from library.families.hunyuan_image import FAMILY
-from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions, PrecisionOptions
+from library.training.option_groups import ModelOptions, NoiseOptions, PrecisionOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
@@ -138,7 +138,7 @@ class HunyuanImageFamily(FlowFamily):
         return fitting_problems(
             lambda: self._denoiser_info.params, text_encoder=("text_encoder", self.opts.text_encoder),
             byt5=("byt5", self.opts.byt5), vae=("vae", self._vae_path), model=self._denoiser_path,
-            blocks_to_swap=self._blocks_to_swap,
+            blocks_to_swap=self.blocks_to_swap,
         )  # fmt: skip
 
     def _notices(self) -> list[str]:
@@ -168,10 +168,6 @@ class HunyuanImageFamily(FlowFamily):
     @property
     def _vae_path(self) -> str | None:
         return self.config[ModelOptions].vae
-
-    @property
-    def _blocks_to_swap(self) -> int:
-        return self.config[MemoryOptions].blocks_to_swap or 0
 
     @cached_property
     def _denoiser_info(self) -> DenoiserInfo:
@@ -227,17 +223,13 @@ class HunyuanImageFamily(FlowFamily):
         """On the device, or with block swap spread over device and main memory."""
         from library.hunyuan_image_utils import load_hunyuan_image
 
-        swap = self._blocks_to_swap
-        device = "cpu" if swap else runtime.device
         form = "fp8_scaled" if runtime.denoiser_form == "fp8" else runtime.denoiser_form
         denoiser = load_hunyuan_image(
-            self._denoiser_path, runtime.weight_dtype if form else runtime.denoiser_dtype, device, self._disable_mmap,
-            form=form, by_rows=self.config[PrecisionOptions].multiplies_fp8, transform=self.transform,
+            self._denoiser_path, runtime.weight_dtype if form else runtime.denoiser_dtype, self.loading_place(runtime),
+            self._disable_mmap, form=form, by_rows=self.config[PrecisionOptions].multiplies_fp8,
+            transform=self.transform,
         )  # fmt: skip
-        if swap:
-            denoiser.enable_block_swap(swap, runtime.device)
-            denoiser.move_to_device_except_swap_blocks(runtime.device)
-        return denoiser
+        return self.placed(denoiser, runtime)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         from library.hunyuan_image_vae import LATENT_SCALING_FACTOR

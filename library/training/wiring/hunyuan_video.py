@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from library.core.errors import ConfigError
 from library.core.options import Ignored, option, shortened, without_effect
 from library.families.hunyuan_video import FAMILY
-from library.training.option_groups import MemoryOptions
 from library.training.wiring.video_llama_clip import LlamaClipFamily, LlamaClipOptions
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class HunyuanVideoFamily(LlamaClipFamily):
         return fitting_problems(
             lambda: self._denoiser_info.params, **text, vae=None if self.lacks("vae") else self._vae_path,
             model=self._denoiser_path, in_channels=self.opts.dit_in_channels,
-            blocks_to_swap=self.config[MemoryOptions].blocks_to_swap or 0,
+            blocks_to_swap=self.blocks_to_swap,
         )  # fmt: skip
 
     def _notices(self) -> list[str]:

@@ -12,7 +12,7 @@ from library.core.errors import Problems
 from library.core.options import LARGEST_BATCH, LARGEST_TOKENS, option, refused_option
 from library.dataset import DatasetOptions
 from library.families.lumina import FAMILY
-from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
+from library.training.option_groups import ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
@@ -142,7 +142,7 @@ class LuminaFamily(FlowFamily):
         from library.lumina_utils import fitting_problems
 
         params = self._denoiser_info.params
-        swap = row_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, params.n_layers)
+        swap = row_swap_problem(self.blocks_to_swap, params.n_layers)
         found = fitting_problems(
             params, self._denoiser_path, gemma2=("gemma2", self._gemma2_path), ae=("ae", self._ae_path),
             tokens=self.max_token_length,
@@ -234,16 +234,11 @@ class LuminaFamily(FlowFamily):
         """On the device, or with block swap spread over device and main memory."""
         from library.lumina_utils import load_lumina
 
-        swap = self.config[MemoryOptions].blocks_to_swap or 0
-        device = "cpu" if swap else runtime.device
         denoiser = load_lumina(
-            self._denoiser_path, runtime.denoiser_dtype, device, self._disable_mmap, transform=self.transform,
-            form=runtime.denoiser_form,
-        )
-        if swap:
-            denoiser.enable_block_swap(swap, runtime.device)
-            denoiser.move_to_device_except_swap_blocks(runtime.device)
-        return denoiser
+            self._denoiser_path, runtime.denoiser_dtype, self.loading_place(runtime), self._disable_mmap,
+            transform=self.transform, form=runtime.denoiser_form,
+        )  # fmt: skip
+        return self.placed(denoiser, runtime)
 
     def objective(self) -> Objective:
         """Velocity towards data; with sigma_scaled the clean latents, weighted by `--weighting_scheme`."""

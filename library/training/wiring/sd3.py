@@ -13,7 +13,7 @@ from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option
 from library.families.sd3 import FAMILY
 from library.training import timestep_samplers
 from library.training.adapters import NetworkOptions
-from library.training.option_groups import MemoryOptions, ModelOptions, NoiseOptions
+from library.training.option_groups import ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.whole_models import WholeModelOptions
 from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
@@ -171,7 +171,7 @@ class Sd3Family(FlowFamily):
         found = file_problems("pretrained_model_name_or_path", self._denoiser_path, self._given())
         if found:
             return found
-        swap = row_swap_problem(self.config[MemoryOptions].blocks_to_swap or 0, self.info.params.depth)
+        swap = row_swap_problem(self.blocks_to_swap, self.info.params.depth)
         asked = self._t5_learns()
         if asked and not self.has_t5:
             found.append(f"{asked} is given, and there is no T5: {self._denoiser_path} has none; give it with --t5xxl")
@@ -345,17 +345,13 @@ class Sd3Family(FlowFamily):
         """On the device, or with block swap spread over device and main memory."""
         from library.sd3_utils import load_sd3
 
-        swap = self.config[MemoryOptions].blocks_to_swap or 0
         denoiser = load_sd3(
-            self._denoiser_path, runtime.denoiser_dtype, "cpu" if swap else runtime.device, self._disable_mmap,
+            self._denoiser_path, runtime.denoiser_dtype, self.loading_place(runtime), self._disable_mmap,
             transform=self.transform, form=runtime.denoiser_form,
         )  # fmt: skip
         if self.opts.enable_scaled_pos_embed:
             denoiser.enable_scaled_pos_embed()
-        if swap:
-            denoiser.enable_block_swap(swap, runtime.device)
-            denoiser.move_to_device_except_swap_blocks(runtime.device)
-        return denoiser
+        return self.placed(denoiser, runtime)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 

@@ -39,9 +39,11 @@ POSITION_IDS = ".position_ids"
 def foreign_to_unet(model: str) -> dict[str, str]:
     """What no script of a family with a U-Net has: name -> reason, for its `foreign`. `model` is its name in
     messages."""
+    swap = f"the U-Net of {model} has no row of equal blocks to swap"
     return {
         **foreign_to_ddpm(model),
-        "blocks_to_swap": f"the U-Net of {model} has no row of equal blocks to swap; --gradient_checkpointing saves memory",
+        "blocks_to_swap": f"{swap}; --gradient_checkpointing saves memory",
+        "block_swap_ring_size": swap,
     }
 
 

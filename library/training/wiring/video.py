@@ -130,15 +130,11 @@ class VideoFamily(FlowFamily):
     def placed_denoiser(self, load: Callable[..., Any], path: str | None, runtime: Runtime) -> Any:
         """A denoiser's file, read by the loader of the family, on the device, or with block swap spread over device and
         main memory."""
-        swap, form = self.config[MemoryOptions].blocks_to_swap or 0, runtime.denoiser_form
         denoiser = load(
-            path, runtime.denoiser_dtype, "cpu" if swap else runtime.device, self._disable_mmap, form=form,
+            path, runtime.denoiser_dtype, self.loading_place(runtime), self._disable_mmap, form=runtime.denoiser_form,
             by_rows=self.config[PrecisionOptions].multiplies_fp8, transform=self.transform,
         )  # fmt: skip
-        if swap:
-            denoiser.enable_block_swap(swap, runtime.device)
-            denoiser.move_to_device_except_swap_blocks(runtime.device)
-        return denoiser
+        return self.placed(denoiser, runtime)
 
     @property
     def _denoiser_path(self) -> str | None:

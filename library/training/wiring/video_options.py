@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from library.core.errors import Problems
 from library.core.options import equivalent_option, option, refused_option
 
-_SWAP = "swapped blocks change places in the background, in one way for all settings, with the same result"
+_SWAP = "of swapped blocks, what is frozen only ever goes to the device, from page-locked memory"
 
 DTYPES = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32",
@@ -79,9 +79,6 @@ class VideoOptions:
     )
     block_swap_h2d_only: bool = equivalent_option(
         False, help="never copy frozen weights back to main memory", reason=f"--block_swap_h2d_only: {_SWAP}"
-    )
-    block_swap_ring_size: int = equivalent_option(
-        2, help="places on the device for swapped blocks", reason=f"--block_swap_ring_size: {_SWAP}"
     )
     img_in_txt_in_offloading: bool = option(
         False, help="keep the layers that take in pixels and text in main memory between steps"

@@ -16,7 +16,7 @@ from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import Ignored, equivalent_option, number_or_none, option, without_effect
 from library.families.wan import FAMILY
 from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, boundary_of, task_of_caches
-from library.training.option_groups import MemoryOptions, ModelOptions
+from library.training.option_groups import ModelOptions
 from library.training.timestep_samplers import TimestepOptions, build
 from library.training.wiring.base import tokenizer_problems
 from library.training.wiring.video import VideoFamily
@@ -207,8 +207,7 @@ class WanFamily(VideoFamily):
         if not self.lacks("vae"):
             files |= {"vae": self._vae_path, "clip": self.opts.clip if self.task.needs_vision else None}
         add_size_problems(problems, part_sizes(params, **files), self._denoiser_path)
-        asked, staying = self.config[MemoryOptions].blocks_to_swap or 0, WanModel.blocks_that_stay
-        swap = row_swap_problem(asked, params.num_layers, staying)
+        swap = row_swap_problem(self.blocks_to_swap, params.num_layers, WanModel.blocks_that_stay)
         return [*problems.messages, swap] if swap else problems.messages
 
     @cached_property

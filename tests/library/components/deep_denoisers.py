@@ -47,9 +47,10 @@ CLIPS: dict[str, tuple[Callable[[Any], nn.Module], Any, Callable[[], dict[str, A
 
 
 class Denoiser:
-    """A frozen denoiser with inputs. `rows`: its rows of blocks."""
+    """A frozen denoiser with inputs."""
 
     def __init__(self, family: str) -> None:
+        self.family = family
         if family in CLIPS:
             build, params, inputs = CLIPS[family]
             self.inputs: tuple[tuple, dict[str, Any]] = ((), inputs())

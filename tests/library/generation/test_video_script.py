@@ -220,10 +220,6 @@ def test_problems_are_told_together_before_a_model_is_loaded(run, monkeypatch, t
         "--fps is 0", "--include_patterns has 2 values for 0 --lora_weight", "--lora_multiplier has 2 values",
     ):
         assert part in told, part
-    with pytest.raises(ConfigError) as caught:
-        run("--video_path=none.mp4", "--container=webm", "--compile", "--blocks_to_swap=1")
-    told = "\n".join(caught.value.problems)
-    assert "--blocks_to_swap and --compile" in told
     with pytest.raises(ConfigError, match="--video_path is none.mp4: there is no such file"):
         run("--video_path=none.mp4")
     (tmp_path / "sound.mp4").write_bytes(b"\0" * 100)

@@ -151,7 +151,6 @@ def test_options_that_do_something_else_are_warned_of(values, words):
         ({"torch_compile": True, "dynamo_backend": "no"}, "--torch_compile: has no effect with --dynamo_backend no"),
         ({"dynamo_backend": "eager"}, "--dynamo_backend: has no effect without --torch_compile"),
         ({"dynamo_mode": "max-autotune"}, "--dynamo_mode: has no effect without --torch_compile"),
-        ({"torch_compile": True, "blocks_to_swap": 2}, "--torch_compile: has no effect with --blocks_to_swap"),
         ({"async_upload": True}, "--async_upload: has no effect without --huggingface_repo_id"),
         (
             {"huggingface_repo_visibility": "public"},
