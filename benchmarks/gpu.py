@@ -114,7 +114,8 @@ def summary(result: dict[str, Any]) -> str:
     """One line at once, which stays when the command is stopped before its table."""
     if "problem" in result:
         return result["problem"]
-    return f"{spread(result['ms']).median:.0f} ms, at most {result['peak'] / 1e9:.1f} GB on the GPU"
+    peak = f", at most {result['peak'] / 1e9:.1f} GB on the GPU" if result["peak"] else ""
+    return f"{spread(result['ms']).median:.0f} ms{peak}"
 
 
 class GpuBench:
