@@ -138,17 +138,49 @@ class LoRAModule(AdapterModule):
     def compute_dtype(self) -> torch.dtype:
         return (self.lora_up[0] if self.split else self.lora_up).weight.dtype
 
+    def apply_to(self) -> None:
+        super().apply_to()
+        self._is_one_pair = not (self.is_conv or self.split) and type(self).output_change is LoRAModule.output_change
+        is_plain = getattr(self.org_forward, "__func__", None) is nn.Linear.forward
+        self._adds_in_place = self._is_one_pair and is_plain and type(self.org_module.weight) is nn.Parameter
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As of every adapter. The output of a plain Linear is kept by nobody, so that the change is added to it where
+        it lies in memory."""
+        is_whole = not self.enabled or self.multiplier == 0 or (self.module_dropout and self.training)
+        has_type = torch.is_autocast_enabled(x.device.type) or x.dtype == self.compute_dtype
+        if is_whole or not (has_type and self._adds_in_place) or self._has_more(x):
+            return super().forward(x, *args, **kwargs)
+        rows = x.flatten(0, -2)  # [N, in]
+        output, hidden, up = self.org_forward(rows), self._hidden_rows(x, rows), self.lora_up.weight
+        output.addmm_(hidden, up.to(hidden.dtype).t(), alpha=self.multiplier * self.scale)  # [N, out]
+        return output.view(*x.shape[:-1], len(up))
+
     def changed_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Of a Linear with one pair, the product with up, its scale and the sum are one kernel."""
-        has_more = self.dora_scale is not None or self.diff_b is not None or (self.ggpo is not None and self.training)
-        if self.is_conv or self.split or has_more or x.device != output.device or x.ndim < 2:
+        """With one pair of a Linear, the product with up, its scale and the sum are one kernel."""
+        if not self._is_one_pair or self._has_more(x) or x.device != output.device:
             return super().changed_output(x, output)
-        hidden = self._dropped(F.linear(x, self.lora_down.weight), 0)  # [B, ..., rank]
-        scale = self.multiplier * self.scale
-        if hidden.dtype != output.dtype:  # the wider of both is that of the sum
-            return output + F.linear(_scaled(hidden, scale), self.lora_up.weight)
-        total = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), self.lora_up.weight.t(), alpha=scale)
-        return total.view(output.shape)
+        hidden, scale = self._hidden_rows(x, x.flatten(0, -2)), self.multiplier * self.scale
+        if hidden.dtype != output.dtype:  # the sum has the wider of both
+            return output + F.linear(_scaled(hidden, scale), self.lora_up.weight).view(output.shape)
+        return torch.addmm(output.flatten(0, -2), hidden, self.lora_up.weight.t(), alpha=scale).view(output.shape)
+
+    def _has_more(self, x: torch.Tensor) -> bool:
+        """Whether something else than up @ down belongs to the change of this input."""
+        has_noise = self.ggpo is not None and self.training
+        return has_noise or self.dora_scale is not None or self.diff_b is not None or x.ndim < 2
+
+    def _hidden_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Inner values [N, rank] of a Linear for x [B, ..., in], whose rows are `rows` [N, in]."""
+        hidden = F.linear(rows, self.lora_down.weight)
+        if not (self.training and self._drops_values):
+            return hidden
+        return self._dropped(hidden.view(*x.shape[:-1], self.lora_dim), 0).flatten(0, -2)
+
+    @property
+    def _drops_values(self) -> bool:
+        """Whether `_dropped` does something in training."""
+        return bool(self.dropout or self.rank_dropout)
 
     def output_change(self, x: torch.Tensor, multiplier: float | None = None) -> torch.Tensor:
         scale = (self.multiplier if multiplier is None else multiplier) * self.scale

@@ -39,6 +39,10 @@ class TLoRAModule(LoRAModule):
         self.least_rank, self.power = least_rank, power
         super().build(**shape)
 
+    @property
+    def _drops_values(self) -> bool:
+        return True
+
     def _dropped(self, hidden: torch.Tensor, part: int) -> torch.Tensor:
         hidden = super()._dropped(hidden, part)
         times = self.step_state.times

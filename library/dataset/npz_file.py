@@ -1,15 +1,18 @@
-"""Reading and writing npz files: headers without data, and writes that are either whole or not there."""
+"""Reading and writing npz files: headers without data, arrays read in one go, and writes that are either whole or not
+there."""
 
 from __future__ import annotations
 
 import io
 import math
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -21,18 +24,21 @@ FIXED_DATE = (1980, 1, 1, 0, 0, 0)  # so that the same arrays give the same file
 UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError)
 """What reading a damaged npz raises, whichever part is damaged."""
 
-
+ENTRY_BYTES = 30
+"""of an entry's header in a zip file, before its name"""
 MOST_UNPACKED = 1 << 30
 """bytes; caches are written as they are, and packed ones of other programs are smaller by far"""
 
 
 @dataclass(frozen=True)
 class ArrayHeader:
-    """Shape and dtype of an array in a file; `crc` is the checksum that the zip directory holds."""
+    """Shape and dtype of an array in a file; `crc` is the checksum that the zip directory holds. `place`: where in the
+    file its entry begins, and how long its npy header is; None where it is packed or not in C order."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     crc: int
+    place: tuple[int, int] | None = field(default=None, compare=False)
 
     def holds(self, kinds: str, shape: tuple[int, ...] | None) -> bool:
         """Whether the array has numbers of one of these kinds (letters of numpy's `dtype.kind`) in this machine's byte
@@ -61,22 +67,64 @@ def _header_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> ArrayHeader:
         version = npy_format.read_magic(member)
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f"{info.filename} has npy version {version}")
-        read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-        shape, _, dtype = read(member)
-        num_bytes = info.file_size - member.tell()
+        size = member.read(2 if version == (1, 0) else 4)
+        shape, in_fortran_order, dtype = _parsed(version, size + member.read(int.from_bytes(size, "little")))
+        length = member.tell()
+    num_bytes = info.file_size - length
     if any(side < 0 for side in shape) or num_bytes != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{info.filename} has {num_bytes} bytes, which is not {dtype} of shape {list(shape)}")
-    return ArrayHeader(tuple(map(int, shape)), dtype, info.CRC)
+    is_plain = info.compress_type == zipfile.ZIP_STORED and not in_fortran_order and not dtype.hasobject
+    return ArrayHeader(tuple(map(int, shape)), dtype, info.CRC, (info.header_offset, length) if is_plain else None)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(version: tuple[int, int], header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and dtype in the header of an npy file; thousands of files have the same ones."""
+    read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+    return read(io.BytesIO(header))
 
 
 def read_arrays(
     path: str | os.PathLike[str], keys: list[str] | None = None, headers: Mapping[str, ArrayHeader] | None = None
 ) -> dict[str, np.ndarray]:
     """The named arrays, all without `keys`; absent ones are left out. Raises one of UNREADABLE for a damaged file.
-    `headers`: those of the file, where the caller has read them."""
+    `headers`: those of the file, where the caller has read them.
+
+    What is not packed is read straight into its array. It is not mapped: a program that rewrites a cache in its place
+    would end the run without a word."""
     headers = read_headers(path) if headers is None else headers
-    with _only_unreadable(), np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in (headers if keys is None else keys) if name in headers}
+    names = [name for name in (headers if keys is None else keys) if name in headers]
+    with _only_unreadable():
+        found = _plain_arrays(path, {name: headers[name] for name in names})
+        if len(found) == len(names):
+            return found
+        with np.load(path, allow_pickle=False) as archive:  # packed, damaged, or another file than when it was opened
+            return {name: archive[name] for name in names}
+
+
+def _plain_arrays(path: str | os.PathLike[str], headers: Mapping[str, ArrayHeader]) -> dict[str, np.ndarray]:
+    """Those that lie in the file as they are, and whole."""
+    with open(path, "rb", buffering=0) as file:
+        arrays = {name: _plain_array(file, header) for name, header in headers.items() if header.place is not None}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _plain_array(file: io.FileIO, header: ArrayHeader) -> np.ndarray | None:
+    """None where the checksum is another one."""
+    offset, length = header.place or (0, 0)
+    file.seek(offset)
+    entry = file.read(ENTRY_BYTES)
+    if len(entry) < ENTRY_BYTES:
+        return None
+    file.seek(sum(struct.unpack_from("<HH", entry, ENTRY_BYTES - 4)), os.SEEK_CUR)  # name, further fields
+    npy_header = file.read(length)
+    array = np.empty(header.shape, header.dtype)
+    content = array.reshape(-1).view(np.uint8) if array.nbytes else np.empty(0, np.uint8)
+    count = 0
+    while count < len(content) and (read := file.readinto(content[count:])):
+        count += read
+    is_whole = count == len(content) and zlib.crc32(content, zlib.crc32(npy_header)) == header.crc
+    return array if is_whole else None
 
 
 @contextmanager

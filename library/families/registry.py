@@ -45,9 +45,17 @@ class Derived(Mapping[str, T]):
 
     def __init__(self, pairs: Callable[[FamilyRecord], Iterable[tuple[str, T]]]) -> None:
         self._pairs = pairs
+        self._of: list[FamilyRecord] | None = None
+        self._made: dict[str, T] = {}
 
     def _table(self) -> dict[str, T]:
-        return {name: value for record in records().values() for name, value in self._pairs(record)}
+        """Made once for the records that are known: steps of a training read it."""
+        _find()
+        known = list(_records.values())
+        if known != self._of:
+            self._made = {name: value for record in known for name, value in self._pairs(record)}
+            self._of = known
+        return self._made
 
     def __getitem__(self, name: str) -> T:
         return self._table()[name]

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import command
 from benchmarks.bounds import flops_of
+from benchmarks.first_step import measured
 from benchmarks.merge import check_room
 from benchmarks.processes import used_by
 
@@ -67,6 +68,19 @@ def test_too_little_room_for_the_model(tmp_path):
 
 
 @pytest.mark.full
+def test_the_first_step_of_the_demo(tmp_path):
+    path = tmp_path / "figures.json"
+    assert command.main(["first", "--quick", "--json", str(path)]) == 0
+    wall, cpu = json.loads(path.read_text())["figures"]
+    assert wall["baselines"][0]["at_most"] == 1.5 and 0 < cpu["baselines"][0]["median"] < cpu["ours"]["median"]
+
+
+def test_a_process_that_reports_nothing_is_told(tmp_path):
+    with pytest.raises(SystemExit, match="no such thing"):
+        measured([sys.executable, "-c", "raise SystemExit('no such thing')"], str(tmp_path))
+
+
+@pytest.mark.full
 def test_starts(tmp_path):
     path = tmp_path / "figures.json"
     assert command.main(["start", "--quick", "--counts", "2", "4", "--family", "sd1", "--json", str(path)]) == 0
@@ -86,7 +100,16 @@ def test_options_of_a_subject_need_it_alone(capsys):
     assert "--families is not known here; an option of a subject needs that subject" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.read(["stepp"])
-    assert "unknown subject stepp; known: step, start" in capsys.readouterr().err
+    assert "unknown subject stepp; known: step, first" in capsys.readouterr().err
+
+
+def test_what_cannot_be_measured_is_told_at_once(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="there is no such folder"):
+        command.main(["step", "--json", str(tmp_path / "nowhere" / "figures.json")])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["step", "--families", "flux", "sd1", "--model_settings", "hiden=64", "--json", str(tmp_path / "f.json")]
+    with pytest.raises(SystemExit, match="diffusers and peft missing(.|\n)*hiden: the tiny model flux has no such size"):
+        command.main(words)
 
 
 def test_flops_are_counted_forward_and_backward():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import torch
 
@@ -21,7 +22,7 @@ def test_cells_on_the_cpu(tmp_path, capsys):
     figures = {figure["case"]: figure for figure in json.loads(path.read_text())["figures"]}
     flux, wan = "small FLUX.1 dev, 64x64", "small Wan 2.1 1.3B, 64x64, 5 frames"
     ran = [f"{flux}: bf16", "small SDXL, 64x64: bf16", f"{wan}: bf16", f"{flux}: fp8_scaled", f"{flux}: bf16, 1 swapped"]
-    assert [case for case in figures if "fp8" not in case] == [case for case in ran if "fp8" not in case]
+    assert list(figures) == ran
     for figure in figures.values():
         assert len(figure["ours"]["values"]) == gpu.SMALL_STEPS and figure["ours"]["median"] > 0
         assert figure["baselines"][0]["name"] == "its multiplications" and figure["baselines"][0]["is_bound"]
@@ -57,8 +58,15 @@ def test_the_cells_of_the_issue():
     cells = gpu.cells_of(["flux", "sdxl", "wan"], is_small=False)
     assert cells[:3] == [Cell("flux", "bf16"), Cell("sdxl", "bf16"), Cell("wan", "bf16")]
     flux = {(c.format, c.swapped, c.compiled) for c in cells if c.model == "flux"}
-    assert flux == {(f, n, c) for f in ("bf16", "fp8_scaled") for n in (0, 10, 20, 35) for c in (False, True)}
-    assert len(cells) == len(set(cells)) and [c.compiled for c in cells] == sorted(c.compiled for c in cells)
+    assert flux - {("fp8_fast", 0, False)} == {(f, n, c) for f in ("bf16", "fp8_scaled") for n in (0, 10, 20, 35) for c in (False, True)}
+    assert len(cells) == len(set(cells)) and [c.compiled for c in cells[:10]] == [False] * 10
+
+
+def test_what_block_swap_moves():
+    """Three blocks travel through a ring of one: three forward, and two more on the way back."""
+    row = SimpleNamespace(num_swapped=2, ring_size=1, travelling=lambda: [torch.zeros(5, 2, dtype=torch.bfloat16)] * 3)
+    assert gpu.bytes_moved(SimpleNamespace(offloaders=(row, None))) == 5 * 20
+    assert gpu.bytes_moved(torch.nn.Linear(2, 2)) == 0
 
 
 def test_time_between_events():

@@ -45,6 +45,55 @@ def combinations():
                 yield layer, kind
 
 
+class OpenLoRA(LoRAModule):
+    """Leaves the ways that take fewer kernels, because its change is its own."""
+
+    def output_change(self, x, multiplier=None):
+        return super().output_change(x, multiplier)
+
+
+def learned(module_class, dtype, is_plain, **dropouts):
+    """(output, gradients of input, down and up) of a layer with an adapter in training."""
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 6).requires_grad_(False)
+    own = layer.forward
+    if not is_plain:  # as layers with stored numbers of other formats have
+        layer.forward = lambda x: own(x)
+    adapter = module_class("lora_unet_layer", layer, 0.5, lora_dim=3, alpha=1.3, **dropouts)
+    adapter.step_state.draws = StepDraws(1, 2, (0, 1))
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    adapter.apply_to()
+    x = example_input(layer).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = layer(x)
+    output.float().square().sum().backward()
+    return output, x.grad, adapter.lora_down.weight.grad, adapter.lora_up.weight.grad
+
+
+@pytest.mark.parametrize("dropouts", [{}, {"dropout": 0.5}, {"rank_dropout": 0.5}, {"module_dropout": 0.9999}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ways_with_fewer_kernels_give_the_same(dtype, dropouts):
+    wanted = learned(OpenLoRA, dtype, is_plain=True, **dropouts)
+    rounding = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {}
+    for is_plain in (True, False):
+        found = learned(LoRAModule, dtype, is_plain, **dropouts)
+        for one, other in zip(found, wanted, strict=True):
+            assert one.dtype == other.dtype
+            torch.testing.assert_close(one, other, **rounding)
+
+
+def test_a_base_in_another_type_is_summed_in_the_wider():
+    layer = nn.Linear(8, 6).to(torch.bfloat16)
+    x = example_input(layer).to(torch.bfloat16)
+    adapter = adapter_for(layer)
+    adapter.apply_to()
+    hooked = layer(x)
+    change = x.float() @ lora_delta(adapter.lora_down.weight, adapter.lora_up.weight, adapter.scale).mT
+    assert hooked.dtype == torch.bfloat16
+    torch.testing.assert_close(hooked, (adapter.org_forward(x) + change).bfloat16(), rtol=8e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(("layer", "kind"), list(combinations()))
 @pytest.mark.parametrize("multiplier", [1.0, 0.5, 0.0, -1.0])
 def test_hooked_merged_and_reloaded_forward_are_equal(layer, kind, multiplier):

@@ -10,6 +10,7 @@ import pickle
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from library.core.file_limits import stem_of
@@ -22,6 +23,7 @@ from library.dataset.captions import read_caption
 from library.dataset.datasources import AbsolutePaths
 from library.dataset.folders import has_extension
 from library.dataset.items import SubsetParams
+from library.dataset.npz_file import UNREADABLE, read_arrays, read_headers, write_arrays
 from tests.library.dataset.images import make_folder, make_group, make_item
 
 NAMES = (
@@ -127,3 +129,33 @@ def test_names_of_files_beside_an_image_take_no_room_of_their_own(tmp_path):
     assert item.latents_npz == f"{path}_0064x0064_flux.npz" and item != other
     items = [make_item(tmp_path / f"{k}.png", latents_npz=str(tmp_path / f"{k}_x.npz")) for k in range(2)]
     assert items[0]._latents_npz is items[1]._latents_npz and items[0].captions_extra is items[1].captions_extra
+
+
+def test_arrays_are_read_as_numpy_reads_them(tmp_path, monkeypatch):
+    """Without numpy and its copies, unless they are packed or lie otherwise; a file that changed or broke is noticed."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a": rng.normal(size=(3, 4, 5)).astype(np.float32), "sizes": np.array([7, 8]), "none": np.zeros((0, 4)),
+        "record": np.asarray("é and more"), "half": rng.normal(size=(2, 2)).astype(np.float16), "yes": np.array([True]),
+    }  # fmt: skip
+    path, packed = tmp_path / "a.npz", tmp_path / "b.npz"
+    write_arrays(path, arrays)
+    np.savez_compressed(packed, **arrays, columns=np.asfortranarray(arrays["a"][0]))
+    for file in (path, packed):
+        with np.load(file) as archive:
+            found = read_arrays(file)
+            assert found.keys() == set(archive.files)
+            for key, array in found.items():
+                assert array.dtype == archive[key].dtype and array.flags.writeable and np.array_equal(array, archive[key])
+    monkeypatch.setattr(np, "load", None)
+    assert list(read_arrays(path, ["sizes", "absent"])) == ["sizes"]
+    monkeypatch.undo()
+    headers = read_headers(path)
+    write_arrays(path, {"first": np.zeros(99), **arrays, "a": arrays["a"] + 1})
+    assert np.array_equal(read_arrays(path, ["a"], headers)["a"], arrays["a"] + 1)
+    content = bytearray(path.read_bytes())
+    place = content.index((arrays["a"] + 1).tobytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UNREADABLE):
+        read_arrays(path, ["a"])
