@@ -86,6 +86,11 @@ class StoredWeight:
         raise TypeError(f"{getattr(function, '__name__', function)} does not take weights in fewer bits")
 
 
+def whole(weight: StoredWeight | Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor as it is, and what a weight in fewer bits stands for."""
+    return weight.widened(dtype) if isinstance(weight, StoredWeight) else weight
+
+
 def joined(parts: Sequence[StoredWeight | Tensor]) -> StoredWeight | Tensor:
     """Rows of weights one below the other. Where the parts are not all in one form, what they stand for."""
     kinds = {
@@ -95,7 +100,7 @@ def joined(parts: Sequence[StoredWeight | Tensor]) -> StoredWeight | Tensor:
     }  # fmt: skip
     if len(kinds) > 1 or None in kinds:
         wide = next((part.dtype for part in parts if isinstance(part, Tensor)), torch.bfloat16)
-        return torch.cat([part.widened(wide) if isinstance(part, StoredWeight) else part for part in parts])
+        return torch.cat([whole(part, wide) for part in parts])
     data = torch.cat([part.data for part in parts])
     scale = None if parts[0].scale is None else torch.cat([part.scale for part in parts])
     return replace(parts[0], data=data, scale=scale, shape=torch.Size((len(data), *parts[0].shape[1:])))

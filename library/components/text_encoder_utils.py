@@ -26,6 +26,7 @@ from library.checkpoints.loading import (
 )
 from library.checkpoints.open_clip_convert import OPEN_CLIP_ROOTS, is_open_clip_text, open_clip_to_hf, with_text_model
 from library.components.transformers_import import import_transformers_models
+from library.checkpoints.weight_forms import whole
 from library.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def load_clip(
     check_state(model, state, info.source.path, lambda key: key.endswith(_CLIP_TOLERATED))
     assign_state(model, state)
     _rebuild_buffers(model, device)
-    model.unused_tensors = {key: tensor.cpu() for key, tensor in unused.items()}
+    model.unused_tensors = {key: whole(tensor).cpu() for key, tensor in unused.items()}
     return model
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,22 @@ def keyed_generator(
     return torch.Generator(device).manual_seed(key_seed(seed, purpose, *keys))
 
 
+DRAWING: list[tuple[type, str]] = []
+"""classes and names of the methods that are marked by `drawing`"""
+
+
+class drawing:
+    """Marks a method that draws by a key. A compiler would make its code anew for every step, whose number is in the
+    key; `library/training/compilation.py` leaves these methods out."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        setattr(owner, name, self._function)
+        DRAWING.append((owner, name))
+
+
 @dataclass(frozen=True)
 class StepDraws:
     """The draws of one micro-batch: `positions[i]` is the place of sample i in the global batch of optimizer step
@@ -62,12 +78,14 @@ class StepDraws:
         more."""
         return StepDraws(key_seed(self.seed, f"draws apart: {name}"), self.step, self.positions)
 
+    @drawing
     def normal(self, purpose: str, shape: Sequence[int] = (), *keys: int | str) -> torch.Tensor:
         """Standard normal numbers [B, *shape]."""
         import torch
 
         return self._stack(lambda g: torch.randn(tuple(shape), generator=g), purpose, shape, keys)
 
+    @drawing
     def uniform(
         self, purpose: str, shape: Sequence[int] = (), *keys: int | str, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
@@ -78,10 +96,12 @@ class StepDraws:
             lambda g: torch.rand(tuple(shape), generator=g, device=device), purpose, shape, keys, device
         )
 
+    @drawing
     def batch_uniform(self, purpose: str, *keys: int | str) -> float:
         """One number in [0, 1) for the whole global batch: the same for every sample and rank."""
         return keyed_random(self.seed, purpose, self.step, *keys).random()
 
+    @drawing
     def batch_uniforms(
         self, purpose: str, count: int, *keys: int | str, device: torch.device | str = "cpu"
     ) -> torch.Tensor:

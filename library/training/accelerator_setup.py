@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import secrets
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -195,13 +196,30 @@ def shared_seed(given: int | None, num_processes: int) -> int:
 def _runtime_of(accelerator: Accelerator, config: Config) -> Runtime:
     from library.training.state import seed_of
 
-    precision, given_seed = config[PrecisionOptions], seed_of(config)
-    weight_dtype = DTYPES[precision.mixed_precision]
-    fp8 = torch.float8_e4m3fn
+    given_seed = seed_of(config)
     return Runtime(
         accelerator=accelerator,
         # with several processes accelerate numbers the CPU (cpu:1), which file readers refuse
         device=torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device,
+        **_forms(config),
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        seed=shared_seed(given_seed, accelerator.num_processes),
+        seed_was_drawn=given_seed is None,
+    )
+
+
+def with_forms(runtime: Runtime, config: Config) -> Runtime:
+    """The same runtime for a configuration that stores its weights in another form."""
+    return dataclasses.replace(runtime, **_forms(config))
+
+
+def _forms(config: Config) -> dict[str, Any]:
+    """Number formats of a Runtime."""
+    precision = config[PrecisionOptions]
+    weight_dtype = DTYPES[precision.mixed_precision]
+    fp8 = torch.float8_e4m3fn
+    return dict(
         weight_dtype=weight_dtype,
         denoiser_dtype=fp8 if precision.denoiser_form == "fp8" else weight_dtype,
         text_encoder_dtype=fp8 if precision.text_form == "fp8" else weight_dtype,
@@ -209,10 +227,6 @@ def _runtime_of(accelerator: Accelerator, config: Config) -> Runtime:
         text_form=precision.text_form,
         vae_dtype=torch.float32 if config[ModelOptions].no_half_vae else weight_dtype,
         trained_dtype=weight_dtype if precision.full_fp16 or precision.full_bf16 else torch.float32,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        seed=shared_seed(given_seed, accelerator.num_processes),
-        seed_was_drawn=given_seed is None,
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from library.core.keyed_random import DRAWING
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,6 +23,18 @@ def unknown_backend(backend: str, option: str = "dynamo_backend") -> list[str]:
     ]
 
 
+LEAST_VARIANTS = 64
+"""how many versions of a function are kept at least, unless the user says how many"""
+
+
+def leave_draws_out() -> None:
+    """Let compiled code call what draws by keys as it is."""
+    for owner, name in DRAWING:
+        method = getattr(owner, name)
+        if not hasattr(method, "_torchdynamo_disable"):
+            setattr(owner, name, torch.compiler.disable(method))
+
+
 def compile_blocks(
     denoiser: torch.nn.Module, backend: str, *, mode: str | None = None, dynamic: bool | None = None,
     fullgraph: bool = False, variants: int | None = None,
@@ -31,12 +45,15 @@ def compile_blocks(
     minutes. Call it after adapters are attached: what they put in place of a layer's forward is compiled with the
     block. `mode`, `dynamic` and `fullgraph` are those of torch.compile; `variants`: how many sizes of a block are kept.
     """
+    leave_draws_out()
     blocks = denoiser.repeated_blocks()
     for block in blocks:
         block.compile(backend=backend, mode=mode if backend == "inductor" else None, dynamic=dynamic, fullgraph=fullgraph)
-    # A U-Net has blocks of one class in many sizes, and a set many sizes of pictures; past its limit dynamo gives up in
-    # silence.
-    torch._dynamo.config.cache_size_limit = variants or max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))
+    # A U-Net has blocks of one class in many sizes, a block many layers with adapters, and a set many sizes of pictures;
+    # past its limit dynamo gives up in silence.
+    config = torch._dynamo.config
+    config.cache_size_limit = variants or max(config.cache_size_limit, LEAST_VARIANTS, 4 * len(blocks))
+    config.accumulated_cache_size_limit = max(config.accumulated_cache_size_limit, 4 * config.cache_size_limit)
     logger.info("compiled %d blocks with backend %s", len(blocks), backend)
     return len(blocks)
 

@@ -5,6 +5,7 @@ at several groups, at files or at installed packages are in `checks.py`."""
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError
@@ -292,6 +293,11 @@ class MemoryOptions:
         help="places on the device, of those that --blocks_to_swap leaves, through which swapped blocks pass: one"
         " computes while the next arrive",
     )
+    vram_budget: float | None = option(
+        None, metavar="GB",
+        help="gigabytes (10^9 bytes) of the device that the run may hold: gradient checkpointing, swapped blocks, inputs of"
+        " checkpoints in main memory and 8-bit weights are chosen so that it fits, as far as these options are not given",
+    )
     torch_compile: bool = option(False, help="compile the blocks of the denoiser with torch.compile")
     dynamo_backend: str = option(
         "inductor",
@@ -349,6 +355,8 @@ class MemoryOptions:
 
     def __post_init__(self) -> None:
         problems = too_small(self, 1, "block_swap_ring_size")
+        if self.vram_budget is not None and not 0 < self.vram_budget < math.inf:
+            problems.append(f"--vram_budget is {self.vram_budget:g}; needed: gigabytes above 0, e.g. 12")
         if self.blocks_to_swap != AUTO:
             problems += too_small(self, 0, "blocks_to_swap", hint=" (0 = no swapping)")
         raise_problems(problems + too_small(self, 1, "dynamo_cache_size_limit"))

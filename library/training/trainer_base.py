@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -17,15 +17,15 @@ import torch
 from library.attention import use_attention
 from library.components.transformers_import import import_in_background
 from library.core.attention_modes import AttentionChoice
-from library.core.errors import CheckpointError, ConfigError, Problems, RunInterrupted
+from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems, RunInterrupted
 from library.core.garbage import started
-from library.core.options import Config, option_fields, shortened
+from library.core.options import AUTO, Config, option_fields, shortened
 from library.dataset import CachingOptions, DatasetOptions
-from library.dataset.fill_caches import fill_text_cache
+from library.dataset.fill_caches import fill_text_cache, uncached
 from library.dataset.strategies import StrategySet, Texts
 from library.device_utils import clean_memory_on_device
 from library.training import checks, loss_weights, losses, optimizers, schedulers
-from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime
+from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime, with_forms
 from library.training.checkpoint import resume_point
 from library.training.compilation import checkpoint_activations, compile_blocks
 from library.training.data import TrainingData, loading_of
@@ -48,8 +48,8 @@ from library.training.hooks.sample import encode_sample_prompts
 from library.training.hooks.standard import standard_hooks
 from library.training.loop import fit
 from library.training.loss import LossFunction
-from library.training.memory.plan import MemoryPlan, plan_of
-from library.training.memory.samples import Demand, demands
+from library.training.memory.choice import RESERVED, Chooser, changed
+from library.training.memory.plan import GB, MemoryPlan, Planner, capacity_of, quiet, resident
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
 from library.training.optimizers.host_states import keep_on_host
@@ -106,6 +106,12 @@ class Trainer:
         self.started_at = time.time()
         self._claims = ExitStack()
         self._prompt_words: PromptWords | None = None
+        self._program_bytes: int | None = None
+        """main memory of this process before models are loaded"""
+        self._untouched: tuple[Config, Trainable] = (config, trainable)
+        """a configuration, and a trainable of it that no model has seen"""
+        self._encoded: set[str] = set()
+        """"vae" and "text_encoders", where they were loaded to encode"""
 
     def run(self) -> None:
         """Prepare and train, alone under the name of the output; returns early for --debug_dataset."""
@@ -146,6 +152,7 @@ class Trainer:
             return None
         if problems := lacking_problems(self.family, data, strategies):
             raise ConfigError(problems)
+        runtime = self.settle_memory(data, strategies, runtime, keeps_vae=bool(prompts))
         state = local_state_folder(self.config, runtime)
         if state is not None:
             check_hook_weights(state, self.added_hooks.by_key())
@@ -156,6 +163,7 @@ class Trainer:
         if prompts:
             strategies = self.know_prompt_words(strategies)
         text = self.text_phase(data, strategies, runtime, prompts)
+        self.show_plan(self.planner(data, strategies, runtime, keeps_vae=bool(prompts), encodes=self._encoded))
         models = Models(
             vae, text.text_encoders, self.denoiser_phase(runtime), {**beside_vae, **self.parts_beside(runtime, "denoiser")}
         )
@@ -173,23 +181,84 @@ class Trainer:
         data, strategies, _ = self.data_phase(found, runtime)
         if problems := lacking_problems(self.family, data, strategies):
             raise ConfigError(problems)
-        return [
-            self.plan_for(demand, data, strategies, runtime, prompts)
-            for demand in demands(data, self.family.architecture.latents)
-        ]
+        runtime = self.settle_memory(data, strategies, runtime, keeps_vae=bool(prompts))
+        planner = self.planner(data, strategies, runtime, keeps_vae=bool(prompts), encodes=None)
+        return [planner.plan(self.config, demand) for demand in planner.demands(self.family.architecture.latents)]
 
-    def plan_for(
-        self, demand: Demand, data: DataGroups, strategies: StrategySet, runtime: Runtime,
-        prompts: list[SamplePrompt],
-    ) -> MemoryPlan:
-        return plan_of(self.twin(), data, strategies, runtime, demand=demand, keeps_vae=bool(prompts))
+    def planner(
+        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, *, keeps_vae: bool,
+        encodes: Collection[str] | None,
+    ) -> Planner:
+        """What makes plans of this run; `encodes` None: what the caches on the disk lack."""
+        if encodes is None:
+            caching = self.config[CachingOptions]
+            on_disk = {"vae"} if caching.cache_latents_to_disk else set()
+            on_disk |= {"text_encoders"} if caching.cache_text_encoder_outputs_to_disk else set()
+            lacking = uncached(data.groups, strategies, data.index) if on_disk else {}
+            encodes = {part for part in ("vae", "text_encoders") if part not in on_disk or part in lacking}
+        return Planner(
+            self.twin, data, strategies, runtime, keeps_vae=keeps_vae, encodes=encodes, program=self._program_bytes
+        )
 
-    def twin(self) -> Trainer:
-        """A trainer of the same run for a plan: what is attached to its family and its trainable is not to this one's."""
+    def settle_memory(
+        self, data: DataGroups, strategies: StrategySet, runtime: Runtime, *, keeps_vae: bool
+    ) -> Runtime:
+        """Choose what --vram_budget and --blocks_to_swap auto leave open, before anything is loaded; the runtime for
+        it."""
+        memory = self.config[MemoryOptions]
+        if memory.vram_budget is None and memory.blocks_to_swap != AUTO:
+            return runtime
+        planner = self.planner(data, strategies, runtime, keeps_vae=keeps_vae, encodes=None)
+        demand = next(iter(planner.demands(self.family.architecture.latents)), None)
+        if demand is None:
+            raise ConfigError(
+                "--vram_budget and --blocks_to_swap auto need buckets of the data, which --dataset_class does not have;"
+                " give the options themselves"
+            )
+        chooser = Chooser(
+            lambda config: planner.measured(config, demand), planner.assembled,
+            self._has_no_problem,
+        )
+        budget, capacity = memory.vram_budget, capacity_of(runtime.device)
+        if budget is None and (capacity is None or runtime.device.type == "cpu"):
+            chosen = changed(self.config, MemoryOptions, blocks_to_swap=0)
+            where = "main memory" if runtime.device.type == "cpu" else f"{runtime.device}, whose size is not known"
+            logger.info("--blocks_to_swap auto: 0, as the run computes in %s", where)
+        else:
+            limit = (1 - RESERVED) * capacity if budget is None else budget * GB
+            choice = chooser.choose(self.config, limit, given=budget is not None)
+            chosen = choice.config
+            for line in choice.lines if runtime.is_main_process else ():
+                logger.info("%s", line)
+        self.config = self.family.config = self.trainable.config = chosen
+        return with_forms(runtime, chosen)
+
+    def _has_no_problem(self, config: Config) -> bool:
+        """Whether the checks of a start have nothing against another configuration of the run."""
+        with quiet():
+            return not checks.collect(config, type(self.family)(config), type(self.trainable)(config))
+
+    def show_plan(self, planner: Planner) -> None:
+        """The table of memory in the log. What cannot be planned does not stop the run."""
+        if not (planner.runtime.is_main_process and logger.isEnabledFor(logging.INFO)):
+            return
+        try:
+            demand = next(iter(planner.demands(self.family.architecture.latents)), None)
+            text = planner.plan(self.config, demand).table() if demand else "memory plan: none, as the data has no buckets"
+        except AtelierError as error:
+            text = f"memory plan: none, as {error}"
+        logger.info("%s", text)
+
+    def twin(self, config: Config) -> Trainer:
+        """A trainer of the same run with this configuration, for a plan: what is attached to its family and its trainable
+        is not to this one's."""
         twin = copy.copy(self)
+        twin.config = config
         twin.family = copy.copy(self.family)
+        twin.family.config = config
         twin.family.transform = None  # what it changes are values
-        twin.trainable = copy.deepcopy(self.trainable, {id(self.config): self.config})
+        of_config, trainable = self._untouched
+        twin.trainable = copy.deepcopy(trainable, {id(of_config): config})
         twin.trainable_hooks, twin.own_hooks = [], []
         return twin
 
@@ -274,6 +343,8 @@ class Trainer:
         self.trainable.prepare_data(data)
         for group in data.groups:
             strategies.latents_caching.check_pictures(group.items)
+        self._program_bytes = resident()
+        self._untouched = (self.config, copy.deepcopy(self.trainable, {id(self.config): self.config}))
         return data, strategies, trained
 
     def check_length(self, data: DataGroups, runtime: Runtime, state: Path | None) -> None:
@@ -297,6 +368,7 @@ class Trainer:
 
         def load_vae() -> torch.nn.Module:
             import_in_background()  # text encoders come next, and images are encoded meanwhile
+            self._encoded.add("vae")
             return self.frozen(self.family.load_vae(runtime))
 
         vae = KeptModels(load_vae)
@@ -320,6 +392,7 @@ class Trainer:
         """Encode captions and sample prompts; afterwards only encoders that the step needs are in memory."""
 
         def load() -> list[torch.nn.Module | None]:
+            self._encoded.add("text_encoders")
             encoders = self.loaded_text_encoders(runtime)
             if self._prompt_words is not None:
                 self._prompt_words.join(encoders, checks.prompt_words(self.config, self.family))

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.checkpoints.number_formats import IN_MEMORY, narrowed
 from library.core.errors import CheckpointError
-from library.core.keyed_random import StepDraws
+from library.core.keyed_random import StepDraws, drawing
 from library.fp8_optimization_utils import set_weight, stored_of, weight_of, weight_shape
 from networks.kinds.weight_decomposition import decomposed_output, dora_change, lengths_of, shrink
 
@@ -325,6 +325,7 @@ class AdapterModule(nn.Module):
             )
         return rows // samples
 
+    @drawing
     def drop(self, hidden: torch.Tensor, probability: float, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
         """Zero parts of `hidden` [B, ...] and scale up the rest. `shape` is that of one sample's mask, broadcast over
         the sample. Masks are keyed per sample, so that ranks, accumulation and recomputed activations see the same."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.core.keyed_random import keyed_generator
+from library.core.keyed_random import drawing, keyed_generator
 
 if TYPE_CHECKING:
     from networks.lora import LoRAModule
@@ -64,6 +64,7 @@ class Ggpo:
         change = torch.cat([row_norms_squared(up.weight, down.weight) for down, up in module.pairs()])
         self.combined_norms = (self.weight_norm_estimate**2 + module.scale**2 * change).sqrt().unsqueeze(1)
 
+    @drawing
     def perturbation(self, x: torch.Tensor, module: LoRAModule) -> torch.Tensor | float:
         """What the noise adds to the layer's output; 0 before the first update."""
         draws = module.step_state.draws

@@ -110,6 +110,15 @@ def test_options_of_a_subject_need_it_alone(capsys):
     assert "unknown subject stepp; known: step, first" in capsys.readouterr().err
 
 
+def test_what_cannot_be_measured_is_told_at_once(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="there is no such folder"):
+        command.main(["step", "--json", str(tmp_path / "nowhere" / "figures.json")])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["step", "--families", "flux", "sd1", "--model_settings", "hiden=64", "--json", str(tmp_path / "f.json")]
+    with pytest.raises(SystemExit, match="diffusers and peft missing(.|\n)*hiden: the tiny model flux has no such size"):
+        command.main(words)
+
+
 def test_flops_are_counted_forward_and_backward():
     import torch
 

@@ -4,7 +4,7 @@ each takes."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -13,17 +13,18 @@ import torch
 
 from library.core.keyed_random import isolated_rng
 from library.dataset import CachingOptions
+from library.dataset.collate import stack_padded
 from library.training import optimizers
 from library.training.accelerator_setup import Runtime
 from library.training.hooks.base import HookList
 from library.training.memory.samples import Demand
 from library.training.memory.tracing import META, MemoryTracker, bytes_of, tracing
 from library.training.optimizers import OptimizerOptions
-from library.training.option_groups import LoopOptions
+from library.training.option_groups import LoopOptions, MemoryOptions
 from library.training.run import Models
-from library.training.updaters.base import trained_parameters
 
 if TYPE_CHECKING:
+    from library.dataset.items import ImageItem
     from library.dataset.strategies import Conditioning, StrategySet
     from library.training.protocols import ParamGroup
     from library.training.trainer_base import Trainer
@@ -49,6 +50,8 @@ class Sizes:
     """Bytes. `weights`: frozen and trained ones by part; `phases`: what a part of the run takes beside weights."""
 
     demand: Demand
+    kind: str
+    """of the device"""
     weights: dict[str, int] = field(default_factory=dict)
     encoding: dict[str, int] = field(default_factory=dict)
     """activations while "latents" and "captions" are encoded"""
@@ -63,24 +66,35 @@ class Sizes:
     forward: int = 0
     backward: int = 0
     """with the gradients that are there at its largest moment"""
+    is_paged: bool = False
+    """whether the optimizer keeps its states where a device reads them from main memory"""
     update: int = 0
     """beside gradients and states"""
+    swaps: list[tuple[int, int]] = field(default_factory=list)
+    """for each number of swapped blocks, from 0: bytes of the denoiser that lie in main memory, and those on the device
+    through which they pass"""
+    away: int = 0
+    """activations that wait in main memory"""
     sample_bytes: int = 0
     """of what caches hold of one sample: latents, conditions, outputs of text encoders"""
 
 
 class PhaseTracer:
-    """Runs the phases of a trainer, whose family and trainable are copies for this alone."""
+    """Runs the phases of a trainer, whose family and trainable are copies for this alone. `encodes`: the parts that have
+    something to encode; what others would make lies in caches."""
 
-    def __init__(self, trainer: Trainer, runtime: Runtime, strategies: StrategySet, kind: str) -> None:
+    def __init__(
+        self, trainer: Trainer, runtime: Runtime, strategies: StrategySet, kind: str,
+        encodes: Collection[str] = ("vae", "text_encoders"),
+    ) -> None:
         fields = {f.name: getattr(runtime, f.name) for f in dataclasses.fields(runtime)}
         self.trainer, self.strategies, self.kind = trainer, strategies, kind
         self.runtime = TracedRuntime(**{**fields, "device": META})
-        self.config = trainer.config
+        self.config, self.encodes = trainer.config, encodes
 
     def sizes(self, demand: Demand) -> Sizes:
         """What a run takes whose batches are all as large as `demand`."""
-        found = Sizes(demand)
+        found = Sizes(demand, self.kind)
         with isolated_rng(0), tracing(self.kind) as tracker:
             models = Models()
             latents, conditions = self._latents(demand, models, found, tracker)
@@ -103,7 +117,7 @@ class PhaseTracer:
         size, live = len(demand.items), not options.caches_latents
         read = caching.encoder.pictures_for(demand.bucket)
         kept = demand.pictures([name for name in demand.own_picture if name not in read], size, META)
-        if family.lacks("vae"):
+        if family.lacks("vae") or (not live and "vae" not in self.encodes):
             shapes = caching.encoder.condition_shapes(demand.bucket)
             empty = {name: torch.empty(size, *map(abs, shape), device=META) for name, shape in shapes.items()}
             shape = family.architecture.latents.latent_shape(demand.bucket)
@@ -131,8 +145,9 @@ class PhaseTracer:
         """The text encoders of the step, what is cached of the captions, and the tokens for what is not."""
         trainer, strategies, runtime = self.trainer, self.strategies, self.runtime
         caching = strategies.text_encoder_outputs_caching
-        if trainer.family.lacks("text_encoders"):
-            return [], self._cached_captions(demand), {}
+        is_cached = caching is not None and "text_encoders" not in self.encodes and not caching.live
+        if is_cached or trainer.family.lacks("text_encoders"):
+            return [], self._cached_captions(demand, tracker), {}
         encoders = trainer.loaded_text_encoders(runtime)
         for number, encoder in enumerate(encoders, start=1):
             if encoder is not None:
@@ -156,20 +171,29 @@ class PhaseTracer:
         conditioning = {name: value for name, value in outputs.items() if name not in caching.live}
         return encoders, conditioning, tokens if caching.live else {}
 
-    def _cached_captions(self, demand: Demand) -> Conditioning:
-        """The outputs in caches, which are all there where the files of the encoders are not given."""
-        caching = self.strategies.text_encoder_outputs_caching
-        item = demand.items[0]
-        path = item.text_encoder_outputs_npz or caching.path_of(item)
-        suffix, _ = caching.find(path, item.caption)
-        row = caching.read(path, suffix or "")
-        lists, size = self.strategies.layout.lists, len(demand.items)
+    def _cached_captions(self, demand: Demand, tracker: MemoryTracker) -> Conditioning:
+        """The outputs in caches, where these are complete."""
+        rows = [self._cached_caption(item) for item in demand.items]
+
+        def on_meta(value: torch.Tensor) -> torch.Tensor:
+            return value.to(META) if value.is_floating_point() else tracker.know(value)
+
+        lists = self.strategies.layout.lists
         return {
-            name: [value.to(META)] * size
+            name: [on_meta(row[name]) for row in rows]
             if name in lists
-            else torch.empty(size, *value.shape, dtype=value.dtype, device=META)
-            for name, value in row.items()
+            else on_meta(stack_padded([row[name] for row in rows]))
+            for name in rows[0]
         }
+
+    def _cached_caption(self, item: ImageItem) -> Conditioning:
+        caching = self.strategies.text_encoder_outputs_caching
+        kept = caching.outputs_of(item)
+        if kept is not None:
+            return kept
+        path = caching.path_of(item)
+        suffix, _ = caching.find(path, item.caption)
+        return caching.read(path, suffix or "")
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -183,6 +207,11 @@ class PhaseTracer:
         trainer.trainable.attach(trainer.family, models, runtime)
         trainer.arm(models, trained)
         found.weights |= {"denoiser": weights_of(models.denoiser)}
+        found.swaps = [(0, 0)]
+        if self.kind != "cpu" and hasattr(models.denoiser, "swapped_bytes"):
+            ring = self.config[MemoryOptions].block_swap_ring_size
+            most = models.denoiser.most_blocks_to_swap
+            found.swaps += [models.denoiser.swapped_bytes(count, ring) for count in range(1, most + 1)]
         found.weights |= {name: weights_of(part) for name, part in beside.items()}
         groups = trainer.trainable.param_groups()
         of_models = {id(p) for part in (*models.of_step, *models.text_encoders) if part for p in part.parameters()}
@@ -191,7 +220,7 @@ class PhaseTracer:
         found.num_trained = sum(p.numel() for p in parameters)
 
         step = trainer.new_step(runtime, models, self.strategies, trained, HookList([]))
-        run, updater = self._stand_in(groups, step, models), trainer.trainable.updater()
+        run, updater = self._stand_in(groups, step, models, found), trainer.trainable.updater()
         updater.begin(run)
         before = tracker.reset()
         output = step(batch)
@@ -200,19 +229,27 @@ class PhaseTracer:
         updater.backward(run, output.loss)
         found.backward = tracker.peak - before
         del output
+        found.away = tracker.away.most
         found.gradients = bytes_of(p.grad for p in parameters if p.grad is not None)
-        if self.config[LoopOptions].gradient_accumulation_steps > 1:
-            found.forward, found.backward = found.forward + found.gradients, max(found.backward, found.forward) + found.gradients
+        if self.config[LoopOptions].gradient_accumulation_steps > 1:  # those of the micro-batches before are there
+            found.forward += found.gradients
+            found.backward = max(found.backward, found.forward)
         with tracker.measured() as taken:
             updater.update(run)
         found.optimizer = states_of(run.optimizer)
-        found.update = max(0, taken.peak - found.optimizer)
+        if updater.gathers_gradients:
+            found.update = max(0, taken.peak - found.optimizer)
+        else:  # states are made, and gradients are gone, while the backward pass runs
+            found.backward = max(0, found.backward - found.optimizer)
         updater.end(run)
 
-    def _stand_in(self, groups: Iterable[ParamGroup], step: object, models: Models) -> SimpleNamespace:
+    def _stand_in(
+        self, groups: Iterable[ParamGroup], step: object, models: Models, found: Sizes
+    ) -> SimpleNamespace:
         """What updaters read of a Run."""
         options = self.config[OptimizerOptions]
         built = optimizers.build(options, groups)
+        found.is_paged = bool(getattr(built.optimizer, "is_paged", False))
         prepare_for_meta(built.optimizer, self.kind)
         schedule = SimpleNamespace(step=lambda: None)
         return SimpleNamespace(
@@ -259,5 +296,3 @@ def _bytes_per_sample(parts: Iterable[object], count: int) -> int:
                 total += 0 if tensor is None else tensor.numel() * tensor.element_size()
     return total // max(1, count)
 
-
-__all__ = ["PhaseTracer", "Sizes", "TracedRuntime", "bytes_of", "trained_parameters"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,16 @@ import torch
 
 from library.core.errors import AtelierError
 from library.dataset import CachingOptions
+from library.training.accelerator_setup import with_forms
 from library.training.memory.measure import PhaseTracer, Sizes
 from library.training.memory.samples import demands
-from library.training.option_groups import EmaOptions, LoopOptions, MemoryOptions
+from library.training.optimizers import OptimizerOptions
+from library.training.option_groups import EmaOptions, HookOptions, LoopOptions, MemoryOptions
 
 if TYPE_CHECKING:
+    from library.core.options import Config
     from library.dataset.strategies import StrategySet
+    from library.families.latents import LatentSpec
     from library.training.accelerator_setup import Runtime
     from library.training.data_phase import DataGroups
     from library.training.memory.samples import Demand
@@ -69,6 +74,11 @@ class MemoryPlan:
         return self.peak.total + (self.host_total if self.is_one_memory else 0)
 
     @property
+    def largest_part(self) -> str:
+        """What most of the largest moment is."""
+        return max(self.peak.parts, key=self.peak.parts.__getitem__)
+
+    @property
     def host_total(self) -> int:
         return sum(self.host.values())
 
@@ -85,79 +95,111 @@ class MemoryPlan:
         return "\n".join(rows)
 
 
-def plan_of(
-    trainer: Trainer, data: DataGroups, strategies: StrategySet, runtime: Runtime, *, demand: Demand | None = None,
-    keeps_vae: bool = False,
-) -> MemoryPlan:
-    """The plan of a run whose data is known and of which nothing is loaded. `trainer` is used up: hand in a twin
-    (`Trainer.twin`). `demand`: the batch to plan for; the largest of the data when None.
-
-    AtelierError when a model cannot be followed without its values.
-    """
-    demand = demand or demands(data, trainer.family.architecture.latents)[0]
-    kind = runtime.device.type
-    sizes = traced(trainer, runtime, strategies, demand, kind)
-    return assembled(trainer, data, sizes, runtime, keeps_vae=keeps_vae)
-
-
-def traced(trainer: Trainer, runtime: Runtime, strategies: StrategySet, demand: Demand, kind: str) -> Sizes:
-    """What `PhaseTracer` finds, without a word of the log. What models raise becomes an AtelierError."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside nothing is logged: what a plan does, the run does again."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        return PhaseTracer(trainer, runtime, strategies, kind).sizes(demand)
-    except AtelierError:
-        raise
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        raise AtelierError(f"the models cannot be followed without their values ({_first_line(error)})") from error
+        yield
     finally:
         logging.disable(before)
 
 
-def assembled(
-    trainer: Trainer, data: DataGroups, sizes: Sizes, runtime: Runtime, *, keeps_vae: bool = False
-) -> MemoryPlan:
-    """The moments of a run from what its phases take."""
-    config, kind = trainer.config, runtime.device.type
-    phases = []
-    encoders = {name: size for name, size in sizes.weights.items() if name.startswith("text encoder")}
-    of_images = {name: size for name, size in sizes.weights.items() if name not in encoders and name != "denoiser"}
-    if "latents" in sizes.encoding and config[CachingOptions].caches_latents:
-        phases.append(Phase("caching latents", {**of_images, "activations": sizes.encoding["latents"]}))
-    if "captions" in sizes.encoding:
-        phases.append(Phase("caching captions", {**encoders, "activations": sizes.encoding["captions"]}))
-    held = {name: size for name, size in sizes.weights.items() if name in sizes.in_step}
-    ema, host = config[EmaOptions], {"the program": _resident()}
-    average = 4 * sizes.num_trained if ema.ema else 0
-    held |= {
-        name: size
-        for name, size in (
-            ("adapter", sizes.trained), ("optimizer", sizes.optimizer), ("average", 0 if ema.ema_on_cpu else average),
+class Planner:
+    """Plans of one run, whose data is known. `twin`: gives a trainer of a configuration, to be used up; `encodes`: the
+    parts that have something to encode; `program`: bytes that the process has without models."""
+
+    def __init__(
+        self, twin: Callable[[Config], Trainer], data: DataGroups, strategies: StrategySet, runtime: Runtime, *,
+        keeps_vae: bool = False, encodes: Collection[str] = ("vae", "text_encoders"), program: int | None = None,
+    ) -> None:
+        self._twin, self._data, self._strategies, self.runtime = twin, data, strategies, runtime
+        self._keeps_vae, self._encodes = keeps_vae, encodes
+        self._program = resident() if program is None else program
+
+    def demands(self, spec: LatentSpec) -> list[Demand]:
+        """The sizes of batches, the largest first."""
+        return demands(self._data, spec)
+
+    def plan(self, config: Config, demand: Demand) -> MemoryPlan:
+        """AtelierError when a model cannot be followed without its values."""
+        return self.assembled(config, self.measured(config, demand))
+
+    def measured(self, config: Config, demand: Demand) -> Sizes:
+        """What the phases take, without a word of the log. What models raise becomes an AtelierError."""
+        twin, kind, runtime = self._twin(config), self.runtime.device.type, with_forms(self.runtime, config)
+        try:
+            with quiet():
+                return PhaseTracer(twin, runtime, self._strategies, kind, self._encodes).sizes(demand)
+        except AtelierError:
+            raise
+        except Exception as error:  # of modules from outside, say, which read values
+            raise AtelierError(f"the models cannot be followed without their values ({_told(error)})") from error
+
+    def assembled(self, config: Config, sizes: Sizes) -> MemoryPlan:
+        """The moments of a run from what its phases take."""
+        return MemoryPlan(
+            device=str(self.runtime.device), phases=tuple(_phases(config, sizes)),
+            host={name: size for name, size in self._host(config, sizes) if size},
+            settings=_settings(config[MemoryOptions], sizes), capacity=capacity_of(self.runtime.device),
+            left_out=("modules of --hook",) if config[HookOptions].hook else (),
         )
-        if size
+
+    def _host(self, config: Config, sizes: Sizes) -> Iterator[tuple[str, int]]:
+        caching, ema = config[CachingOptions], config[EmaOptions]
+        yield "the program", self._program
+        kept = (caching.caches_latents and not caching.cache_latents_to_disk) or (
+            caching.caches_text and not caching.cache_text_encoder_outputs_to_disk
+        )
+        yield "caches", sizes.sample_bytes * sum(len(group.items) for group in self._data.groups) if kept else 0
+        workers = min(config[LoopOptions].max_data_loader_n_workers, os.cpu_count() or 1)
+        yield "batches ahead", workers * BATCHES_AHEAD * sizes.sample_bytes * len(sizes.demand.items)
+        yield "average", 4 * sizes.num_trained if ema.ema and ema.ema_on_cpu else 0
+        waits = self._keeps_vae and "VAE" not in sizes.in_step
+        yield "VAE for samples", sum(_parts_of_images(sizes).values()) if waits else 0
+        yield "optimizer", sizes.optimizer if _states_wait(config, sizes) else 0
+        yield "swapped blocks", _swapped(config, sizes)[0]
+        yield "inputs of checkpoints", sizes.away
+
+
+def _parts_of_images(sizes: Sizes) -> dict[str, int]:
+    return {
+        name: size
+        for name, size in sizes.weights.items()
+        if not name.startswith("text encoder") and name not in sizes.in_step - {"VAE"}
     }
-    phases.append(Phase("forward", {**held, "activations": sizes.forward}))
-    both = {"gradients": sizes.gradients, "activations": max(0, sizes.backward - sizes.gradients)}
-    phases.append(Phase("backward", {**held, **both}))
-    phases.append(Phase("update", {**held, "gradients": sizes.gradients, "temporary": sizes.update}))
-    caching = config[CachingOptions]
-    in_memory = (caching.caches_latents and not caching.cache_latents_to_disk) + (
-        caching.caches_text and not caching.cache_text_encoder_outputs_to_disk
-    )
-    if in_memory:
-        host["caches"] = sizes.sample_bytes * sum(len(group.items) for group in data.groups)
-    workers = min(config[LoopOptions].max_data_loader_n_workers, os.cpu_count() or 1)
-    if workers:
-        host["batches ahead"] = workers * BATCHES_AHEAD * sizes.sample_bytes * len(sizes.demand.items)
-    if ema.ema and ema.ema_on_cpu:
-        host["average"] = average
-    if keeps_vae and "VAE" in sizes.weights and "VAE" not in sizes.in_step:
-        host["VAE for samples"] = sum(of_images.values())
-    return MemoryPlan(
-        device=str(runtime.device), phases=tuple(phases), host=host, settings=_settings(config[MemoryOptions], sizes),
-        capacity=capacity_of(runtime.device),
-        left_out=("modules of hooks",) if trainer.own_hooks else (),
-    )  # fmt: skip
+
+
+def _states_wait(config: Config, sizes: Sizes) -> bool:
+    """Whether the states of the optimizer are in main memory between steps."""
+    return sizes.is_paged or (config[OptimizerOptions].offload_optimizer and sizes.kind != "cpu")
+
+
+def _swapped(config: Config, sizes: Sizes) -> tuple[int, int]:
+    """Bytes of the denoiser in main memory, and the places on the device through which they pass."""
+    count = config[MemoryOptions].blocks_to_swap
+    return sizes.swaps[min(count, len(sizes.swaps) - 1)] if isinstance(count, int) else (0, 0)
+
+
+def _phases(config: Config, sizes: Sizes) -> Iterator[Phase]:
+    encoders = {name: size for name, size in sizes.weights.items() if name.startswith("text encoder")}
+    if "latents" in sizes.encoding and config[CachingOptions].caches_latents:
+        yield Phase("caching latents", {**_parts_of_images(sizes), "activations": sizes.encoding["latents"]})
+    if "captions" in sizes.encoding:
+        yield Phase("caching captions", {**encoders, "activations": sizes.encoding["captions"]})
+    held = {name: size for name, size in sizes.weights.items() if name in sizes.in_step}
+    home, places = _swapped(config, sizes)
+    held["denoiser"] += places - home
+    ema = config[EmaOptions]
+    average = 4 * sizes.num_trained if ema.ema and not ema.ema_on_cpu else 0
+    states = 0 if _states_wait(config, sizes) else sizes.optimizer
+    beside = {"adapter": sizes.trained, "optimizer": states, "average": average}
+    held |= {name: size for name, size in beside.items() if size}
+    yield Phase("forward", {**held, "activations": sizes.forward})
+    there = min(sizes.gradients, sizes.backward)
+    yield Phase("backward", {**held, "gradients": there, "activations": sizes.backward - there})
+    yield Phase("update", {**held, "gradients": sizes.gradients, "temporary": sizes.update})
 
 
 def capacity_of(device: torch.device) -> int | None:
@@ -178,7 +220,7 @@ def _settings(memory: MemoryOptions, sizes: Sizes) -> str:
     return ", ".join(words)
 
 
-def _resident() -> int:
+def resident() -> int:
     """Bytes of main memory that this process has now; 0 where the system does not tell."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
@@ -195,5 +237,5 @@ def _parts(parts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size) or "nothing"
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -46,6 +46,7 @@ class MemoryTracker(TorchDispatchMode):
         self._seen: dict[int, weakref.ref] = {}
         self._known = WeakIdKeyDictionary()
         self._forms: dict[tuple, tuple | None] = {}
+        self._counts: dict[Callable[..., Any], bool] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -78,7 +79,9 @@ class MemoryTracker(TorchDispatchMode):
             return self._value_of(args[0]).item()
         if func is torch.ops.aten._to_copy.default and args[0].device == META and "device" in kwargs:
             if torch.device(kwargs["device"]).type == "cpu":
-                return self._value_of(args[0]).to(kwargs.get("dtype") or args[0].dtype)
+                if args[0].numel() <= MOST_KNOWN:
+                    return self._value_of(args[0]).to(kwargs.get("dtype") or args[0].dtype)
+                kwargs = {**kwargs, "device": META}  # weights that wait in main memory
         result = self._computed(func, args, kwargs)
         if isinstance(result, torch.Tensor):
             self._note(result, func, args, kwargs)
@@ -93,19 +96,25 @@ class MemoryTracker(TorchDispatchMode):
         same form to inputs of the same forms."""
         if func in _IN_PLACE and args[0].device == META:
             return args[0]
+        if func in _POINTWISE and _is_like(args):
+            return torch.empty_like(args[0])
         key = _form_of((func, args, tuple(kwargs.items())))
         if key is None:
             return func(*args, **kwargs)
-        if key in self._forms:
-            made = self._forms[key]
-            if made is not None:
-                shape, stride, dtype = made
-                return torch.empty_strided(shape, stride, dtype=dtype, device=META)
+        if key not in self._forms:
+            result = func(*args, **kwargs)
+            self._forms[key] = _forms_of(result, args)
+            return result
+        made = self._forms[key]
+        if made is None:
             return func(*args, **kwargs)
-        result = func(*args, **kwargs)
-        is_new = isinstance(result, torch.Tensor) and result.device == META and not _shares_memory(result, args)
-        self._forms[key] = (result.shape, result.stride(), result.dtype) if is_new else None
-        return result
+        found = tuple(torch.empty_strided(shape, stride, dtype=dtype, device=META) for shape, stride, dtype in made)
+        return found if self._several(func) else found[0]
+
+    def _several(self, func: Callable[..., Any]) -> bool:
+        if func not in self._counts:
+            self._counts[func] = len(func._schema.returns) > 1
+        return self._counts[func]
 
     def _value_of(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor in self._known:
@@ -168,19 +177,18 @@ def _form_of(value: Any) -> Any:
     return (type(value), value) if isinstance(value, (int, float, bool, str, *_NAMED)) or callable(value) else None
 
 
-_IN_PLACE = frozenset(
-    overload
-    for name in (
-        "add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "lerp_", "copy_", "fill_", "zero_", "clamp_", "sqrt_",
-        "neg_", "masked_fill_", "clamp_min_", "clamp_max_", "silu_", "sigmoid_", "uniform_", "normal_", "sign_", "abs_",
-        "pow_", "rsqrt_", "reciprocal_", "exp_",
-    )
-    if (packet := getattr(torch.ops.aten, name, None)) is not None
-    for overload in (getattr(packet, overload_name) for overload_name in packet.overloads())
-)  # fmt: skip
-"""change values alone"""
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+def _forms_of(result: Any, args: tuple) -> tuple | None:
+    """(shape, stride, dtype) of each tensor of a result; None unless all of them are new and on the meta device."""
+    several = result if isinstance(result, tuple) else (result,)
+    if not all(isinstance(one, torch.Tensor) and one.device == META for one in several):
+        return None
+    if any(_shares_memory(one, args) for one in several):
+        return None
+    return tuple((one.shape, one.stride(), one.dtype) for one in several)
 
 
 def _shares_memory(result: torch.Tensor, args: tuple) -> bool:
@@ -188,6 +196,36 @@ def _shares_memory(result: torch.Tensor, args: tuple) -> bool:
     own = result.untyped_storage()._cdata
     flat = [v for value in args for v in (value if isinstance(value, (tuple, list)) else (value,))]
     return any(isinstance(value, torch.Tensor) and value.untyped_storage()._cdata == own for value in flat)
+
+
+def _overloads(*names: str) -> frozenset[Callable[..., Any]]:
+    packets = [packet for name in names if (packet := getattr(torch.ops.aten, name, None)) is not None]
+    return frozenset(getattr(packet, overload) for packet in packets for overload in packet.overloads())
+
+
+_POINTWISE = _overloads(
+    "add", "sub", "mul", "div", "neg", "silu", "gelu", "sigmoid", "exp", "sqrt", "rsqrt", "tanh", "silu_backward",
+    "gelu_backward", "clone",
+)  # fmt: skip
+"""give a tensor like their first input, where the others are like it too"""
+_IN_PLACE = _overloads(
+    "add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "lerp_", "copy_", "fill_", "zero_", "clamp_", "sqrt_", "neg_",
+    "masked_fill_", "clamp_min_", "clamp_max_", "silu_", "sigmoid_", "uniform_", "normal_", "sign_", "abs_", "pow_",
+    "rsqrt_", "reciprocal_", "exp_",
+)  # fmt: skip
+"""change values alone"""
+
+
+def _is_like(args: tuple) -> bool:
+    """Whether all tensors have the shape and the floating-point type of the first, dense, or are single numbers of it."""
+    first = args[0]
+    if not isinstance(first, torch.Tensor) or first.device != META or not first.is_floating_point():
+        return False
+    return first.is_contiguous() and all(
+        other.dtype == first.dtype and (other.shape == first.shape or other.ndim == 0) and other.is_contiguous()
+        for other in args[1:]
+        if isinstance(other, torch.Tensor)
+    ) and type(first) in _PLAIN
 
 
 class Measured:

@@ -1,0 +1,61 @@
+"""The table of memory at the start of runs, and runs that choose their options by it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from library.core.errors import AtelierError
+from library.training.memory import plan as plans
+from library.training.memory.measure import PhaseTracer
+from library.training.option_groups import MemoryOptions
+from tests.runs.conftest import Work, fingerprint
+
+
+def test_a_start_shows_the_table_and_draws_nothing(work: Work, caplog: pytest.LogCaptureFixture) -> None:
+    caches = ("--network_train_unet_only", "--cache_latents", "--cache_text_encoder_outputs_to_disk")
+    silent = work.train("silent", "--max_train_steps=1", *caches)
+    with caplog.at_level(logging.INFO):
+        shown = work.train("shown", "--max_train_steps=1", "--console_log_level=INFO", *caches)
+    assert fingerprint(silent) == fingerprint(shown)
+    (table,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("memory plan:")]
+    assert "batch of 2 at 64x64" in table and "caching latents" in table and "predicted peak" in table
+    assert "caching captions" not in table  # they are in the files of the first run
+
+
+def test_a_run_that_cannot_be_planned_begins(
+    work: Work, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a value is needed\nhere")
+
+    monkeypatch.setattr(PhaseTracer, "sizes", fail)
+    with caplog.at_level(logging.INFO):
+        assert work.train("out", "--max_train_steps=1", "--console_log_level=INFO").exists()
+    assert "memory plan: none, as the models cannot be followed without their values (RuntimeError: a value is needed)" in (
+        caplog.text
+    )
+    with pytest.raises(AtelierError, match="cannot be followed"):
+        work.trainer("budget", "--vram_budget=1").prepare()
+
+
+def test_a_run_chooses_for_its_budget(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("library.training.trainer_base.resident", lambda: 0)
+    peaks = {
+        again: work.trainer("plan", *(["--gradient_checkpointing"] if again else [])).plans()[0].device_peak
+        for again in (False, True)
+    }
+    assert peaks[True] < peaks[False]
+    budget = f"--vram_budget={(peaks[True] + peaks[False]) / 2 / plans.GB}"
+    run = work.prepare("chosen", budget)
+    assert run.config[MemoryOptions].gradient_checkpointing and run.models.denoiser.gradient_checkpointing
+    chosen = work.train("chosen2", "--max_train_steps=1", budget)
+    assert fingerprint(chosen) == fingerprint(work.train("asked", "--max_train_steps=1", "--gradient_checkpointing"))
+
+
+def test_a_budget_that_nothing_meets_is_refused(work: Work, tmp_path: Path) -> None:
+    with pytest.raises(AtelierError, match="the nearest that this run can come to"):
+        work.train("refused", "--vram_budget=0.001")
+    assert not (tmp_path / "refused").exists()
