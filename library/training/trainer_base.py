@@ -367,7 +367,8 @@ class Trainer:
         encoding, or are released."""
 
         def load_vae() -> torch.nn.Module:
-            import_in_background()  # text encoders come next, and images are encoded meanwhile
+            if not self.family.lacks("text_encoders"):
+                import_in_background()  # they come next, and images are encoded meanwhile
             self._encoded.add("vae")
             return self.frozen(self.family.load_vae(runtime))
 
