@@ -14,11 +14,13 @@ from pathlib import Path
 from types import ModuleType
 
 from benchmarks.figures import Figure, table
+from library.core.errors import AtelierError
 
 SUBJECTS = {
     "step": ("benchmarks.training_step", "a training step beside a bare loop, diffusers + peft, and its multiplications"),
     "first": ("benchmarks.first_step", "from the start of the demo to its first step, beside importing its packages"),
     "start": ("benchmarks.start", "starts with few and with many pictures, beside the least that a start must read"),
+    "loading": ("benchmarks.loading", "how long steps wait for batches that are read from caches of real sizes"),
     "help": ("benchmarks.startup", "--help of every script, beside a bare interpreter"),
     "forms": ("benchmarks.weight_forms", "weights of a base in 8 and 4 bits: errors, held-out loss, room"),
     "merge": ("benchmarks.merge", "memory and time of a merge into a large model, beside a copy of the file"),
@@ -30,12 +32,16 @@ SUBJECTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    options, subjects = read(words)
+    options, subjects = read(list(sys.argv[1:] if argv is None else argv))
+    if not Path(options.json).absolute().parent.is_dir():
+        raise SystemExit(f"--json is {options.json}; there is no such folder")
     figures: list[Figure] = []
     for name, (module, own) in subjects.items():
         print(f"measuring: {name}, {SUBJECTS[name][1]}", file=sys.stderr, flush=True)
-        figures += module.measure(own)
+        try:
+            figures += module.measure(own)
+        except AtelierError as error:
+            raise SystemExit(f"{name}: {error}") from error
     print(table(figures))
     Path(options.json).write_text(json.dumps(report(figures), indent=1) + "\n", encoding="utf-8")
     print(f"\nevery value: {options.json}")

@@ -26,6 +26,8 @@ def used_by(
     command: Sequence[str], log: str | Path = os.devnull, environment: Mapping[str, str] | None = None
 ) -> Used:
     """Run a command in the repository; SystemExit with the end of its log when it fails."""
+    if not hasattr(os, "wait4"):
+        raise SystemExit("what a process takes is measured on Linux and macOS alone")
     with open(log, "wb") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=file, env={**os.environ, **(environment or {})}

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
+import inspect
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,14 +46,40 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--families", nargs="+", choices=CASES, default=list(CASES), help="tiny models (default: all)")
     parser.add_argument("--rounds", type=int, help="rounds, in each of which every loop has its turn (default: 25)")
     parser.add_argument("--steps", type=int, help="steps of each loop in a round (default: 8)")
-    parser.add_argument("--model_settings", nargs="*", default=[], metavar="NAME=NUMBER",
-                        help="sizes of the tiny model, as its builder calls them: hidden=256 depth=2")
+    parser.add_argument(
+        "--model_settings", nargs="*", default=[], metavar="NAME=NUMBER", type=setting,
+        help="sizes of the tiny model, as its builder calls them: hidden=256 depth=2",
+    )
+
+
+def setting(word: str) -> tuple[str, int]:
+    """"hidden=256" -> ("hidden", 256)."""
+    name, _, value = word.partition("=")
+    return name, int(value)
 
 
 def measure(options: argparse.Namespace) -> list[Figure]:
     sizes = Sizes(options.rounds or (3 if options.quick else 25), options.steps or (2 if options.quick else 8))
-    settings = {name: int(value) for name, _, value in (word.partition("=") for word in options.model_settings)}
-    return [measure_one(name, sizes, settings) for name in options.families]
+    check(options.families, dict(options.model_settings))
+    return [measure_one(name, sizes, dict(options.model_settings)) for name in options.families]
+
+
+def check(families: Sequence[str], settings: Mapping[str, int]) -> None:
+    """ConfigError when a package is missing, or when a builder does not know a setting."""
+    from library.core.errors import Problems, did_you_mean
+    from library.core.registry import import_target
+    from library.tiny_models import tiny_entry
+
+    problems = Problems()
+    missing = [name for name in ("diffusers", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
+        problems.add(f"{' and '.join(missing)} missing; pip install -r requirements-dev.txt")
+    for family in families:
+        known = set(inspect.signature(import_target(tiny_entry(family).build)).parameters) - {"folder", "seed", "dtype"}
+        for name in settings.keys() - known:
+            hint = did_you_mean(name, known) or f"; known: {', '.join(sorted(known))}"
+            problems.add(f"--model_settings {name}: the tiny model {family} has no such size{hint}")
+    problems.raise_if_any()
 
 
 def measure_one(name: str, sizes: Sizes, settings: Mapping[str, int] | None = None) -> Figure:

@@ -47,7 +47,8 @@ def needed_text(conditioning: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     that can be seen without waiting for a device: attention is faster without them."""
     names = ("vlm_embed", "vlm_mask", "byt5_embed", "byt5_mask")
     text: dict[str, Tensor | None] = {name: conditioning[name] for name in names}
-    if any(text[name].device.type != "cpu" for name in ("vlm_mask", "byt5_mask")):
+    masks = (text["vlm_mask"], text["byt5_mask"])
+    if any(mask is None or mask.device.type != "cpu" for mask in masks):  # None: they were left out before
         return text
     if not text["byt5_mask"].any():
         text["byt5_embed"] = text["byt5_mask"] = None

@@ -31,8 +31,8 @@ class FullModule(AdapterModule):
         layer = self.org_module
         if bias is None:
             bias = layer.bias is not None
-        self.diff = nn.Parameter(torch.zeros(layer.weight.shape))
-        self.diff_b = nn.Parameter(torch.zeros(layer.weight.shape[0])) if bias else None
+        self.diff = nn.Parameter(torch.zeros(self.weight_shape))
+        self.diff_b = nn.Parameter(torch.zeros(self.weight_shape[0])) if bias else None
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:

@@ -1,7 +1,7 @@
 """What makes the host wait for a device, counted without one: "meta" stands for it.
 
-Reading a number of a device, copying from it, and copying to it without `non_blocking` wait for all work that was queued before.
-Operations of torch are watched as they are called. Values of the device are made up: ones.
+Reading a number of a device, copying from it, and copying to it without `non_blocking` wait for all work that was
+queued before. Operations of torch are watched as they are called. Values of the device are made up: ones.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_flatten
 
 from library.components.device_transfers import Event, Pairs, Transfers
 from library.core import keyed_random
+from library.device_utils import to_device
 from library.training import host_copies
+from networks.kinds import ggpo
 
 if TYPE_CHECKING:
     import pytest
@@ -36,11 +38,13 @@ OF_VALUES = {aten.nonzero.default, aten.masked_select.default, aten.equal.defaul
 
 
 class HostWaits(TorchDispatchMode):
-    """Inside, `places` counts by "what at file:line" what waits."""
+    """Inside, `places` counts by "what at file:line" what waits, and `queued` copies to the device that nothing waits
+    for."""
 
     def __init__(self) -> None:
         super().__init__()
         self.places: Counter[str] = Counter()
+        self.queued: Counter[str] = Counter()
         self._lists = _ListsToDevice(self)
 
     def __enter__(self) -> HostWaits:
@@ -51,10 +55,11 @@ class HostWaits(TorchDispatchMode):
         super().__exit__(*error)
         self._lists.__exit__(*error)
 
-    def note(self, what: str) -> None:
-        own = [f for f in traceback.extract_stack() if f.filename.startswith(ROOT) and f.filename != __file__]
+    def note(self, what: str, is_queued: bool = False) -> None:
+        passed = (__file__, to_device.__code__.co_filename)
+        own = [f for f in traceback.extract_stack() if f.filename.startswith(ROOT) and f.filename not in passed]
         place = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else "torch"
-        self.places[f"{what} at {place}"] += 1
+        (self.queued if is_queued else self.places)[f"{what} at {place}"] += 1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -85,7 +90,7 @@ class HostWaits(TorchDispatchMode):
         if target == tensor.device:
             return aten._to_copy.default(tensor, **kwargs)
         if target == DEVICE:
-            self.note("copy to the device") if not kwargs.get("non_blocking") else None
+            self.note("copy to the device", is_queued=bool(kwargs.get("non_blocking")))
             return aten._to_copy.default(tensor, **kwargs)
         self.note("copy to the host")
         return torch.ones(tensor.shape, dtype=kwargs.get("dtype") or tensor.dtype)
@@ -134,15 +139,20 @@ def imitate(patch: pytest.MonkeyPatch) -> None:
     def keyed_generator(*key: Any, device: torch.device | str = "cpu") -> torch.Generator | None:
         return None if torch.device(device) == DEVICE else generator(*key, device=device)
 
+    def in_precision(kind: str, *settings: Any, **more: Any) -> AbstractContextManager[Any]:
+        return nullcontext() if kind == DEVICE.type else autocast(kind, *settings, **more)
+
     patch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": kind != DEVICE.type and enabled(kind))
-    patch.setattr(torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == DEVICE.type else autocast(kind, *a, **k))
-    patch.setattr(keyed_random, "keyed_generator", keyed_generator)
+    patch.setattr(torch, "autocast", in_precision)
+    for module in (keyed_random, ggpo):
+        patch.setattr(module, "keyed_generator", keyed_generator)
     patch.setattr(host_copies, "transfers_to", QueuedTransfers)
     patch.setattr(torch, DEVICE.type, SimpleNamespace(manual_seed=lambda seed: None), raising=False)
 
 
 def move_run(run: Run) -> None:
-    """A run that has not begun goes to the device with all that it has; a module that goes to "meta" gets other parameters."""
+    """A run that has not begun goes to the device with all that it has; a module that goes to "meta" gets other
+    parameters."""
     parts = [run.models.vae, *run.models.text_encoders, *run.models.of_step, *run.trainable.modules().values()]
     modules = [part for part in (*parts, *run.hooks.all_modules().values()) if part is not None]
     named = [(module, dict(module.named_parameters(remove_duplicate=False))) for module in modules]

@@ -17,6 +17,10 @@ RING_SIZE = 2
 """places on the device for blocks that travel: one computes, the next arrives meanwhile"""
 
 
+NO_PASS = -1
+"""instead of the number of a backward pass"""
+
+
 @dataclass
 class Traveller:
     """A block whose matrices travel. `homes` are those in main memory and `here` those in its place on the device, while
@@ -85,7 +89,7 @@ class BlockOffloader:
         self._places: list[Place] = []
         self._returning: Event = None
         """the last copy to main memory"""
-        self._is_backward = False
+        self._backward_pass = NO_PASS
 
     @property
     def active(self) -> bool:
@@ -133,7 +137,6 @@ class BlockOffloader:
         """Gradients have reached the output of a block: those behind it are done."""
         if not self.active:
             return
-        self._begin_backward()
         self.before_block(index)  # its weights may be updated here, without being read before
         self._expect([one for one in reversed(self._travellers) if one.number <= index][: self.ring_size])
 
@@ -147,8 +150,9 @@ class BlockOffloader:
             self._returning = None
 
     def keeping(self, index: int) -> AbstractContextManager[Any]:
-        """Inside, a block computes without a checkpoint: what autograd would keep of its matrices is fetched again in
-        the backward pass, as others come to lie in their memory."""
+        """Inside, a block computes without a checkpoint: what autograd would keep of its matrices is looked up again in
+        the backward pass, as others come to lie in their memory. By whatever way gradients come to a block, also
+        beside its outputs, it is fetched for them."""
         traveller = self._travellers[self._ordinals[index]]
         memory = self._place_of(traveller).buffer.untyped_storage().data_ptr()
 
@@ -197,7 +201,7 @@ class BlockOffloader:
         place = self._place_of(traveller)
         if place.holds is not traveller:
             self._load(traveller)
-        traveller.has_learned |= self._is_backward
+        traveller.has_learned |= self._in_backward()
         if traveller.is_used:
             return
         self._transfers.wait(place.arrived)
@@ -225,14 +229,14 @@ class BlockOffloader:
     def _leave_all(self) -> None:
         for place in self._places:
             self._leave(place)
-        self._is_backward = False
 
-    def _begin_backward(self) -> None:
-        if self._is_backward:
-            return
-        self._is_backward = True
-        # called when the present backward pass is through, as sharded training does it
-        torch.autograd.Variable._execution_engine.queue_callback(self._leave_all)
+    def _in_backward(self) -> bool:
+        """Whether autograd is computing gradients. All leave when it is through."""
+        current = torch._C._current_graph_task_id()  # by which torch's own checkpoints tell, too
+        if current not in (NO_PASS, self._backward_pass):
+            self._backward_pass = current
+            torch.autograd.Variable._execution_engine.queue_callback(self._leave_all)
+        return current != NO_PASS
 
     def _unpack(self, kept: Tensor | Lent) -> Tensor:
         if isinstance(kept, Tensor):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from library.attention import AttentionModule, timestep_embedding
 from library.core.attention_modes import ATTENTION_MODES
 from library.custom_offloading_utils import CheckpointedBlocks
+from library.device_utils import to_device
 
 if TYPE_CHECKING:
     from library.components.control_models import Control
@@ -261,7 +262,7 @@ class UNetBase(CheckpointedBlocks, nn.Module):
 
     def time_vector(self, timesteps: Tensor, sample: Tensor) -> Tensor:
         """Sinusoid [B, channels[0]] of timesteps 0..999 ([B] or one number) for a sample [B, C, H, W]."""
-        times = timesteps.to(sample.device).reshape(-1).expand(sample.shape[0])
+        times = to_device(timesteps, sample.device).reshape(-1).expand(sample.shape[0])
         return timestep_embedding(times, self.params.channels[0], time_factor=1.0)
 
     def shrunk(self, depth: int, x: Tensor, timesteps: Tensor) -> Tensor:

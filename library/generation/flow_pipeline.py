@@ -10,9 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from library.device_utils import to_device
 from library.generation.pipeline import PicturePipeline
 from library.generation.requests import Request, SampledRequest
-from library.generation.sampling_utils import Conditioning, guided, guided_velocity, start_noise
+from library.generation.sampling_utils import Conditioning, guided, guided_velocity, on_device, start_noise
 from library.training.inference_samplers.common import noise_of
 from library.training.inference_samplers.flow import flow_sampler, flow_schedule
 
@@ -44,12 +45,17 @@ class FlowPipeline(PicturePipeline[Request]):
     ) -> Tensor:
         request = requests[0]
         sigmas = self.sigmas(request)
-        start = torch.cat([self.start(one, sigmas) for one in requests]).to(self.denoiser.device)
+        start = to_device(torch.cat([self.start(one, sigmas) for one in requests]), self.denoiser.device)
         # samplers with noise of their own draw from here
         generators = [torch.Generator("cpu").manual_seed(one.seed + 1) for one in requests]
         sampler = flow_sampler(request.sampler if isinstance(request, SampledRequest) else self.default_sampler)
+        conditioning, negative = self.brought(conditioning), None if negative is None else self.brought(negative)
         velocity = self.guided(request, conditioning, negative)
-        return sampler(velocity, start, sigmas.to(start.device), noise_of(generators, start))
+        return sampler(velocity, start, sigmas, noise_of(generators, start))  # sigmas are read as numbers, on the CPU
+
+    def brought(self, conditioning: Conditioning) -> Conditioning:
+        """A text as the steps take it."""
+        return on_device(conditioning, self.denoiser.device)
 
     def start(self, request: Request, sigmas: Tensor) -> Tensor:
         """Latents [1, C, ...] at the first of the `sigmas`, from which the steps go on."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from library.components import framepack_sections as sections
 from library.components.framepack_sections import Places, Step
 from library.core.errors import ConfigError
+from library.device_utils import to_device
 from library.framepack_train_utils import predict_velocity
 from library.generation.framepack_requests import FramePackRequest
 from library.generation.framepack_sampling import MagCache, decode_by_sections, section_schedule, unipc_clean
@@ -23,6 +24,7 @@ from library.generation.sampling_utils import (
     computing_on,
     guided,
     images_of,
+    on_device,
     start_noise,
     with_spread,
 )
@@ -62,13 +64,15 @@ class FramePackPipeline(VideoPipeline):
 
     # -- one forward ---------------------------------------------------------------------------------------------------
 
-    def velocity(self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: FramePackRequest) -> Tensor:
+    def velocity(
+        self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: FramePackRequest,
+        rope_scale: float = 1.0,
+    ) -> Tensor:
         """`conditioning` has the conditions of the section beside those of the text."""
-        is_scaled = self.rope_threshold is not None and float(times[0]) >= self.rope_threshold
         guidance = GUIDANCE if request.embedded_guidance_scale is None else request.embedded_guidance_scale
         return predict_velocity(
             self.denoiser, latents, times, conditioning, conditioning, guidance=guidance,
-            rope_scale=self.rope_scale if is_scaled else 1.0, block_cache=conditioning.get("block_cache"),
+            rope_scale=rope_scale, block_cache=conditioning.get("block_cache"),
         )  # fmt: skip
 
     def encode(self, pixels: Tensor, seed: int) -> Tensor:
@@ -174,11 +178,14 @@ class FramePackPipeline(VideoPipeline):
         seen: Mapping[str, Tensor],
     ) -> Tensor:
         """Latents [1, C, F, h, w] of a section, or of one frame, from noise of that shape."""  # fmt: skip
-        noise = noise.to(self.denoiser.device)
+        device = self.denoiser.device
+        noise = to_device(noise, device)
         patch = self.denoiser.params.patch
         tokens = noise[0, 0].numel() / (patch[1] * patch[2])
         sigmas = section_schedule(request.steps, tokens, request.flow_shift)  # read as numbers: not on the device
-        velocity = self.guided(request, {**text, **seen}, None if negative is None else {**negative, **seen})
+        conditioning = {**on_device(text, device), **seen}
+        negative = None if negative is None else {**on_device(negative, device), **seen}
+        velocity = self.guided(request, conditioning, negative)
         return unipc_clean(lambda latents, sigma: latents - sigma * velocity(latents, sigma), noise, sigmas)
 
     def guided(
@@ -190,8 +197,11 @@ class FramePackPipeline(VideoPipeline):
         given = [{**text, "block_cache": cache} for text, cache in zip(texts, caches)]
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-            times = torch.full((len(latents),), float(sigma) * NUM_TRAIN_TIMESTEPS, device=latents.device)
-            made = [self.velocity(latents, times, text, request).float() for text in given]
+            time = torch.tensor(float(sigma) * NUM_TRAIN_TIMESTEPS)  # float32
+            is_scaled = self.rope_threshold is not None and float(time) >= self.rope_threshold
+            times = torch.full((len(latents),), float(time), device=latents.device)
+            scale = self.rope_scale if is_scaled else 1.0
+            made = [self.velocity(latents, times, text, request, scale).float() for text in given]
             if request.magcache and request.magcache.calibrate and caches[-1].step == request.steps:
                 logger.info("--magcache_mag_ratios %s", ",".join(map(str, caches[-1].measured)))
             if len(made) == 1:

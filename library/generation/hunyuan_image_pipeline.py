@@ -21,8 +21,8 @@ from library.generation.adapters import load_with_adapters, merging
 from library.generation.flow_pipeline import FlowPipeline
 from library.generation.hunyuan_image_options import HunyuanImageModelOptions, HunyuanImageRequest
 from library.generation.pipeline import PictureMaker
-from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, Conditioning
-from library.hunyuan_image_train_utils import ProjectedGuidance, predict_velocity
+from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, Conditioning, on_device
+from library.hunyuan_image_train_utils import ProjectedGuidance, needed_text, predict_velocity
 from library.hunyuan_image_utils import load_encoders, load_hunyuan_image, load_vae, save_hunyuan_image
 from library.strategy_hunyuan_image import HunyuanImageTextEncodingStrategy, HunyuanImageTokenizeStrategy
 from library.training.inference_samplers.flow import flow_schedule
@@ -59,6 +59,10 @@ class HunyuanImagePipeline(FlowPipeline[HunyuanImageRequest]):
     def sigmas(self, request: HunyuanImageRequest) -> Tensor:
         return flow_schedule(request.steps, request.flow_shift)
 
+    def brought(self, conditioning: Conditioning) -> Conditioning:
+        """As it is: what both texts do not need is left out before."""
+        return conditioning
+
     def guided(
         self, request: HunyuanImageRequest, conditioning: Conditioning, negative: Conditioning | None
     ) -> Callable[[Tensor, Tensor], Tensor]:
@@ -67,6 +71,7 @@ class HunyuanImagePipeline(FlowPipeline[HunyuanImageRequest]):
             negative = None
         guidance = self._guidance(request, conditioning)
         given = conditioning if negative is None else joined(negative, conditioning)
+        given = on_device(needed_text(given), self.denoiser.device)
         rows = 1 if negative is None else 2
         ends = iter((self.sigmas(request)[1:] * NUM_TRAIN_TIMESTEPS).tolist())
 

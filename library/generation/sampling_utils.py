@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from library.device_utils import to_device
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -23,6 +25,17 @@ def start_noise(seed: int, *shape: int) -> Tensor:
     """Standard normal latents [1, C, H, W] (or of any `shape`): drawn on the CPU in float32, so that a seed means one
     picture everywhere."""
     return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def on_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
+    """Texts where the denoiser reads them at every step; what is no tensor, or not there, stays."""
+
+    def brought(value: Any) -> Any:
+        if isinstance(value, list):
+            return [brought(one) for one in value]
+        return to_device(value, device) if isinstance(value, Tensor) else value
+
+    return {name: brought(value) for name, value in conditioning.items()}
 
 
 def guided(negative: Tensor, positive: Tensor, cfg_scale: float) -> Tensor:

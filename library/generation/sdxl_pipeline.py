@@ -14,7 +14,7 @@ from library.components.tokenizers import load_clip_tokenizer
 from library.components.unet_utils import UNetInfo
 from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS
-from library.device_utils import get_preferred_device
+from library.device_utils import get_preferred_device, to_device
 from library.families.sdxl import FAMILY
 from library.generation.adapters import load_with_adapters
 from library.generation.pipeline import PictureMaker
@@ -56,9 +56,8 @@ class SdxlPipeline(UNetPipeline[SdxlRequest]):
     def predictor(
         self, conditioning: Conditioning, sizes: Sequence[Sequence[int]], target_hw: tuple[int, int]
     ) -> ControlledPredict:
-        original = torch.tensor([size[:2] for size in sizes])  # [R, 2]
-        crop = torch.tensor([size[2:] for size in sizes])
-        target = torch.tensor([target_hw] * len(sizes))
+        numbers = ([size[:2] for size in sizes], [size[2:] for size in sizes], [target_hw] * len(sizes))
+        original, crop, target = (to_device(torch.tensor(rows), self.denoiser.device) for rows in numbers)  # [R, 2]
         return lambda latents, timestep, control=None: predict_noise(
             self.denoiser, latents, timestep.expand(len(latents)), conditioning, (original, crop, target),
             control=control,

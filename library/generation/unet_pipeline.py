@@ -13,7 +13,7 @@ from torch import Tensor
 
 from library.generation.pipeline import PicturePipeline
 from library.generation.requests import Request, SampledRequest
-from library.generation.sampling_utils import Conditioning
+from library.generation.sampling_utils import Conditioning, on_device
 from library.generation.unet_sampling import SamplingRun, guided_predictor
 from library.training.inference_samplers.discrete import Predict
 
@@ -58,6 +58,7 @@ class UNetPipeline(PicturePipeline[Request]):
     def _guided(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Predict:
         with_cfg = negative is not None and request.cfg_scale != 1.0
         size, passes = (request.height, request.width), sampling_passes(conditioning, negative if with_cfg else None)
+        passes = [on_device(states, self.denoiser.device) for states in passes]
         rows = [len(next(iter(states.values()))) for states in passes]
         predictors = [self.predictor(states, [(*size, 0, 0)] * count, size) for states, count in zip(passes, rows)]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from library.core.errors import ConfigError
 from library.core.keyed_random import keyed_generator, keyed_random
+from library.device_utils import to_like
 from library.generation.gen_img.plan import GradualLatentSettings
 from library.generation.sampling_utils import start_noise
 from library.training.inference_samplers import INFERENCE_SAMPLERS
@@ -116,7 +117,7 @@ class SamplingRun:
         schedule = schedule.from_step(first)
         denoise = network_denoiser(predict, schedule, self.prediction_type)
         if self.mask is not None:
-            denoise = self._keeping(denoise)
+            denoise = self._keeping(denoise, start)
         generators = [torch.Generator("cpu").manual_seed(seed + 1) for seed in self.seeds]
         if self.gradual is None:
             latents = sampler_of(self.sampler, schedule)(denoise, start, schedule.sigmas, noise_of(generators, start))
@@ -149,14 +150,13 @@ class SamplingRun:
             (1 + told**2) / (1 + sigma**2)
         ), first  # these keep the scale of the network between steps
 
-    def _keeping(self, denoise: Denoise) -> Denoise:
+    def _keeping(self, denoise: Denoise, start: Tensor) -> Denoise:
         """The denoiser with the kept part led to the source: its derivative is (x - source) / sigma, so that solvers
         pass through source + sigma * noise at each time they reach and end at the source itself."""
-        mask, source = self.mask, self.source
+        made, source = to_like(self.mask, start), to_like(self.source, start)
 
         def kept(latents: Tensor, sigma: Tensor) -> Tensor:
-            made = mask.to(latents)
-            return made * denoise(latents, sigma) + (1 - made) * (latents - source.to(latents)) / float(sigma)
+            return made * denoise(latents, sigma) + (1 - made) * (latents - source) / float(sigma)
 
         return kept
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from library.core.errors import ConfigError
 from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, is_high_noise
 from library.generation.control_pictures import open_picture
-from library.generation.sampling_utils import Conditioning, computing_on
+from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, Conditioning, computing_on
 from library.generation.video_pipeline import VideoPipeline, clip_pixels, picture_pixels, read_clip_frames
 from library.generation.wan_options import WanRequest, parse_one_frame
 from library.training.timesteps import shift_sigmas
@@ -65,7 +65,7 @@ class WanPipeline(VideoPipeline):
         places = None if made.layout is None else of_each(torch.tensor([made.layout.f_indices]))
         return predict_velocity(
             self.denoiser, latents, times, conditioning["t5"], y=of_each(made.y), vision=of_each(made.vision),
-            f_indices=places, boundary=self.boundary, skip_layers=skip_layers,
+            f_indices=places, skip_layers=skip_layers,
         )  # fmt: skip
 
     def schedule(self, request: WanRequest) -> Tensor:
@@ -76,14 +76,17 @@ class WanPipeline(VideoPipeline):
     def guided(
         self, request: WanRequest, conditioning: Conditioning, negative: Conditioning | None
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        low = super().guided(request, conditioning, negative)
-        if self.boundary is None or request.cfg_scale_high_noise is None:
-            return low
-        high_request = dataclasses.replace(request, cfg_scale=request.cfg_scale_high_noise, cfg_scale_high_noise=None)
-        high = super().guided(high_request, conditioning, negative)
+        low = high = super().guided(request, conditioning, negative)
         boundary = self.boundary
+        if boundary is None:
+            return low
+        if request.cfg_scale_high_noise is not None:
+            own = dataclasses.replace(request, cfg_scale=request.cfg_scale_high_noise, cfg_scale_high_noise=None)
+            high = super().guided(own, conditioning, negative)
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+            time = float(torch.tensor(float(sigma) * NUM_TRAIN_TIMESTEPS))  # in float32, as in training
+            self.denoiser.experts.use(high_noise=is_high_noise(time / NUM_TRAIN_TIMESTEPS, boundary))
             return (high if is_high_noise(float(sigma), boundary) else low)(latents, sigma)
 
         return velocity

@@ -206,16 +206,20 @@ class AdditionalNetwork(nn.Module):
 
         Per module n' = max(n, limit / 2) and ratio = min(n', limit) / n'; the change is multiplied by the ratio.
         """
+        scaled, mean, largest = self.limit_norms(max_norm_value).tolist()
+        return int(scaled), mean, largest
+
+    def limit_norms(self, max_norm_value: float) -> torch.Tensor:
+        """The same; what it gives is a tensor [3] on the device, so that nothing is waited for."""
         if not self.loras:
-            return 0, 0.0, 0.0
+            return torch.zeros(3)
         norms = torch.stack([module.weight_norm() for module in self.loras])
         floored = norms.clamp(min=max_norm_value / 2)
         ratios = floored.clamp(max=max_norm_value) / floored
         for module, ratio in zip(self.loras, ratios, strict=True):
             module.scale_change(ratio)
         scaled = norms * ratios
-        summary = torch.stack([(ratios != 1).sum().to(scaled.dtype), scaled.mean(), scaled.max()]).tolist()
-        return int(summary[0]), summary[1], summary[2]
+        return torch.stack([(ratios != 1).sum().to(scaled.dtype), scaled.mean(), scaled.max()])
 
     def _ggpo(self) -> list[tuple[AdapterModule, Any]]:
         if self.settings.get("ggpo_sigma") is None:  # asked several times in every step

@@ -98,7 +98,7 @@ def decomposed_output(module: AdapterModule, x: torch.Tensor, output: torch.Tens
     else:
         factors = _factors_of(module).to(x.device)
     layer = module.org_module
-    axes = [1] * (layer.weight.ndim - 2)  # of the kernel
+    axes = [1] * (len(module.weight_shape) - 2)  # of the kernel
     if on_outputs(factors):
         bias = getattr(layer, "bias", None)
         base = output if bias is None else output.float() - bias.float().view(-1, *axes)

@@ -53,6 +53,13 @@ def test_caching_beside_the_encoder_alone(tmp_path):
     assert all(0 < figures[k]["baselines"][0]["median"] for k in (1, 3))
 
 
+def test_loading_from_caches_of_real_sizes(tmp_path):
+    path = tmp_path / "figures.json"
+    assert command.main(["loading", "--quick", "--workers", "0", "--json", str(path)]) == 0
+    waits, alone = json.loads(path.read_text())["figures"]
+    assert 0 <= waits["ours"]["median"] < 1 and alone["ours"]["median"] > 0
+
+
 @pytest.mark.full
 def test_merging_beside_a_copy(tmp_path):
     path = tmp_path / "figures.json"
@@ -101,6 +108,15 @@ def test_options_of_a_subject_need_it_alone(capsys):
     with pytest.raises(SystemExit):
         command.read(["stepp"])
     assert "unknown subject stepp; known: step, first" in capsys.readouterr().err
+
+
+def test_what_cannot_be_measured_is_told_at_once(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="there is no such folder"):
+        command.main(["step", "--json", str(tmp_path / "nowhere" / "figures.json")])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["step", "--families", "flux", "sd1", "--model_settings", "hiden=64", "--json", str(tmp_path / "f.json")]
+    with pytest.raises(SystemExit, match="diffusers and peft missing(.|\n)*hiden: the tiny model flux has no such size"):
+        command.main(words)
 
 
 def test_flops_are_counted_forward_and_backward():

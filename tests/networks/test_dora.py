@@ -8,7 +8,8 @@ from torch.func import functional_call
 
 from library.core.errors import CheckpointError, ConfigError
 from library.core.registry import import_target
-from library.fp8_optimization_utils import store_layers
+from library.checkpoints.weight_forms import stored
+from library.fp8_optimization_utils import store_layers, weight_of
 from networks.files.network_files import by_module
 from networks.kinds.additional_network import AdditionalNetwork
 from networks.kinds.network_args import NetworkSettings
@@ -269,17 +270,25 @@ def test_arguments_that_do_nothing_for_the_kinds_of_a_file(pairs, option, caplog
     assert f"{option} does nothing for 1 of" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("form", "make", "inputs"),
+    [
+        ("fp8_scaled", lambda: nn.Linear(32, 12), (2, 5, 32)), ("nf4", lambda: nn.Linear(32, 12), (2, 5, 32)),
+        ("nf4", lambda: nn.Conv2d(32, 12, 3, padding=1), (2, 32, 6, 7)),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("name", [name for name in ADAPTERS if name not in ("norm", "split_qkv")])
-def test_weights_in_scaled_8_bits(name):
-    """Kinds whose change depends on the weight see the weight, not the scaled 8-bit numbers that stand for it."""
-    model = nn.Sequential(nn.Linear(8, 12)).requires_grad_(False)
-    store_layers(model, "fp8_scaled")
+def test_weights_in_fewer_bits(name, form, make, inputs):
+    """Kinds whose change depends on the weight, or that are made by its shape, see the weight, not the numbers that
+    stand for it; merged, they change it in its form."""
+    model = nn.Sequential(make()).requires_grad_(False)
+    store_layers(model, form, convolutions=True)
     layer = model[0]
-    wide = nn.Linear(8, 12)
+    wide = make()
     with torch.no_grad():
-        wide.weight.copy_(layer.weight.float() * layer.weight_scale[:, None])
+        wide.weight.copy_(weight_of(layer))
         wide.bias.copy_(layer.bias)
-    x = example(wide)
+    x = torch.randn(*inputs, generator=torch.Generator().manual_seed(7))
     outputs = []
     for own in (layer, wide):
         torch.manual_seed(0)
@@ -289,7 +298,11 @@ def test_weights_in_scaled_8_bits(name):
         with torch.no_grad():
             outputs.append(own(x))
         own.forward = forward
+        module.merge_to()
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    expected = stored(wide.weight, form)
+    assert weight_of(layer).shape == wide.weight.shape and layer.weight.dtype == expected.data.dtype
+    torch.testing.assert_close(weight_of(layer), expected.widened(), rtol=0.3, atol=0.02)
 
 
 def test_marks_know_the_decomposed_kinds():

@@ -1,7 +1,8 @@
-"""A step on a device makes the host wait for nothing. A stand-in counts where there is no device; see tests/host_waits.py."""
+"""A step on a device makes the host wait for nothing. A stand-in for one counts: tests/host_waits.py."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from library.training.hooks.losses import LossReader
+from library.training.hooks.sample import SampleHook
 from library.training.loop import micro_step, update
 from library.training.run import Run
 from tests.families import CASES, FamilyCase, marks_of
@@ -57,7 +59,10 @@ def waits_of_second_step(run: Run) -> Counter[str]:
 LIVE_FIRST = ("sdxl", "sd3", "anima", "lumina", "framepack")
 """families of whose two kinds of runs the live one is tested by default, and the cached one of the others"""
 KINDS = [
-    pytest.param(name, kind, marks=marks_of(name) or ([] if (name in LIVE_FIRST) == (kind == "live") else [pytest.mark.full]))
+    pytest.param(
+        name, kind,
+        marks=marks_of(name) or ([] if (name in LIVE_FIRST) == (kind == "live") else [pytest.mark.full]),
+    )
     for name in CASES
     for kind in ("cached", "live")
 ]
@@ -90,3 +95,35 @@ def test_torch_sees_no_waiting_on_a_gpu(name: str, kind: str, tinies: Tinies, tm
             update(run)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+OWN_STEPS = ("flux", "sd1", "hunyuan_image", "framepack")
+"""families whose steps of a sample are not those of another one here"""
+OF_SAMPLES = [pytest.param(name, marks=[] if name in OWN_STEPS else [pytest.mark.full]) for name in CASES]
+
+
+@pytest.mark.parametrize("name", OF_SAMPLES)
+def test_steps_of_a_sample_wait_for_nothing_and_bring_nothing(
+    name: str, tinies: Tinies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a picture needs is brought once, however many steps it takes; but for the time of a step, which U-Nets read
+    on the CPU, too."""
+    work = tinies.work(name, tmp_path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"a cat --w 64 --h 64 --l 4 --d 3 --n a dog{work.case.letters(work.images)}\n", encoding="utf-8")
+    run = work.prepare("out", f"--sample_prompts={prompts}", "--sample_every_n_steps=9", *work.case.text_options)
+    hook = run.hooks.find(SampleHook)
+    prompt = hook._complete(run, 0)
+    texts = [hook.conditioning[key] for key in (prompt.prompt, run.strategies.negative_key(prompt.negative_prompt))]
+    imitate(monkeypatch)
+    move_run(run)
+    counted = []
+    for steps in (2, 2, 3):
+        pipeline = run.family.pipeline(run.models)
+        monkeypatch.setattr(type(pipeline), "frames", lambda self, latents: [None])
+        with HostWaits() as waits:
+            pipeline.sample(dataclasses.replace(prompt, sample_steps=steps), *texts)
+        counted.append(waits.places + waits.queued)
+    more = counted[2] - counted[1]
+    assert not [place for place in more if "unet_models.py" not in place], more
+    assert sum(more.values()) <= 2, "at most one for each of two texts"

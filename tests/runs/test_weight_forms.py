@@ -99,6 +99,30 @@ def test_files_in_scaled_8_bits_stay_as_they_are(name: str, tinies: Tinies, tmp_
             assert torch.equal(own.data, stored(plain[path].weight, "int8").data), path
 
 
+def test_weights_that_an_adapter_leaves_alone_stay_as_they_are(tinies: Tinies, tmp_path: Path) -> None:
+    """What a transform of the tensors hands on unchanged keeps the numbers of the file; what it changes is scaled
+    again."""
+    work = tinies.work("flux", tmp_path)
+    ((option, path),) = [item for item in model_files(work) if "pretrained" in item[0]]
+    numbers, _ = scaled(read(path)[0])
+    save_file_atomic(numbers, tmp_path / "scaled.safetensors", read(path)[1])
+    parts = Parts(work, f"{option}={tmp_path / 'scaled.safetensors'}")
+    plain = parts.layers(None)
+    parts.family.transform = lambda files, items: (
+        (key, 3 * tensor if "mlp.0.weight" in key else tensor) for key, tensor in items
+    )
+    changed = 0
+    for path, layer in parts.layers("fp8_scaled").items():
+        own = stored_of(layer)
+        if own is None or not path.startswith("0."):
+            continue
+        if "mlp.0" in path:
+            changed += torch.equal(own.scale, stored(3 * plain[path].weight, "fp8_scaled").scale)
+        else:
+            assert torch.equal(own.widened(), plain[path].weight), path
+    assert changed == 2
+
+
 def test_other_numbers_with_scales(tmp_path: Path) -> None:
     """int8 with scales is read; 4-bit floats are named, not read as whole numbers."""
     from library.checkpoints.loading import open_checkpoint

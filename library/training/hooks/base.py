@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from library.core.options import Config
     from library.dataset.batch import Batch
-    from library.training.protocols import LossBody, ParamGroup, Plain, StateValue, StepBody
+    from library.training.protocols import Logs, LossBody, ParamGroup, Plain, StateValue, StepBody
     from library.training.run import Run, StepOutput
     from library.training.trainables.base import Trainable
     from library.training.wiring.base import ModelFamily
@@ -107,7 +107,7 @@ class Hook:
     def extra_metadata(self, run: Run) -> dict[str, Plain]:
         return {}
 
-    def extra_step_logs(self, run: Run) -> dict[str, float]:
+    def extra_step_logs(self, run: Run) -> Logs:
         return {}
 
     def planned_files(self, run: Run) -> list[str]:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from library.device_utils import to_like
+
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(latents [B, C, ...], sigma []) -> derivative of the latents' shape: noise (VE) or noise - data (flow)"""
+"""(latents [B, C, ...], sigma [] on the CPU) -> derivative of the latents' shape: noise (VE) or noise - data (flow)"""
 NextNoise = Callable[[], torch.Tensor]
 """the next standard normal tensor of the latents' shape; samplers draw in the order of their steps"""
 Alpha = Callable[[float], float]
@@ -46,7 +48,7 @@ def noise_of(generators: Sequence[torch.Generator], latents: torch.Tensor) -> Ne
 
     def draw() -> torch.Tensor:
         rows = [torch.randn(latents.shape[1:], generator=generator) for generator in generators]
-        return torch.stack(rows).to(latents)  # [B, C, ...]
+        return to_like(torch.stack(rows), latents)  # [B, C, ...]
 
     return draw
 

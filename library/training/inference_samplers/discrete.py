@@ -29,7 +29,7 @@ SPACINGS = ("leading", "linspace", "linspace_inner")
 FINAL_SIGMAS = ("zero", "sigma_min")
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(network latents [B, C, H, W], timestep [] float32 on 0..999) -> what the network predicts, noise or v"""
+"""(network latents [B, C, H, W], timestep [] float32 on 0..999, on the CPU) -> what the network predicts, noise or v"""
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,7 @@ def network_denoiser(predict: Predict, schedule: DiscreteSchedule, prediction_ty
         level = float(sigma)
         scale = 1 / math.sqrt(1 + level**2)
         inputs = latents * scale  # [B, C, H, W]
-        prediction = predict(
-            inputs, torch.tensor(schedule.timestep_of(level), device=latents.device, dtype=torch.float32)
-        )
+        prediction = predict(inputs, torch.tensor(schedule.timestep_of(level), dtype=torch.float32))
         return prediction if prediction_type == "epsilon" else level * scale * inputs + scale * prediction
 
     return denoise

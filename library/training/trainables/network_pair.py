@@ -95,10 +95,15 @@ class NetworkPair(nn.Module):
 
     def apply_max_norm_regularization(self, max_norm_value: float, device: object = None) -> tuple[int, float, float]:
         """As that of a network, of the layers of both."""
+        scaled, mean, largest = self.limit_norms(max_norm_value).tolist()
+        return int(scaled), mean, largest
+
+    def limit_norms(self, max_norm_value: float) -> torch.Tensor:
+        """As that of a network [3], of the layers of both."""
         (few, mean, most), (more, other, largest) = (
-            network.apply_max_norm_regularization(max_norm_value, device) for network in self.networks
+            network.limit_norms(max_norm_value) for network in self.networks
         )
-        return few + more, (mean + other) / 2, max(most, largest)
+        return torch.stack([few + more, (mean + other) / 2, torch.maximum(most, largest)])
 
     # -- files ---------------------------------------------------------------------------------------------------------
 

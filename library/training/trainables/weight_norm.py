@@ -10,6 +10,7 @@ from library.training.hooks.base import Hook
 if TYPE_CHECKING:
     import torch
 
+    from library.training.protocols import Logs
     from library.training.run import Run
     from library.training.trainables.network import NetworkTrainable
 
@@ -23,7 +24,7 @@ class WeightNormHook(Hook):
     def __init__(self, trainable: NetworkTrainable, max_norm: float | None) -> None:
         self.trainable = trainable
         self.max_norm = max_norm
-        self._logs: dict[str, float] = {}
+        self._logs: Logs = {}
 
     @property
     def _is_idle(self) -> bool:
@@ -39,9 +40,11 @@ class WeightNormHook(Hook):
 
     def on_post_optimizer_step(self, run: Run) -> None:
         if self.max_norm:
-            scaled, mean_norm, max_norm = self.trainable.network.apply_max_norm_regularization(
-                self.max_norm, run.runtime.device
-            )
+            network = self.trainable.network
+            if hasattr(network, "limit_norms"):
+                scaled, mean_norm, max_norm = network.limit_norms(self.max_norm)
+            else:  # of another package, which gives numbers
+                scaled, mean_norm, max_norm = network.apply_max_norm_regularization(self.max_norm, run.runtime.device)
             self._logs = {
                 "max_norm/keys_scaled": scaled,
                 "norm/avg_key_norm": mean_norm,
@@ -58,7 +61,7 @@ class WeightNormHook(Hook):
         values = {key: _called(getattr(self.trainable.network, attribute, None)) for key, attribute in names.items()}
         self._logs = {key: value.mean() for key, value in values.items() if value is not None}
 
-    def extra_step_logs(self, run: Run) -> dict[str, float]:
+    def extra_step_logs(self, run: Run) -> Logs:
         return self._logs
 
 

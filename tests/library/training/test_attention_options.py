@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from library.core.attention_modes import ATTENTION_MODES, MODE_NAMES, AttentionChoice, Place
-from library.training.attention_options import ATTENTION_SWITCHES, AttentionOptions, attention_settings
+from library.training.attention_options import ATTENTION_SWITCHES, attention_settings
 from library.training.wiring.video_options import ATTENTION_SWITCHES as VIDEO_SWITCHES
 
 GPU = Place("cuda", in_halves=True, training=True)
@@ -19,8 +19,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(place: Place, switches=ATTENTION_SWITCHES, **given):
-    own = {name: given[name] for name in ("attn_mode", "split_attn") if name in given}
-    return attention_settings(AttentionOptions(**own), switches, given, place)
+    return attention_settings(switches, given, place)
 
 
 def test_the_first_of_several_counts_and_the_others_are_told(installed) -> None:
