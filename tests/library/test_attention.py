@@ -1,5 +1,5 @@
-"""Every way to compute attention against torch's: on the CPU by itself where it runs there, by stubs of its package where
-not, which check the layout of what they get and compute by the plain formula, sequence by sequence."""
+"""Every way to compute attention against torch's: on the CPU by itself where it runs there, by stubs of its package
+where not, which check the layout of what they get and compute by the plain formula, sequence by sequence."""
 
 import re
 import sys
@@ -56,7 +56,11 @@ def stub(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Callable) -> l
     module = ModuleType(name)
     module.__spec__ = type(sys)("spec")
     for function, body in functions.items():
-        setattr(module, function, lambda *words, body=body, function=function, **more: calls.append(function) or body(*words, **more))
+        def counted(*words, body=body, function=function, **more):
+            calls.append(function)
+            return body(*words, **more)
+
+        setattr(module, function, counted)
     monkeypatch.setitem(sys.modules, name, module)
     return calls
 
@@ -98,7 +102,8 @@ def computed(choice: AttentionChoice, mask: Tensor | None, num_queries: int, lea
     result = scaled_attention(*inputs, mask, choice)
     if not learns:
         return [result]
-    return [result, *torch.autograd.grad((result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum(), inputs)]
+    weighed = (result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum()
+    return [result, *torch.autograd.grad(weighed, inputs)]
 
 
 def test_every_way_gives_what_torch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
