@@ -44,7 +44,7 @@ FORMATS = {
 """`fp8_fast` multiplies in 8 bits too, at up to twice the rate of the bound, which is that of bfloat16"""
 RANK = 16
 WARM_UP, STEPS, SMALL_STEPS = 3, 6, 2
-SWAPPED, SMALL_SWAPPED = (10, 20, 35), (1, 2, 4)
+SWAPPED, SMALL_SWAPPED = (10, 20, 35), (1, 2, 3)
 MATMUL_SIDE, COPIED = 4096, 1 << 28
 SECONDS_OF_A_CELL = 25
 """less time than this is left: no further cell is begun"""
@@ -85,8 +85,8 @@ def cells_of(models: Sequence[str], is_small: bool) -> list[Cell]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    from_models = ("flux", "sdxl", "wan")
-    parser.add_argument("--models", nargs="+", choices=from_models, default=list(from_models), help="default: all")
+    models = ("flux", "sdxl", "wan")
+    parser.add_argument("--models", nargs="+", choices=models, default=list(models), help="default: all")
     parser.add_argument("--minutes", type=float, default=10.0, help="no cell is begun that would end later (default: 10)")
     parser.add_argument("--cells", type=int, help="only the first of them, so many")
     parser.add_argument("--folder", help="where 32 GB of models are written; the system's temporary folder by default")
@@ -103,11 +103,19 @@ def measure(options: argparse.Namespace) -> list[Figure]:
     cells = cells_of(options.models, options.cpu)[: options.cells]
     with tempfile.TemporaryDirectory(prefix="gpu-", dir=options.folder) as temporary:
         bench = GpuBench(Path(temporary), options.cpu, deadline)
-        results = {cell: bench.result_of(cell) for cell in cells}
-    for cell, result in results.items():
-        if "problem" in result:
-            print(f"gpu: {cell.model}, {cell.name()}: {result['problem']}", file=sys.stderr)
+        results = {}
+        for cell in cells:
+            results[cell] = bench.result_of(cell)
+            print(f"gpu: {cell.model}, {cell.name()}: {summary(results[cell])}", file=sys.stderr, flush=True)
     return list(figures_of(results, options.cpu))
+
+
+def summary(result: dict[str, Any]) -> str:
+    """One line at once, which stays when the command is stopped before its table."""
+    if "problem" in result:
+        return result["problem"]
+    peak = f", at most {result['peak'] / 1e9:.1f} GB on the GPU" if result["peak"] else ""
+    return f"{spread(result['ms']).median:.0f} ms{peak}"
 
 
 class GpuBench:
@@ -293,6 +301,8 @@ def figures_of(results: dict[Cell, dict[str, Any]], is_small: bool) -> Iterator[
 
 def main(argv: Sequence[str]) -> int:
     """A cell in a process of its own: its result is the last line."""
+    if len(argv) != 1 or not argv[0].startswith("{"):
+        raise SystemExit("this is a subject: python -m benchmarks gpu")
     given = json.loads(argv[0])
     cell, words, folder = Cell(**given["cell"]), given["words"], Path(given["folder"])
     with contextlib.redirect_stdout(sys.stderr):

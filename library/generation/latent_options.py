@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, equivalent_option, option
+from library.core.attention_modes import MODE_NAMES
+from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, option
 from library.generation.requests import DTYPE_NAMES, OUTPUT_TYPES, dtype_problem, too_small_problems
 from library.training.sampling_prompts import DRAWN
 
@@ -33,11 +34,9 @@ class DitOptions:
     device: str | None = option(
         None, help="device of the denoiser, e.g. cuda:1; the first GPU when not given, else the CPU"
     )
-    attn_mode: str = equivalent_option(
-        "torch", help="which package computes the attention",
-        choices=("flash", "torch", "sageattn", "xformers", "sdpa"),
-        reason="--attn_mode: attention is always computed by torch's scaled_dot_product_attention",
-    )  # fmt: skip
+    attn_mode: str = option(
+        "torch", help="what computes the attention: torch (sdpa), one of its kernels, or a package", choices=MODE_NAMES
+    )
 
     def format_problems(self) -> list[str]:
         """What is wrong with --dtype."""

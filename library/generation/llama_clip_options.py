@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.core.options import equivalent_option, option
+from library.core.options import option
 from library.generation.requests import DTYPE_NAMES, too_small_problems
 from library.generation.video_options import VideoModelOptions
 
@@ -40,10 +40,7 @@ class LlamaClipModelOptions(VideoModelOptions):
         None, help=f"pixels of a side of these tiles, a multiple of 8; {TILE} when not given"
     )
     disable_numpy_memmap: bool = option(False, help="read model files without mapping them into memory")
-    split_attn: bool = equivalent_option(
-        False, help="one attention call for each sample",
-        reason="--split_attn: attention needs no splitting, texts without tokens in them are left out",
-    )  # fmt: skip
+    split_attn: bool = option(False, help="one attention call for each sample, over the tokens that its mask leaves")
 
     def model_problems(self) -> list[str]:
         found = [*super().model_problems(), *too_small_problems(self, ("vae_chunk_size", 1))]

@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from library.core.attention_modes import MODE_NAMES
 from library.core.errors import ConfigError
 from library.core.options import (
     LARGEST_PICTURE_SIDE,
     LARGEST_SEED,
     LARGEST_STEPS,
     LARGEST_TOKENS,
-    equivalent_option,
     option,
 )
 from library.core.plugins import PluginOptions
@@ -32,7 +32,6 @@ from library.training.sampling_prompts import DRAWN, LineOption, read_not_negati
 
 SIZE_STEP = 8
 TOKEN_LENGTH = 256
-_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +61,11 @@ class LuminaModelOptions:
         None, help="device that computes, e.g. cuda:1; the first GPU when not given, else the CPU"
     )
     offload: bool = option(False, help="keep only the part that computes on the GPU, the others in main memory")
-    use_flash_attn: bool = equivalent_option(
-        False, help="compute the attention with the package flash-attn", reason=f"--use_flash_attn: {_ATTENTION}"
+    attn_mode: str = option(
+        "torch", help="what computes the attention: torch (sdpa), one of its kernels, or a package", choices=MODE_NAMES
     )
-    use_sage_attn: bool = equivalent_option(
-        False, help="compute the attention with the package sageattention", reason=f"--use_sage_attn: {_ATTENTION}"
-    )
+    use_flash_attn: bool = option(False, help="another name of --attn_mode flash")
+    use_sage_attn: bool = option(False, help="another name of --attn_mode sageattn")
     lora_weights: list[str] | None = option(None, nargs="*", help='adapter files, each as "path" or "path;multiplier"')
     merge_lora_weights: bool = option(
         False, help="add the adapters to the weights while these are read, instead of hooking them; 8-bit weights are"

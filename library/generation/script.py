@@ -332,16 +332,21 @@ class ImageScript(ABC, Generic[Request]):
         adapters = config[self.adapters]
         if adapters.merge_lora_weights and "merge_lora_weights" in config.explicit and not adapters.num_adapters:
             logger.warning("--merge_lora_weights has no effect: there are no adapters")
+        from library.generation.attention import choose_attention
+
         maker = self.load_for(config, requests)
+        choose_attention(maker.pipeline.denoiser, config)
         self._add_words(maker, config)
         return make_each(requests, lambda request, index: self.make_picture(maker, config, request, index), self.kind)
 
     def _check_all(self, config: Config) -> None:
+        from library.generation.attention import attention_of
+
         problems = Problems()
         for problem in refused_problems(config):
             problems.add(problem)
         found = problems_of(lambda: self.check(config))
-        for problem in self._folder_problems(config):
+        for problem in [*attention_of(config).problems, *self._folder_problems(config)]:
             problems.add(problem)
         for problem in [*found, *self._word_problems(config, has_model=not found)]:
             problems.add(problem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from library.core.attention_modes import MODE_NAMES
 from library.core.errors import ConfigError
 from library.core.options import (
     LARGEST_PICTURE_SIDE,
@@ -25,7 +26,6 @@ from library.generation.video_requests import (
 )
 from library.training.sampling_prompts import DRAWN, MOST_FRAMES
 
-_ATTENTION = "attention is always computed by torch's scaled_dot_product_attention"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 COMPILE_DYNAMIC = {"true": True, "false": False, "auto": None}
 
@@ -60,11 +60,9 @@ class VideoModelOptions:
         False, help="pinned memory for swapped blocks",
         reason="--use_pinned_memory_for_block_swap: swapped blocks wait in page-locked memory in any case",
     )  # fmt: skip
-    attn_mode: str = equivalent_option(
-        "torch", help="which package computes the attention",
-        choices=("flash", "flash2", "flash3", "torch", "sageattn", "xformers", "sdpa"),
-        reason=f"--attn_mode: {_ATTENTION}",
-    )  # fmt: skip
+    attn_mode: str = option(
+        "torch", help="what computes the attention: torch (sdpa), one of its kernels, or a package", choices=MODE_NAMES
+    )
 
     def model_problems(self) -> list[str]:
         """What is wrong with formats and numbers of blocks."""

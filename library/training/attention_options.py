@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from library.core.attention_modes import (
     ALIASES,
@@ -52,21 +53,20 @@ class AttentionSettings:
     notes: tuple[str, ...] = ()
 
 
-def attention_settings(
-    options: AttentionOptions, switches: Mapping[str, str], given: Mapping[str, object], place: Place
-) -> AttentionSettings:
-    """`switches`: the options that the family reads -> their modes, the first that is set counts; `given`: every option
-    by name."""
+def attention_settings(switches: Mapping[str, str], given: Mapping[str, Any], place: Place) -> AttentionSettings:
+    """`switches`: the options that are read beside --attn_mode and --split_attn -> their modes, the first that is set
+    counts; `given`: every option by name, an `attn_mode` of None is none."""
+    named, split = given.get("attn_mode"), bool(given.get("split_attn"))
     asked = [(f"--{name}", mode, name in ATTENTION_SWITCHES) for name, mode in switches.items() if given.get(name)]
-    if options.attn_mode is not None:
-        asked.insert(0, (f"--attn_mode {options.attn_mode}", ALIASES.get(options.attn_mode, options.attn_mode), False))
+    if named is not None:
+        asked.insert(0, (f"--attn_mode {named}", ALIASES.get(named, named), False))
     if not asked:
-        return AttentionSettings(AttentionChoice(split=options.split_attn))
+        return AttentionSettings(AttentionChoice(split=split))
     flag, mode, is_wish = asked[0]
     idle = tuple(Ignored(other, f"has no effect beside {flag}") for other, its, _ in asked[1:] if its != mode)
     reason = lacking(mode, place)
     if reason is not None and is_wish:
         note = f"{flag}: {reason}; torch's attention computes the same"
-        return AttentionSettings(AttentionChoice(split=options.split_attn), idle=idle, notes=(note,))
+        return AttentionSettings(AttentionChoice(split=split), idle=idle, notes=(note,))
     problems = mode_problems(flag, mode, place)
-    return AttentionSettings(AttentionChoice(mode, options.split_attn), tuple(problems), idle)
+    return AttentionSettings(AttentionChoice(mode, split), tuple(problems), idle)

@@ -53,6 +53,13 @@ def test_caching_beside_the_encoder_alone(tmp_path):
     assert all(0 < figures[k]["baselines"][0]["median"] for k in (1, 3))
 
 
+def test_loading_from_caches_of_real_sizes(tmp_path):
+    path = tmp_path / "figures.json"
+    assert command.main(["loading", "--quick", "--workers", "0", "--json", str(path)]) == 0
+    waits, alone = json.loads(path.read_text())["figures"]
+    assert 0 <= waits["ours"]["median"] < 1 and alone["ours"]["median"] > 0
+
+
 @pytest.mark.full
 def test_merging_beside_a_copy(tmp_path):
     path = tmp_path / "figures.json"

@@ -27,7 +27,8 @@ def test_cells_on_the_cpu(tmp_path, capsys):
         assert len(figure["ours"]["values"]) == gpu.SMALL_STEPS and figure["ours"]["median"] > 0
         assert figure["baselines"][0]["name"] == "its multiplications" and figure["baselines"][0]["is_bound"]
     assert list(tmp_path.iterdir()) == [path]
-    assert "of it" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "of it" in told.out and "gpu: flux, bf16, 1 swapped: " in told.err
 
 
 def test_a_cell_of_its_own_process_and_one_that_is_refused(tmp_path, capsys):
@@ -44,6 +45,17 @@ def test_a_cell_of_its_own_process_and_one_that_is_refused(tmp_path, capsys):
     assert len(told(Cell("wan", "fp32"))["ms"]) == gpu.STEPS
     refused = gpu.problems_as_results(refuse)
     assert refused == {"problem": "ConfigError: 2 problems: - no room - more"}
+
+
+def test_memory_that_does_not_suffice_is_a_result():
+    def too_large() -> dict:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    result = gpu.problems_as_results(too_large)
+    assert gpu.summary(result) == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    ran = {"ms": [1.0], "peak": 2e9, "flops": 5, "matmul": 1e3, "moved": 0}
+    cells = {Cell("flux", "bf16"): result, Cell("wan", "bf16"): ran}
+    assert [figure.unit for figure in gpu.figures_of(cells, True)] == ["ms", "GB"]
 
 
 def test_no_gpu_and_no_time(tmp_path, capsys, monkeypatch):

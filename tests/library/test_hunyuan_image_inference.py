@@ -82,7 +82,7 @@ def test_equal_options_give_equal_pictures_and_each_option_tells(tiny, tmp_path)
         "--text_encoder_cpu",
         "--vae_chunk_size=999",
         "--vae_tiling",
-        "--attn_mode=flash",
+        "--attn_mode=sdpa",
         "--blocks_to_swap=0",
         "--apg_start_step_ocr=0",
     ):

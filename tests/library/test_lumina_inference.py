@@ -61,7 +61,7 @@ def picture(tiny: TinyLumina, folder: Path, *more: str) -> bytes:
 
 def test_equal_options_give_equal_pictures_and_each_option_tells(tiny: TinyLumina, tmp_path: Path) -> None:
     base = picture(tiny, tmp_path)
-    assert base == picture(tiny, tmp_path, "--offload") == picture(tiny, tmp_path, "--use_flash_attn")
+    assert base == picture(tiny, tmp_path, "--offload") == picture(tiny, tmp_path, "--attn_mode=sdpa")
     changes = (
         ("--seed=6",), ("--prompt=the dog",), ("--guidance_scale=1",), ("--cfg_trunc_ratio=1",), ("--renorm_cfg=0",),
         ("--discrete_flow_shift=1",), ("--steps=3",), ("--negative_prompt=blue",), ("--system_prompt=girl",),

@@ -78,11 +78,11 @@ class GenerationModelOptions:
     clip_skip: int | None = option(
         None, help="take the output of the n-th layer of the text encoder from the end; not for SDXL"
     )
-    xformers: bool = equivalent_option(False, help="attention of xformers", reason=f"--xformers: {_TORCH_ATTENTION}")
+    xformers: bool = option(False, help="attention of xformers; without the package torch's serves")
     diffusers_xformers: bool = equivalent_option(
         False, help="attention of xformers through diffusers", reason=f"--diffusers_xformers: {_TORCH_ATTENTION}"
     )
-    sdpa: bool = equivalent_option(False, help="attention of torch", reason=f"--sdpa: {_TORCH_ATTENTION}")
+    sdpa: bool = option(False, help="attention of torch, as without it")
     opt_channels_last: bool = option(
         False, help="keep feature maps with their channels last, which can be quicker on a GPU"
     )

@@ -89,11 +89,13 @@ def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
     tell_equivalent(config)
     for line in start_notices(config):
         logger.info(line)
+    from library.generation.attention import choose_attention
     from library.generation.prompt_weighting import warn_of_signed_mean
     from library.generation.gen_img.batches import load_batches
 
     warn_of_signed_mean(config[GenerationPromptOptions].emb_normalize_mode)
     maker = load_batches(config)
+    choose_attention(maker.unet, config)
     add_pictures(maker, config)
     files, failures = PictureFiles(config), Failures()
     size = config[GenerationPromptOptions].batch_size

@@ -18,7 +18,6 @@ from library.dataset import CachingOptions
 from library.training import timestep_samplers
 from library.training.attention_options import (
     ATTENTION_SWITCHES,
-    AttentionOptions,
     AttentionSettings,
     attention_settings,
 )
@@ -422,9 +421,7 @@ class ModelFamily(ABC):
         place = Place(
             get_preferred_device().type, self.config[PrecisionOptions].mixed_precision != "no", training=True
         )
-        return attention_settings(
-            self.config[AttentionOptions], self.attention_switches, self.config.values(), place
-        )
+        return attention_settings(self.attention_switches, self.config.values(), place)
 
     @property
     def second_adapter(self) -> str:

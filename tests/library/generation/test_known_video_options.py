@@ -54,7 +54,7 @@ def test_the_options_are_the_frozen_ones(family: str) -> None:
 def test_every_option_that_works_is_read_somewhere(family: str) -> None:
     """Its name stands in the code that makes videos, beside its declaration."""
     files = [*(ROOT / "library" / "generation").glob("*.py"), *(ROOT / "library" / "scripts").glob("*.py")]
-    files += [ROOT / "library" / "training" / "cli.py"]
+    files += [ROOT / "library" / "training" / name for name in ("cli.py", "attention_options.py")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     what = SCRIPTS[family]
     unread = [
