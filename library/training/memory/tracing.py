@@ -83,6 +83,9 @@ class MemoryTracker(TorchDispatchMode):
                     return self._value_of(args[0]).to(kwargs.get("dtype") or args[0].dtype)
                 kwargs = {**kwargs, "device": META}  # weights that wait in main memory
         result = self._computed(func, args, kwargs)
+        if func is torch.ops.aten._safe_softmax.default and args[0].device == META:
+            self._count(result)
+            self.peak = max(self.peak, self.live + args[0].numel())  # its mask of rows without a key, one byte each
         if isinstance(result, torch.Tensor):
             self._note(result, func, args, kwargs)
         elif isinstance(result, (tuple, list)):
@@ -275,7 +278,7 @@ class _AsOnTheDevice(TorchFunctionMode):
             kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}
         if func in _RANDOM and "generator" in kwargs and torch.device(kwargs.get("device") or "cpu") == META:
             kwargs = {name: value for name, value in kwargs.items() if name != "generator"}  # meta devices have none
-        if func is F.scaled_dot_product_attention and args and args[0].device == META:
+        if func is F.scaled_dot_product_attention and args and args[0].device == META and _is_dense(args[:3]):
             return attention(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -290,6 +293,11 @@ class _AsOnTheDevice(TorchFunctionMode):
         if id(value) not in self.narrowed:
             self.narrowed[id(value)] = (value, value.to(dtype))
         return self.narrowed[id(value)][1]
+
+
+def _is_dense(states: tuple[torch.Tensor, ...]) -> bool:
+    """Whether torch's kernels take them: others are multiplied out, with the whole matrix of scores."""
+    return all(state.stride(-1) == 1 for state in states)
 
 
 def attention(
