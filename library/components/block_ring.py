@@ -186,12 +186,9 @@ class BlockOffloader:
     def _load(self, traveller: Traveller) -> None:
         place = self._place_of(traveller)
         self._leave(place)
-        traveller.homes = []
-        for tensor in traveller.tensors:
-            home = self._host.hold(tensor.data)
-            if home is not tensor.data:
-                tensor.data = home
-            traveller.homes.append(home)
+        traveller.homes = [self._host.hold(tensor.data) for tensor in traveller.tensors]
+        for tensor, home in zip(traveller.tensors, traveller.homes):
+            tensor.data = home
         traveller.here = pieces(place.buffer, traveller.tensors)
         pairs = list(zip(traveller.here, traveller.homes))
         # what has been queued so far may still read the block that lay there
