@@ -23,7 +23,8 @@ def to_device(tensor: torch.Tensor, device: torch.device | str, dtype: torch.dty
     is between them, which torch keeps until the copy was made."""
     if tensor.device.type == "cpu" and copies_are_queued(device):
         source = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
-        tensor = source.to(device, non_blocking=True)
+        moved = source.to(device, non_blocking=True)
+        return moved if dtype is None else moved.to(dtype)
     return tensor.to(device=device, dtype=dtype)
 
 

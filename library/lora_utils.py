@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from library.checkpoints.loading import CheckpointFiles, open_checkpoint, unscaled
+from library.checkpoints.loading import CheckpointFiles, open_checkpoint
 from library.checkpoints.number_formats import IN_MEMORY, narrowed
+from library.checkpoints.scaled_weights import unscaled
 from library.core.errors import CheckpointError, ConfigError
 from networks.files.checkpoint_layers import LayerParameter, checkpoint_layers, prefixes_of_part
 from networks.files.network_files import by_module, check_finite, match_names, read_adapter_file

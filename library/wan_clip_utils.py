@@ -21,10 +21,10 @@ from library.checkpoints.loading import (
     check_marks,
     check_state,
     count_blocks,
-    is_blob,
     open_checkpoint,
     size_of,
 )
+from library.checkpoints.scaled_weights import is_blob
 from library.components.transformers_import import import_transformers_models
 from library.core.errors import CheckpointError
 from library.device_utils import to_device

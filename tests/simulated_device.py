@@ -48,6 +48,8 @@ class SimulatedDevice(Transfers):
         """their sources"""
         self._done = 0
         """how many of the copies are done"""
+        self._finished = 0
+        """how many of them the host has seen done"""
         self._touched: dict[int, int] = {}
         self._clock = 0
         self._kept: set[int] = set()
@@ -112,7 +114,8 @@ class SimulatedDevice(Transfers):
 
     def finish(self, event: Copy) -> None:
         self.wait(event)
-        self._unseen -= {self.memory_of(target) for one in self.copies[: event.number + 1] for target, _ in one.pairs}
+        self._finished = max(self._finished, event.number + 1)
+        self._unseen = {self.memory_of(target) for one in self.copies[self._finished :] for target, _ in one.pairs}
 
     def _do(self, last: int) -> None:
         """All copies up to this number."""
@@ -157,6 +160,12 @@ class SimulatedDevice(Transfers):
             if memory in self._awaited or memory in self._read and memory in map(self.memory_of, written):
                 raise RaceError(f"{func} does not wait for a copy")
             self._touched[memory] = self._clock - 1
+
+    def host_writes(self, tensor: Tensor) -> None:
+        """The host is going to change a tensor in main memory."""
+        copied = {self.memory_of(one) for copy in self.copies[self._finished :] for pair in copy.pairs for one in pair}
+        if self.memory_of(tensor) in copied:
+            raise RaceError("the host does not wait for a copy of what it changes")
 
     def host_reads(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor that the host looks at."""

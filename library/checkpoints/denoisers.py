@@ -22,12 +22,12 @@ from library.checkpoints.loading import (
     check_state,
     config_metadata,
     find_prefix,
-    is_blob,
     open_checkpoint,
     part_of,
     size_of,
     strip_prefix,
 )
+from library.checkpoints.scaled_weights import is_blob
 from library.checkpoints.weight_forms import FP8, FP8_STORAGE
 from library.safetensors_utils import cast_all, save_file_atomic
 

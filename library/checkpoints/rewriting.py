@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from library.checkpoints.loading import CheckpointFiles, is_blob, unscaled
+from library.checkpoints.loading import CheckpointFiles
+from library.checkpoints.scaled_weights import is_blob, unscaled
 from library.safetensors_utils import stream_file_atomic
 
 

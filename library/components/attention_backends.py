@@ -1,7 +1,7 @@
 """The packages and kernels that compute attention, behind one signature: those of `library/core/attention_modes.py`.
 
-Each takes query [B, heads, L, D], key and value [B, heads, T, D] of one type and a mask of keys [B, T] (true = attend, in
-every row at least one) or None, and gives [B, L, heads, D]. Packages are imported by the first call.
+Each takes query [B, heads, L, D], key and value [B, heads, T, D] of one type and a mask of keys [B, T] (true = attend,
+in every row at least one) or None, and gives [B, L, heads, D]. Packages are imported by the first call.
 """
 
 from __future__ import annotations

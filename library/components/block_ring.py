@@ -70,10 +70,10 @@ class BlockOffloader:
 
     When a block is done, its place gets the one that is needed next in the direction of the pass: the last R blocks of
     a forward pass stay for the backward pass behind it. Copies wait for the computation that has read their place, and
-    blocks for their copies, by events; the host waits for neither. Between passes all matrices lie in main memory, and
-    who reads and writes them there need not know of any of this. Whatever a pass leaves behind (no backward, an
-    exception, a second forward), `arm` begins anew, and a block that is needed out of turn is fetched. On a CPU device
-    every method does nothing.
+    blocks for their copies, by events; the host waits for neither. Between passes all matrices lie in main memory, where
+    they are read and written like others, after `bring_home`: the host runs ahead of the device, whose copies may still
+    be under way. Whatever a pass leaves behind (no backward, an exception, a second forward), `arm` begins anew, and a
+    block that is needed out of turn is fetched. On a CPU device every method does nothing.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class BlockOffloader:
         self._travellers = [Traveller(number, matrices_of(self.blocks[number])) for number in travel]
         self._ordinals = {number: ordinal for ordinal, number in enumerate(travel)}
         self._places: list[Place] = []
-        self._returning: Event = None
-        """the last copy to main memory"""
+        self._copied: Event = None
+        """the end of all copies so far"""
         self._backward_pass = NO_PASS
 
     @property
@@ -141,13 +141,14 @@ class BlockOffloader:
         self._expect([one for one in reversed(self._travellers) if one.number <= index][: self.ring_size])
 
     def bring_home(self) -> None:
-        """Between passes: all matrices lie in main memory, complete."""
+        """Between passes: all matrices lie in main memory, complete, and no copy works on them. The host waits for
+        that."""
         if not self.active:
             return
         self._leave_all()
-        if self._returning is not None:
-            self._transfers.finish(self._returning)
-            self._returning = None
+        if self._copied is not None:
+            self._transfers.finish(self._copied)
+            self._copied = None
 
     def keeping(self, index: int) -> AbstractContextManager[Any]:
         """Inside, a block computes without a checkpoint: what autograd would keep of its matrices is looked up again in
@@ -185,16 +186,13 @@ class BlockOffloader:
     def _load(self, traveller: Traveller) -> None:
         place = self._place_of(traveller)
         self._leave(place)
-        traveller.homes = []
-        for tensor in traveller.tensors:
-            home = self._host.hold(tensor.data)
-            if home is not tensor.data:
-                tensor.data = home
-            traveller.homes.append(home)
+        traveller.homes = [self._host.hold(tensor.data) for tensor in traveller.tensors]
+        for tensor, home in zip(traveller.tensors, traveller.homes):
+            tensor.data = home
         traveller.here = pieces(place.buffer, traveller.tensors)
         pairs = list(zip(traveller.here, traveller.homes))
         # what has been queued so far may still read the block that lay there
-        place.arrived = self._transfers.copy(pairs, after=self._transfers.computed())
+        place.arrived = self._copied = self._transfers.copy(pairs, after=self._transfers.computed())
         place.holds = traveller
 
     def _use(self, traveller: Traveller) -> None:
@@ -221,7 +219,7 @@ class BlockOffloader:
                 if tensor.requires_grad
             ]
             if pairs:
-                self._returning = self._transfers.copy(pairs, after=self._transfers.computed())
+                self._copied = self._transfers.copy(pairs, after=self._transfers.computed())
         for tensor, home in zip(traveller.tensors, traveller.homes):
             tensor.data = home
         traveller.is_used = traveller.has_learned = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from library.generation.prompt_weighting import PER_ROW, parse_weights, rows_nee
 
 logger = logging.getLogger(__name__)
 
+KNOWN_TEXTS = 4096
 MAX_PROMPT_ROWS = 3
 """rows of 75 tokens that a sample prompt may take"""
 
@@ -52,6 +54,12 @@ def tokenize_prompt_rows(tokenizer: Any, prompt: str, num_rows: int) -> tuple[Te
     return tokenize_rows(tokenizer, [prompt], rows, is_weighted=True)
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _ids(tokenizer: Any, text: str) -> Sequence[int]:
     """Ids of a text without begin and end, all of them."""
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []
+    return _known_ids(tokenizer, len(tokenizer.added_tokens_encoder), text) if text else ()
+
+
+@lru_cache(maxsize=KNOWN_TEXTS)
+def _known_ids(tokenizer: Any, added: int, text: str) -> tuple[int, ...]:
+    """Captions come again in every epoch; a tokenizer with more `added` words than before reads them anew."""
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -21,11 +21,11 @@ from library.checkpoints.loading import (
     check_state,
     count_blocks,
     find_prefix,
-    is_blob,
     open_checkpoint,
     size_of,
     strip_prefix,
 )
+from library.checkpoints.scaled_weights import is_blob
 from library.components.hunyuan_vae_models import CausalVideoVAE, VideoAutoEncoderParams
 from library.safetensors_utils import cast_floats
 

@@ -27,10 +27,10 @@ from library.checkpoints.loading import (
     check_state,
     count_blocks,
     find_prefix,
-    is_blob,
     open_checkpoint,
     strip_prefix,
 )
+from library.checkpoints.scaled_weights import is_blob
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams
 from library.core.errors import CheckpointError
 from library.safetensors_utils import cast_floats

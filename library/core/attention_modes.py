@@ -1,5 +1,5 @@
-"""Which packages and kernels compute attention, by the values of --attn_mode: what each needs, and what is said where it
-is not there. `library/components/attention_backends.py` calls them."""
+"""Which packages and kernels compute attention, by the values of --attn_mode: what each needs, and what is said where
+it is not there. `library/components/attention_backends.py` calls them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ TORCH = "torch"
 
 @dataclass(frozen=True)
 class AttentionMode:
-    """`says`: what it is called. `package`: to install, with its `module`; "" = torch alone. `instead`: the nearest that
-    every torch has."""
+    """`says`: what it is called. `package`: to install, with its `module`; "" = torch alone. `instead`: the nearest
+    that every torch has."""
 
     says: str
     package: str = ""
@@ -34,17 +34,19 @@ ATTENTION_MODES: Mapping[str, AttentionMode] = {
     "torch_efficient": AttentionMode("torch's memory-efficient kernel"),
     "torch_cudnn": AttentionMode("the kernel of cuDNN"),
     "torch_math": AttentionMode("plain products of matrices"),
-    "flash": AttentionMode("flash-attn 2", "flash-attn", "flash_attn", True, True, instead="torch_flash"),
+    "flash": AttentionMode(
+        "flash-attn 2", "flash-attn", "flash_attn", halves_only=True, gpu_only=True, instead="torch_flash"
+    ),
     "flash3": AttentionMode(
         "flash-attn 3", "flash-attn 3 (folder hopper of its repository)", "flash_attn_interface",
-        True, True, instead="torch_flash",
+        halves_only=True, gpu_only=True, instead="torch_flash",
     ),
     "xformers": AttentionMode(
         "xformers' memory_efficient_attention", "xformers", "xformers", gpu_only=True, instead="torch_efficient"
     ),
     "sageattn": AttentionMode(
-        "SageAttention", "sageattention",
-        "sageattention", True, True, trains=False, instead="torch_flash",
+        "SageAttention", "sageattention", "sageattention", halves_only=True, gpu_only=True, trains=False,
+        instead="torch_flash",
     ),
     "flex": AttentionMode("torch's flex_attention", gpu_trains_only=True),
 }
@@ -98,4 +100,5 @@ def mode_problems(flag: str, mode: str, place: Place) -> list[str]:
     reason = lacking(mode, place)
     if reason is None:
         return []
-    return [f"{flag} asks for {ATTENTION_MODES[mode].says}: {reason}; the nearest that works is --attn_mode {ATTENTION_MODES[mode].instead}"]
+    about = ATTENTION_MODES[mode]
+    return [f"{flag} asks for {about.says}: {reason}; the nearest that works is --attn_mode {about.instead}"]

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 
+NOISE = "noise"
+"""purpose of the noise of a training step"""
+
+
 def key_seed(seed: int, purpose: str, *keys: int | str) -> int:
     """A 63-bit seed for this key. Independent keys give independent seeds (sha256 of the key's text)."""
     text = "\x1f".join([str(int(seed)), purpose, *map(str, keys)])

@@ -46,6 +46,8 @@ class Batch:
     custom_attributes: list[dict[str, object]]
     images: torch.Tensor | None = None  # [B, 3, H, W] or [B, 3, F, H, W] in -1..1
     latents: torch.Tensor | None = None  # [B, C, h, w] or [B, C, F, h, w]
+    noise: torch.Tensor | None = None
+    """of the step, as many numbers as the latents have, where a loader worker has drawn it beforehand"""
     latent_seeds: list[int] = field(default_factory=list)
     """for live encoding: the seed of each sample's posterior draw, the same that its cache would have used"""
     facts: list[SampleFacts] = field(default_factory=list)

@@ -66,7 +66,10 @@ class Runtime:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of this rank's part of the loss; scaled in fp16."""
-        self.accelerator.backward(loss)
+        if self.accelerator.scaler is None:
+            loss.backward()  # what accelerate does beside dividing by its own count of accumulated steps, which is 1
+        else:
+            self.accelerator.backward(loss)
 
     def reduce_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum gradients over ranks. The loss was divided by the global sample count, so the sum is the batch's

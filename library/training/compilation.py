@@ -49,8 +49,8 @@ def compile_blocks(
     blocks = denoiser.repeated_blocks()
     for block in blocks:
         block.compile(backend=backend, mode=mode if backend == "inductor" else None, dynamic=dynamic, fullgraph=fullgraph)
-    # A U-Net has blocks of one class in many sizes, a block many layers with adapters, and a set many sizes of pictures;
-    # past its limit dynamo gives up in silence.
+    # A U-Net has blocks of one class in many sizes, a block many layers with adapters, and a set many sizes of
+    # pictures; past its limit dynamo gives up in silence.
     config = torch._dynamo.config
     config.cache_size_limit = variants or max(config.cache_size_limit, LEAST_VARIANTS, 4 * len(blocks))
     config.accumulated_cache_size_limit = max(config.accumulated_cache_size_limit, 4 * config.cache_size_limit)

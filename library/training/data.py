@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.core.errors import AtelierError, CheckpointError, ConfigError, TrainingError
+from library.core.keyed_random import NOISE, StepDraws
 from library.dataset.batch import Batch
 from library.dataset.plan import BatchRequest, StepPlan, requests_of_epoch
 from library.training.failures import failure_of
@@ -101,15 +102,26 @@ class Failure:
         return self.kind(self.message)
 
 
-class Guarded:
-    """A dataset group whose errors are values."""
+def with_noise(batch: Batch, seed: int) -> Batch:
+    """A training batch whose latents are cached, with the noise of its step: that of a clip takes a tenth of a second,
+    which a worker has while the device computes."""
+    if batch.latents is None or not batch.request.is_training:
+        return batch
+    draws = StepDraws(seed, batch.request.step, batch.request.positions)
+    return dataclasses.replace(batch, noise=draws.normal(NOISE, batch.latents.shape[1:]))
 
-    def __init__(self, group: BatchSource) -> None:
+
+class Guarded:
+    """A dataset group whose errors are values. With `noise_seed` its batches have the noise of their steps."""
+
+    def __init__(self, group: BatchSource, noise_seed: int | None = None) -> None:
         self.group = group
+        self.noise_seed = noise_seed
 
     def __getitem__(self, request: BatchRequest) -> Batch | Failure:
         try:
-            return self.group[request]
+            batch = self.group[request]
+            return batch if self.noise_seed is None else with_noise(batch, self.noise_seed)
         except Exception as error:
             return Failure.of(error)
 
@@ -121,10 +133,11 @@ class BatchLoader:
     """Loads requests in their order. A dataset group takes requests for indices and is a pure function of them, so any
     worker may serve any request."""
 
-    def __init__(self, group: BatchSource, loading: Loading) -> None:
+    def __init__(self, group: BatchSource, loading: Loading, noise_seed: int | None = None) -> None:
+        """`noise_seed`: that of the run's draws, where workers draw the noise of its steps."""
         self.sampler = RequestSampler()
         self.loader = torch.utils.data.DataLoader(
-            Guarded(group),
+            Guarded(group, noise_seed if loading.num_workers else None),
             batch_size=None,
             sampler=self.sampler,
             num_workers=loading.num_workers,
@@ -157,7 +170,7 @@ class TrainingData:
         self.train, self.validation = train, validation
         self.seed, self.accumulation = seed, accumulation
         self.rank, self.num_processes = rank, num_processes
-        self._loader = BatchLoader(train, loading)
+        self._loader = BatchLoader(train, loading, noise_seed=seed)
         self._validation_loader = BatchLoader(validation, loading) if validation is not None else None
         plan = self._plan(1)
         self.steps_per_epoch = len(plan)

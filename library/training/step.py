@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.core.errors import ConfigError, TrainingError
-from library.core.keyed_random import StepDraws, key_seed
+from library.core.keyed_random import NOISE, StepDraws, key_seed
 from library.dataset.batch import Batch, conditioning_rows
 from library.dataset.latent_cache import bucket_of
 from library.dataset.strategies import Conditioning, StrategySet
@@ -74,7 +74,7 @@ class TrainStep:
         draws = self.begin(batch, times)
         batch = self.with_latents(batch)
         latents = self.latents_of(batch)  # [B, C, H, W] or [B, C, F, H, W]
-        noise = self.noise_of(latents, draws)
+        noise = self.noise_of(latents, draws) if batch.noise is None else batch.noise.view_as(latents)
         if times is None:
             times = self.drawn_times(latents, draws)
         sample = self.objective.corrupt(latents, noise, times, draws)
@@ -96,7 +96,7 @@ class TrainStep:
         return draws
 
     def noise_of(self, latents: torch.Tensor, draws: StepDraws) -> torch.Tensor:
-        return to_device(draws.normal("noise", latents.shape[1:]), self.runtime.device)
+        return to_device(draws.normal(NOISE, latents.shape[1:]), self.runtime.device)
 
     def drawn_times(self, latents: torch.Tensor, draws: StepDraws) -> torch.Tensor:
         """Noise levels [B], [B, F] or [B, tokens] from the run's timestep sampler, in the objective's unit; on the CPU,

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from library.checkpoints.loading import SCALE_SUFFIXES, SCALED_FORMS, CheckpointFiles, as_in_file, open_checkpoint
+from library.checkpoints.loading import CheckpointFiles, open_checkpoint
 from library.checkpoints.recognition import recognise
+from library.checkpoints.scaled_weights import SCALE_SUFFIXES, SCALED_FORMS, as_in_file
 from library.core.errors import CheckpointError
 from library.families.registry import FAMILIES, adapter_family_of, records
 from library.safetensors_utils import MemoryEfficientSafeOpen, is_pickled, load_pickled_tensors, read_header

@@ -124,3 +124,13 @@ def test_flops_are_counted_forward_and_backward():
 
     layer, x = torch.nn.Linear(8, 4, bias=False), torch.randn(16, 8)
     assert flops_of(lambda: layer(x).sum().backward()) == 2 * (2 * 16 * 8 * 4)  # x needs no gradient
+
+
+def test_forms_of_weights():
+    """Fewer bits move the output of the reference model further, and take less room."""
+    from benchmarks import weight_forms
+
+    errors = weight_forms.output_errors(["bf16", "int8", "fp8_scaled", "nf4"])
+    assert list(errors.values()) == sorted(errors.values()) and 0 < errors["int8"] < 0.01 < errors["nf4"] < 0.2
+    sizes = [weight_forms.flux_gigabytes(form) for form in ("bf16", "int8", "nf4")]
+    assert [round(size, 1) for size in sizes] == [23.8, 12.0, 6.8]

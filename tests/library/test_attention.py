@@ -1,17 +1,20 @@
-"""Every way to compute attention against torch's: on the CPU by itself where it runs there, by stubs of its package where
-not, which check the layout of what they get and compute by the plain formula, sequence by sequence."""
+"""Every way to compute attention against torch's: on the CPU by itself where it runs there, by stubs of its package
+where not, which check the layout of what they get and compute by the plain formula, sequence by sequence."""
 
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from library import attention
 from library.attention import AttentionModule, scaled_attention, use_attention
-from library.core.attention_modes import ALIASES, ATTENTION_MODES, AttentionChoice
 from library.components.attention_backends import KERNELS
+from library.core.attention_modes import ALIASES, ATTENTION_MODES, AttentionChoice
 from tests.networks.tiny_denoisers import DENOISERS, tiny_denoiser
 
 BATCH, HEADS, WIDTH = 3, 2, 8
@@ -53,7 +56,11 @@ def stub(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Callable) -> l
     module = ModuleType(name)
     module.__spec__ = type(sys)("spec")
     for function, body in functions.items():
-        setattr(module, function, lambda *words, body=body, function=function, **more: calls.append(function) or body(*words, **more))
+        def counted(*words, body=body, function=function, **more):
+            calls.append(function)
+            return body(*words, **more)
+
+        setattr(module, function, counted)
     monkeypatch.setitem(sys.modules, name, module)
     return calls
 
@@ -95,7 +102,8 @@ def computed(choice: AttentionChoice, mask: Tensor | None, num_queries: int, lea
     result = scaled_attention(*inputs, mask, choice)
     if not learns:
         return [result]
-    return [result, *torch.autograd.grad((result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum(), inputs)]
+    weighed = (result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum()
+    return [result, *torch.autograd.grad(weighed, inputs)]
 
 
 def test_every_way_gives_what_torch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,3 +166,16 @@ def guarded(called: list) -> Callable:
         return body(*words, **more)
 
     return function
+
+
+ALWAYS_TORCH = {"ldm_models.py", "siglip_models.py", "hunyuan_vae_models.py", "wan_vae_models.py"}
+"""autoencoders and an encoder of pictures"""
+
+
+def test_only_autoencoders_and_encoders_compute_attention_past_the_choice() -> None:
+    """Denoisers of videos too."""
+    past = re.compile(r"(?<!self\.)(?<!def )\bscaled_attention\(|scaled_dot_product_attention\(")
+    library = Path(attention.__file__).parent
+    files = [*library.glob("*_models.py"), *library.glob("components/*_models.py")]
+    assert {path.name for path in files if past.search(path.read_text(encoding="utf-8"))} == ALWAYS_TORCH
+    assert sum("(AttentionModule)" in path.read_text(encoding="utf-8") for path in files) >= 8

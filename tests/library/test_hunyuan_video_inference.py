@@ -84,10 +84,12 @@ def test_settings_change_the_video_and_equal_ones_do_not(tiny, tmp_path):
     assert torch.allclose(apart, made["guided"], atol=1e-4)
     swapped = latent(tiny, tmp_path / "swapped", "--blocks_to_swap=1", "--img_in_txt_in_offloading", "--fp8_llm=false")
     assert torch.equal(swapped, made["plain"])
-    for name in ("fp8", "fp8_scaled", "fp8_llm"):
-        eight = latent(tiny, tmp_path / name, f"--{name}")
+    for name in ("fp8", "fp8_scaled", "fp8_llm", "fp8_fast"):
+        eight = latent(tiny, tmp_path / name, f"--{name}", *(["--fp8_scaled"] if name == "fp8_fast" else []))
+        made[name] = eight
         difference = float((eight - made["plain"]).std() / made["plain"].std())
         assert 0 < difference < 0.2, name
+    assert not torch.equal(made["fp8_fast"], made["fp8_scaled"])
 
 
 def test_each_line_has_its_letters(tiny, tmp_path):

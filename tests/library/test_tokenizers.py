@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from library.components import tokenizers
+from library.components.clip_prompt_utils import tokenize_rows
 from library.components.tokenizers import (
     load_clip_tokenizer,
     load_t5_tokenizer,
@@ -203,3 +204,13 @@ def test_same_ids_as_sentencepiece(tmp_path: Path, rule: str) -> None:
     odd += [] if rule == "identity" else ["ﬁne ３ ｆｕｌｌ", "a\u3000b\tc\nd", "ｶﾞ ½ ™", "▁a ▁ b"]
     for text in texts[:60] + odd:
         assert tokenizer(text).input_ids == reference.encode(text) + [1], text
+
+
+def test_known_captions_are_read_anew_with_a_new_word(tiny):
+    tokenizer = load_clip_tokenizer(str(tiny.clip_l_tokenizer))
+    before, _ = tokenize_rows(tokenizer, ["a red zorbit"], 1, is_weighted=False)
+    again, _ = tokenize_rows(tokenizer, ["a red zorbit"], 1, is_weighted=False)
+    tokenizer.add_tokens(["zorbit"])
+    after, _ = tokenize_rows(tokenizer, ["a red zorbit"], 1, is_weighted=False)
+    assert torch.equal(before, again) and not torch.equal(before, after)
+    assert tokenizer.convert_tokens_to_ids("zorbit") in after.tolist()[0][0]

@@ -92,7 +92,8 @@ def test_swapped_blocks_give_the_same_result(tmp_path: Path):
     work = Work(tmp_path, tiny, draw_pictures(tmp_path / "images", 2))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red square --w 32 --h 32 --s 2\n")
-    words = [f"--sample_prompts={prompts}", "--sample_every_n_steps=1"]
+    # the last digit of a product with one row hangs on where its matrix begins, which in mapped files is anywhere
+    words = [f"--sample_prompts={prompts}", "--sample_every_n_steps=1", "--disable_mmap_load_safetensors"]
     whole = run(work, "whole", *words, steps=2)
     for number, more in enumerate((
         "--block_swap_ring_size=1", "--gradient_checkpointing --cpu_offload_checkpointing",
@@ -111,7 +112,7 @@ def test_swapped_blocks_give_the_same_result(tmp_path: Path):
 def test_auto_swaps_what_the_device_makes_necessary(base: Work, caplog: pytest.LogCaptureFixture):
     """On a CPU nothing."""
     path = run(base, "auto", "--blocks_to_swap=auto", "--console_log_level=INFO")
-    assert "--blocks_to_swap auto: 0 blocks wait in main memory" in caplog.text
+    assert "--blocks_to_swap auto: 0, as the run computes in main memory" in caplog.text
     assert largest_difference(path, base.folder / "base" / "lora.safetensors") == 0
 
 

@@ -224,7 +224,7 @@ def test_sample_prompts_know_words_of_files(name: str, tmp_path: Path, capsys: p
     family = import_target(record_of(case.family).family)
     config = parser_common.parse_command(work.argv("out"), case.family, work_kind(work)).config
     loaded = family(config)
-    runtime = SimpleNamespace(weight_dtype=torch.float32, text_encoder_dtype=torch.float32, device="cpu")
+    runtime = SimpleNamespace(weight_dtype=torch.float32, text_encoder_dtype=torch.float32, device="cpu", text_form=None)
     vectors = {}
     keys, tokenizers = FAMILIES[case.family].embedding_keys, loaded.strategies().tokenize.tokenizers
     for key, tokenizer, encoder in zip(keys, tokenizers, loaded.load_text_encoders(runtime), strict=True):

@@ -135,6 +135,10 @@ def test_updates_inside_the_backward_pass_give_the_same_bytes(
     ("sd3", ["--num_last_block_to_freeze=99"], "--num_last_block_to_freeze is 99; the model has"),
     ("sd3", ["--num_last_block_to_freeze=-1"], "needed: 0 or more blocks"),
     ("sd3", ["--blocks_to_swap=1"], "add --fused_backward_pass"),
+    (
+        "sd3", ["--blocks_to_swap=1", "--fused_backward_pass", "--optimizer_type=AdamWScheduleFree"],
+        "--blocks_to_swap with --optimizer_type AdamWScheduleFree",
+    ),
     ("sd3", ["--save_model_as=diffusers"], "models of this family are not written as folders"),
     ("sd3", ["--network_train_unet_only"], "--network_train_unet_only is an option of other scripts"),
     ("chroma", ["--train_text_encoder"], "an option of other scripts for whole models; flux_train has"),

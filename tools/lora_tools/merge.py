@@ -359,7 +359,7 @@ def merge_into_models(
 
 
 def _refuse_scaled(files: CheckpointFiles) -> None:
-    from library.checkpoints.loading import is_blob
+    from library.checkpoints.scaled_weights import is_blob
 
     scaled = next((key for key in files.shapes if is_blob(key) and "scale" in key), None)
     if scaled is not None:

@@ -127,8 +127,8 @@ class Model:
     a level in the names of their text encoder."""
 
     def __init__(self, files: CheckpointFiles) -> None:
-        from library.checkpoints.loading import is_blob
         from library.checkpoints.open_clip_convert import with_text_model
+        from library.checkpoints.scaled_weights import is_blob
 
         self.files = files
         self.keys = {with_text_model(key): key for key in files.shapes}

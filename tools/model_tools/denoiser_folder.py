@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.layout_rules import DenoiserLayouts, Rule, from_original, to_original
-from library.checkpoints.loading import is_blob, prefixed, unscaled
+from library.checkpoints.loading import prefixed
+from library.checkpoints.scaled_weights import is_blob, unscaled
 from library.components.ldm_folder_files import REST
 from library.core.errors import CheckpointError
 from library.safetensors_utils import is_pickled, load_safetensors, read_header

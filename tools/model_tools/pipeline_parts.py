@@ -23,7 +23,8 @@ from library.checkpoints.ldm_convert import (
     convert_ldm_vae_to_diffusers,
     is_diffusers_autoencoder,
 )
-from library.checkpoints.loading import CheckpointFiles, is_blob, is_scale, open_checkpoint, unscaled
+from library.checkpoints.loading import CheckpointFiles, open_checkpoint
+from library.checkpoints.scaled_weights import is_blob, is_scale, unscaled
 from library.core.errors import ConfigError
 from library.safetensors_utils import cast_all
 from tools.model_tools.plans import FolderPlan, Infos, Items, as_written, infos_of

@@ -57,6 +57,8 @@ class Sizes:
     """activations while "latents" and "captions" are encoded"""
     in_step: set[str] = field(default_factory=set)
     """the parts that are in memory with the denoiser"""
+    images: int = 0
+    """of a batch, where it is encoded in the step"""
     trained: int = 0
     """parameters that are no weights of the models: those of an adapter"""
     num_trained: int = 0
@@ -134,9 +136,12 @@ class PhaseTracer:
         found.encoding["latents"] = taken.peak
         if live:
             found.in_step |= {"VAE", *parts}
+            found.images = bytes_of([demand.images(size, META)])
         models.vae, models.extra = vae, dict(parts)
         rows = {"latents": latents, **made}
-        rows = {name: torch.empty(size, *value.shape[1:], dtype=value.dtype, device=META) for name, value in rows.items()}
+        rows = {
+            name: torch.empty(size, *value.shape[1:], dtype=value.dtype, device=META) for name, value in rows.items()
+        }
         return rows.pop("latents"), {**kept, **rows}
 
     def _captions(

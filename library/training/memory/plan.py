@@ -194,8 +194,10 @@ def _phases(config: Config, sizes: Sizes) -> Iterator[Phase]:
     ema = config[EmaOptions]
     average = 4 * sizes.num_trained if ema.ema and not ema.ema_on_cpu else 0
     states = 0 if _states_wait(config, sizes) else sizes.optimizer
-    beside = {"adapter": sizes.trained, "optimizer": states, "average": average}
+    beside = {"adapter": sizes.trained, "optimizer": states, "average": average, "images": sizes.images}
     held |= {name: size for name, size in beside.items() if size}
+    if sizes.images:
+        yield Phase("encoding images", {**held, "activations": sizes.encoding["latents"]})
     yield Phase("forward", {**held, "activations": sizes.forward})
     there = min(sizes.gradients, sizes.backward)
     yield Phase("backward", {**held, "gradients": there, "activations": sizes.backward - there})

@@ -305,8 +305,8 @@ def check_offload(options: OptimizerOptions, built: OptimizerBuild) -> None:
     """ConfigError for --offload_optimizer with an optimizer that reads its states between steps."""
     if options.offload_optimizer and built.schedule_free:
         raise ConfigError(
-            f"--offload_optimizer is set with --optimizer_type {built.choice.name}, which makes the weights of samples and"
-            " files of its states (schedule-free), so that these stay on the device; leave --offload_optimizer out, or"
+            f"--offload_optimizer is set with --optimizer_type {built.choice.name}, which makes the weights of samples"
+            " and files of its states (schedule-free), so that these stay on the device; leave --offload_optimizer out, or"
             " choose another optimizer, AdamW say"
         )
 

@@ -84,8 +84,8 @@ class HostStates:
     # -- pieces of a step ----------------------------------------------------------------------------------------------
 
     def _pieces(self) -> list[Groups]:
-        """Every parameter that moves, in the order of the groups; a piece has states of at most `room` bytes, or those of
-        one parameter."""
+        """Every parameter that moves, in the order of the groups; a piece has states of at most `room` bytes, or those
+        of one parameter."""
         groups: Groups = [(group, list(group["params"])) for group in self._optimizer.param_groups]
         if not self._singly:
             return [groups]

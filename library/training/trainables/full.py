@@ -155,6 +155,22 @@ class FullTrainable(WeightsTrainable):
                 "--blocks_to_swap sends weights away before an update at the end of the step could reach them; add"
                 " --fused_backward_pass, which updates them while they are there, or leave it out"
             )
+        if family.swaps_blocks:
+            yield from self._optimizers_that_miss_weights()
+
+    def _optimizers_that_miss_weights(self) -> Iterator[str]:
+        from library.training import optimizers
+
+        try:
+            choice = optimizers.choose(self.config[optimizers.OptimizerOptions])
+        except ConfigError:
+            return  # told by the check of the optimizer
+        if choice.named_schedule_free:
+            yield (
+                f"--blocks_to_swap with --optimizer_type {choice.name}, which changes all weights before and after"
+                " samples and files, when those that are swapped are not on the device; use another optimizer, AdamW"
+                " say, or leave it out"
+            )
 
     # -- the models --------------------------------------------------------------------------------------------------
 

@@ -430,18 +430,15 @@ class ModelFamily(ABC):
         = one adapter for all."""
         return ""
 
-    planned_swap: int | None = None
-    """with --blocks_to_swap auto, what the memory plan has chosen, before the denoiser is loaded"""
-
     @property
     def asked_swap(self) -> int | str:
-        """--blocks_to_swap: a number, or AUTO."""
+        """--blocks_to_swap: a number, or AUTO until the run has chosen one (`Trainer.settle_memory`)."""
         return self.config[MemoryOptions].blocks_to_swap or 0
 
     @property
     def blocks_to_swap(self) -> int:
-        """How many blocks wait in main memory; 0 of AUTO until it is planned."""
-        return (self.planned_swap or 0) if self.asked_swap == AUTO else self.asked_swap
+        """How many blocks wait in main memory; none of AUTO."""
+        return 0 if self.asked_swap == AUTO else self.asked_swap
 
     @property
     def swaps_blocks(self) -> bool:
@@ -454,12 +451,9 @@ class ModelFamily(ABC):
 
     def placed(self, denoiser: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
         """A denoiser that was loaded to `loading_place`, on the device, or with block swap spread over device and main
-        memory. AUTO without a plan is all that can be swapped, or none where the device is the main memory."""
+        memory."""
         if not self.swaps_blocks:
             return denoiser
-        if self.asked_swap == AUTO and self.planned_swap is None:
-            self.planned_swap = 0 if runtime.device.type == "cpu" else denoiser.most_blocks_to_swap
-            logger.info("--blocks_to_swap auto: %d blocks wait in main memory", self.planned_swap)
         ring_size = self.config[MemoryOptions].block_swap_ring_size
         denoiser.enable_block_swap(self.blocks_to_swap, runtime.device, ring_size)
         denoiser.move_to_device_except_swap_blocks(runtime.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.weight_forms import FORMS
-from library.components.block_ring import spread_evenly
+from library.components.block_ring import bring_weights_home, spread_evenly
 from library.components.device_transfers import room_for
 from library.fp8_optimization_utils import store_layers
 from library.training.averaging import WeightAverage
@@ -246,6 +246,11 @@ def test_weights_that_change_between_passes() -> None:
         for one in (plain, denoiser):
             trained = learn_beside(one)
             found = step(one, trained)
+            with pytest.raises(RaceError) if one is denoiser else nullcontext():
+                for parameter in denoiser.model.parameters():
+                    device.host_writes(parameter)
+            for changing in bring_weights_home(one.model):
+                device.host_writes(changing)
             for parameter in one.model.parameters():
                 parameter.data.mul_(0.9)
             with torch.no_grad():
@@ -316,8 +321,11 @@ def test_an_average_in_the_place_of_weights_that_travel() -> None:
             for parameter in plain.model.parameters():
                 parameter.mul_(0.9)
             average_of = {name: tensor.clone() for name, tensor in average.tensors.items()}
-            with average.applied():
-                assert torch.equal(denoiser(), plain())
+            for _ in range(2):
+                with average.applied():
+                    for parameter in denoiser.model.parameters():
+                        device.host_writes(parameter)
+                    assert torch.equal(denoiser(), plain())
             with pytest.raises(ZeroDivisionError), average.applied(), failing(denoiser.model.single_blocks[4]):
                 denoiser()
             assert all(torch.equal(tensor, average_of[name]) for name, tensor in average.tensors.items())

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 
+from library.components.attention_backends import KERNELS
 from library.core.attention_modes import AttentionChoice
 from library.core.errors import ConfigError
 from library.core.options import Config
@@ -12,7 +13,6 @@ from library.generation.attention import attention_of
 from library.generation.gen_img.options import GenerationModelOptions
 from library.generation.hunyuan_video_options import HunyuanVideoModelOptions
 from library.generation.lumina_options import LuminaModelOptions
-from library.components.attention_backends import KERNELS
 from tests.library.test_anima_inference import arguments, pixels
 from tests.tiny_anima import build_tiny_anima
 

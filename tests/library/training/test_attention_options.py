@@ -2,12 +2,16 @@
 
 import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from library.components.attention_backends import KERNELS
 from library.core.attention_modes import ATTENTION_MODES, MODE_NAMES, AttentionChoice, Place
+from library.core.errors import ConfigError
 from library.training.attention_options import ATTENTION_SWITCHES, attention_settings
 from library.training.wiring.video_options import ATTENTION_SWITCHES as VIDEO_SWITCHES
+from tests.runs.families import Tinies
 
 GPU = Place("cuda", in_halves=True, training=True)
 CPU = Place("cpu", in_halves=True, training=True)
@@ -31,7 +35,8 @@ def test_the_first_of_several_counts_and_the_others_are_told(installed) -> None:
     chosen = settings(GPU, **both, attn_mode="flash2", split_attn=True)
     assert chosen.choice == AttentionChoice("flash", split=True) and not chosen.problems
     assert [item.written for item in chosen.idle] == ["--xformers", "--sdpa"]
-    assert not settings(GPU, mem_eff_attn=True).idle and settings(CPU, mem_eff_attn=True).choice.mode == "torch_efficient"
+    assert not settings(GPU, mem_eff_attn=True).idle
+    assert settings(CPU, mem_eff_attn=True).choice.mode == "torch_efficient"
 
 
 @pytest.mark.parametrize("mode", MODE_NAMES)
@@ -59,3 +64,15 @@ def test_a_switch_that_front_ends_write_starts_without_its_package(monkeypatch: 
     assert found.choice == AttentionChoice(split=True) and not found.problems
     assert "xformers is not installed" in found.notes[0]
     assert settings(GPU, VIDEO_SWITCHES, flash_attn=True).problems
+
+
+def test_a_run_computes_as_it_is_told(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    work, called, plain = Tinies(tmp_path_factory).work("sd1", tmp_path), [], KERNELS["torch_math"]
+    monkeypatch.setitem(KERNELS, "torch_math", lambda *states: called.append(1) or plain(*states))
+    work.train("told", "--max_train_steps=1", "--attn_mode=torch_math", "--xformers")
+    assert called and "--xformers: has no effect beside --attn_mode torch_math" in caplog.text
+    with pytest.raises(ConfigError, match="flash-attn is not installed.*--attn_mode torch_flash"):
+        work.train("missing", "--attn_mode=flash", "--mixed_precision=bf16")

@@ -130,6 +130,24 @@ def test_paged_states_and_small_ones_stay() -> None:
     assert not device.copies and not any(device.is_home(value) for value in tensors_of(optimizer.state_dict()))
 
 
+def test_states_that_a_step_makes_anew_are_sent_too() -> None:
+    class Anew(torch.optim.Optimizer):
+        def step(self):
+            for weight in self.param_groups[0]["params"]:
+                self.state[weight]["sum"] = self.state[weight].get("sum", 0) + weight.grad
+
+    device = SimulatedDevice()
+    trained = [nn.Parameter(torch.zeros(24, 16))]
+    optimizer = Anew(trained, {})
+    HostStates(optimizer, device, singly=True, least=LEAST)
+    for step in range(3):
+        trained[0].grad = torch.full((24, 16), 2.0**step)
+        with device.watching():
+            optimizer.step()
+    (found,) = tensors_of(optimizer.state_dict())
+    assert torch.equal(device.host_reads(found), torch.full((24, 16), 7.0))
+
+
 def test_what_cannot_wait_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def options(name: str) -> OptimizerOptions:
         return OptimizerOptions(optimizer_type=name, offload_optimizer=True)
