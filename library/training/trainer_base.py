@@ -164,9 +164,9 @@ class Trainer:
             strategies = self.know_prompt_words(strategies)
         text = self.text_phase(data, strategies, runtime, prompts)
         self.show_plan(self.planner(data, strategies, runtime, keeps_vae=bool(prompts), encodes=self._encoded))
-        models = Models(
-            vae, text.text_encoders, self.denoiser_phase(runtime), {**beside_vae, **self.parts_beside(runtime, "denoiser")}
-        )
+        denoiser = self.denoiser_phase(runtime)
+        extra = {**beside_vae, **self.parts_beside(runtime, "denoiser")}
+        models = Models(vae, text.text_encoders, denoiser, extra)
         self.trainable.attach(self.family, models, runtime)
         self.arm(models, trained)
         return self.assemble(runtime, data, models, strategies, trained, prompts, text, state)
@@ -244,14 +244,16 @@ class Trainer:
             return
         try:
             demand = next(iter(planner.demands(self.family.architecture.latents)), None)
-            text = planner.plan(self.config, demand).table() if demand else "memory plan: none, as the data has no buckets"
+            text = "memory plan: none, as the data has no buckets"
+            if demand is not None:
+                text = planner.plan(self.config, demand).table()
         except AtelierError as error:
             text = f"memory plan: none, as {error}"
         logger.info("%s", text)
 
     def twin(self, config: Config) -> Trainer:
-        """A trainer of the same run with this configuration, for a plan: what is attached to its family and its trainable
-        is not to this one's."""
+        """A trainer of the same run with this configuration, for a plan: what is attached to its family and its
+        trainable is not to this one's."""
         twin = copy.copy(self)
         twin.config = config
         twin.family = copy.copy(self.family)
@@ -367,7 +369,8 @@ class Trainer:
         encoding, or are released."""
 
         def load_vae() -> torch.nn.Module:
-            import_in_background()  # text encoders come next, and images are encoded meanwhile
+            if not self.family.lacks("text_encoders"):
+                import_in_background()  # they come next, and images are encoded meanwhile
             self._encoded.add("vae")
             return self.frozen(self.family.load_vae(runtime))
 

@@ -139,7 +139,9 @@ class PhaseTracer:
             found.images = bytes_of([demand.images(size, META)])
         models.vae, models.extra = vae, dict(parts)
         rows = {"latents": latents, **made}
-        rows = {name: torch.empty(size, *value.shape[1:], dtype=value.dtype, device=META) for name, value in rows.items()}
+        rows = {
+            name: torch.empty(size, *value.shape[1:], dtype=value.dtype, device=META) for name, value in rows.items()
+        }
         return rows.pop("latents"), {**kept, **rows}
 
     def _captions(

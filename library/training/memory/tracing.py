@@ -132,8 +132,9 @@ class MemoryTracker(TorchDispatchMode):
     def _follow(self, result: torch.Tensor, func: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> None:
         """The values of `result`, where those of all that it is made of are known."""
         given = [value for value in args if isinstance(value, torch.Tensor)]
-        of_lists = [v for value in args if isinstance(value, (list, tuple)) for v in value if isinstance(v, torch.Tensor)]
-        if any(value.device == META and value not in self._known for value in (*given, *of_lists)) or not given:
+        lists = [value for value in args if isinstance(value, (list, tuple))]
+        given_too = [v for value in lists for v in value if isinstance(v, torch.Tensor)]
+        if any(value.device == META and value not in self._known for value in (*given, *given_too)) or not given:
             self._known.pop(result, None)  # changed in place
             return
         plain = [self._known.get(value, value) if isinstance(value, torch.Tensor) else value for value in args]
@@ -212,15 +213,16 @@ _POINTWISE = _overloads(
 )  # fmt: skip
 """give a tensor like their first input, where the others are like it too"""
 _IN_PLACE = _overloads(
-    "add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "lerp_", "copy_", "fill_", "zero_", "clamp_", "sqrt_", "neg_",
-    "masked_fill_", "clamp_min_", "clamp_max_", "silu_", "sigmoid_", "uniform_", "normal_", "sign_", "abs_", "pow_",
+    "add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "lerp_", "copy_", "fill_", "zero_", "clamp_", "sqrt_",
+    "neg_", "masked_fill_", "clamp_min_", "clamp_max_", "silu_", "sigmoid_", "uniform_", "normal_", "sign_", "abs_", "pow_",
     "rsqrt_", "reciprocal_", "exp_",
 )  # fmt: skip
 """change values alone"""
 
 
 def _is_like(args: tuple) -> bool:
-    """Whether all tensors have the shape and the floating-point type of the first, dense, or are single numbers of it."""
+    """Whether all tensors have the shape and the floating-point type of the first, dense, or are single numbers of
+    it."""
     first = args[0]
     if not isinstance(first, torch.Tensor) or first.device != META or not first.is_floating_point():
         return False
