@@ -17,8 +17,7 @@ from torch.nn import Parameter
 
 from library.components.device_transfers import Event, HostMemory, Transfers, pieces, room_for, transfers_to
 from library.training.optimizers import OptimizerOptions
-from library.training.optimizers.single_steps import GroupCounts, only, steps_singly
-from library.training.updaters.bf16_weights import COMPENSATION
+from library.training.optimizers.single_steps import COMPENSATION, GroupCounts, only, steps_singly
 
 LEAST_BYTES = 2**14
 """smaller states stay on the device: they take no room, and bringing them would take longer than using them"""

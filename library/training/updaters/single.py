@@ -9,9 +9,9 @@ import torch
 
 from library.components.block_ring import bring_weights_home
 from library.training.optimizers.host_states import waits_on_host
-from library.training.optimizers.single_steps import GroupCounts, only
+from library.training.optimizers.single_steps import COMPENSATION, GroupCounts, only
 from library.training.updaters.base import Updater, trained_parameters
-from library.training.updaters.bf16_weights import BF16_UPDATES, COMPENSATION, exact_value
+from library.training.updaters.bf16_weights import BF16_UPDATES, exact_value
 from library.training.updaters.ordinary import OrdinaryUpdater
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from library.core.errors import ConfigError
 from library.training import optimizers
 from library.training.optimizers import OptimizerOptions, host_states
 from library.training.optimizers.host_states import HostStates
-from library.training.optimizers.single_steps import steps_singly
-from library.training.updaters.bf16_weights import COMPENSATION
+from library.training.optimizers.single_steps import COMPENSATION, steps_singly
 from library.training.updaters.single import RoundingUpdater, bring_states
 from tests.runs.conftest import largest_difference
 from tests.runs.families import Tinies
