@@ -235,7 +235,7 @@ def bytes_moved(denoiser: torch.nn.Module) -> float:
     moved = 0.0
     for row in getattr(denoiser, "offloaders", ()):
         if row is not None and row.num_swapped:
-            travelling = sum(tensor.numel() * tensor.element_size() for tensor in row.travelling())
+            travelling = sum(tensor.nbytes for tensor in row.travellers())
             number = row.num_swapped + row.ring_size
             moved += travelling * (2 * number - row.ring_size) / number
     return moved

@@ -49,7 +49,7 @@ from library.training.hooks.standard import standard_hooks
 from library.training.loop import fit
 from library.training.loss import LossFunction
 from library.training.memory.choice import RESERVED, Chooser, changed
-from library.training.memory.plan import GB, MemoryPlan, Planner, capacity_of, quiet, resident
+from library.training.memory.plan import GB, FewerSamples, MemoryPlan, Planner, capacity_of, quiet, resident
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
 from library.training.optimizers.host_states import keep_on_host
@@ -217,7 +217,7 @@ class Trainer:
             )
         chooser = Chooser(
             lambda config: planner.measured(config, demand), planner.assembled,
-            self._has_no_problem,
+            self._has_no_problem, FewerSamples(planner, demand),
         )
         budget, capacity = memory.vram_budget, capacity_of(runtime.device)
         if budget is None and (capacity is None or runtime.device.type == "cpu"):
@@ -369,7 +369,8 @@ class Trainer:
         encoding, or are released."""
 
         def load_vae() -> torch.nn.Module:
-            import_in_background()  # text encoders come next, and images are encoded meanwhile
+            if not self.family.lacks("text_encoders"):
+                import_in_background()  # they come next, and images are encoded meanwhile
             self._encoded.add("vae")
             return self.frozen(self.family.load_vae(runtime))
 
