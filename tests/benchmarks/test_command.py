@@ -124,6 +124,10 @@ def test_flops_are_counted_forward_and_backward():
 
     layer, x = torch.nn.Linear(8, 4, bias=False), torch.randn(16, 8)
     assert flops_of(lambda: layer(x).sum().backward()) == 2 * (2 * 16 * 8 * 4)  # x needs no gradient
+    query = torch.randn(2, 3, 16, 8, requires_grad=True)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    products = 2 + 5  # scores and outputs; scores once more and four gradients
+    assert flops_of(lambda: attend(query, query, query).sum().backward()) == products * (2 * 2 * 3 * 16 * 16 * 8)
 
 
 def test_forms_of_weights():
