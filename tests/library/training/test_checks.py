@@ -103,6 +103,22 @@ def test_a_backend_that_torch_lacks_is_refused():
     assert checks.compile_problems(config_of(torch_compile=True, dynamo_backend="eager")) == []
 
 
+def test_blocks_with_draws_are_not_compiled_whole():
+    """They would end the first step with a page about the compiler's own code."""
+
+    def problems(network_args=(), **values):
+        words = {"torch_compile": True, "dynamo_backend": "eager", "dynamo_fullgraph": True,
+                 "network_module": "networks.lora", "network_args": list(network_args), **values}  # fmt: skip
+        return checks.compile_problems(Config.read(words, CLASSES))
+
+    assert problems() == problems(["rank_dropout=0"]) == problems(network_dropout=0.0) == []
+    assert problems(network_dropout=0.1, dynamo_fullgraph=False) == []
+    assert problems(network_dropout=0.1, network_module="lycoris.kohya") == []  # draws as torch does
+    (told,) = problems(["module_dropout=0.2", "ggpo_sigma=0.03", "ggpo_beta=0.01"], network_dropout=0.1)
+    named = "--network_dropout 0.1, --network_args module_dropout=0.2, --network_args ggpo_sigma=0.03"
+    assert named in told and "leave --dynamo_fullgraph out" in told
+
+
 @pytest.mark.parametrize(
     "values, words",
     [
