@@ -391,14 +391,14 @@ def hub_problems(config: Config) -> list[str]:
 
 
 def compile_problems(config: Config) -> list[str]:
-    """The backend of --torch_compile is one that this torch knows, and nothing that is not compiled stands in a block
+    """The backend of --torch_compile is one that works here, and nothing that is not compiled stands in a block
     that is to be compiled whole."""
     memory = config[MemoryOptions]
     if not memory.compiles:
         return []
-    from library.training.compilation import unknown_backend
+    from library.training.compilation import backend_problems
 
-    problems = unknown_backend(memory.dynamo_backend)
+    problems = backend_problems(memory.dynamo_backend)
     drawing = drawn_inside(config) if memory.dynamo_fullgraph else []
     if drawing:
         problems.append(

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._inductor.exc import InvalidCxxCompiler
 
 from library.core.options import Config
 from library.training import checks, idle_options
@@ -101,6 +102,27 @@ def test_a_backend_that_torch_lacks_is_refused():
         "nvprims_nvfuser" in checks.compile_problems(config_of(torch_compile=True, dynamo_backend="nvprims_nvfuser"))[0]
     )
     assert checks.compile_problems(config_of(torch_compile=True, dynamo_backend="eager")) == []
+
+
+def test_inductor_needs_a_compiler(monkeypatch):
+    """Without one the run would end in its first step, with models loaded."""
+    from torch._inductor import cpp_builder
+    from torch.utils import _triton
+
+    def told() -> list[str]:
+        return checks.compile_problems(config_of(torch_compile=True))
+
+    def without_compiler() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert told() == []
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", without_compiler)
+    assert "--dynamo_backend is inductor, which needs a C++ compiler" in told()[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_triton, "has_triton_package", lambda: False)
+    assert "needs the package triton" in told()[0]
 
 
 def test_blocks_with_draws_are_not_compiled_whole():
