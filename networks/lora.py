@@ -146,10 +146,12 @@ class LoRAModule(AdapterModule):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As of every adapter. The output of a plain Linear is kept by nobody, so that the change is added to it where
-        it lies in memory."""
+        it lies in memory. Inputs with gaps between their rows have another kernel than rows without, with other last
+        digits; they go the way of every adapter, as without a change the output is that of the layer."""
         is_whole = not self.enabled or self.multiplier == 0 or (self.module_dropout and self.training)
         has_type = torch.is_autocast_enabled(x.device.type) or x.dtype == self.compute_dtype
-        if is_whole or not (has_type and self._adds_in_place) or self._has_more(x):
+        adds_in_place = self._adds_in_place and has_type and x.is_contiguous()
+        if is_whole or not adds_in_place or self._has_more(x):
             return super().forward(x, *args, **kwargs)
         rows = x.flatten(0, -2)  # [N, in]
         output, hidden, up = self.org_forward(rows), self._hidden_rows(x, rows), self.lora_up.weight

@@ -150,8 +150,9 @@ class Cast:
             return cast_floats(tensor, torch.float32, key)
         kind = self.files.dtype_of(key)
         if key.endswith(".weight") and tensor.ndim == 2 and self.takes(key):
-            if kind in FP8_DTYPES and (self.form in (FP8, FP8_SCALED) or (self.form is None and self.dtype is None)):
-                return StoredWeight(FP8, tensor.to(kind), None, tensor.shape)
+            is_own = self.form is None and self.dtype is None
+            if kind in FP8_DTYPES and (is_own or (self.form in (FP8, FP8_SCALED) and tensor.dtype == kind)):
+                return StoredWeight(FP8, cast_floats(tensor, kind, key), None, tensor.shape)
             if self.form is not None:
                 return stored(tensor, self.form, self.block, key)
         return cast_floats(tensor, self.dtype or (torch.bfloat16 if kind in FP8_DTYPES else kind), key)

@@ -88,7 +88,10 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        query, key, value = (rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        # Dense: of transposed states torch would make the whole matrix of scores, [HW, HW].
+        query, key, value = (
+            rearrange(layer(normed), "b c h w -> b 1 (h w) c").contiguous() for layer in (self.q, self.k, self.v)
+        )
         attended = scaled_attention(query, key, value)  # [B, HW, C]
         return x + self.proj_out(rearrange(attended, "b (h w) c -> b c h w", h=x.shape[2]))
 

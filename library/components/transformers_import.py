@@ -4,30 +4,42 @@ some."""
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import threading
 from contextlib import suppress
 from typing import Any
 
-from library.core.garbage import records_stay
+import torch
 
+from library.components.deferred_compiler import compiler_deferred
+from library.core.garbage import in_own_program, records_stay
+
+MODELS = "transformers.modeling_utils"
 _importing = threading.RLock()
 
 
 def import_transformers_models() -> None:
-    """Import what every model class of transformers stands on (`transformers.modeling_utils`). Call it before such a
-    class is imported: it waits for `import_in_background`, and leaves scipy out."""
+    """Import what every model class of transformers stands on (`MODELS`). Call it before such a
+    class is imported: it waits for `import_in_background`, and leaves out scipy, torch's compiler and, in a program of
+    our own, tensors that are spread over processes."""
     with _importing:
-        if "transformers.modeling_utils" not in sys.modules:
-            with records_stay():
-                _import_losses()
-                importlib.import_module("transformers.modeling_utils")
+        if MODELS in sys.modules:
+            return
+        with records_stay():
+            _import_losses()
+            with suppress(ImportError), compiler_deferred():
+                if in_own_program() and not _is_one_of_several():
+                    _leave_spread_tensors_out()
+                for name in (MODELS, "transformers.masking_utils"):
+                    importlib.import_module(name)
+            importlib.import_module(MODELS)  # with the compiler, where this transformers asks for more of it
 
 
 def import_in_background() -> None:
     """Begin to import them in a thread while this one computes or waits for the disk. An import that fails does so again, with
     its message, where the classes are needed."""
-    if "transformers.modeling_utils" in sys.modules:
+    if MODELS in sys.modules:
         return
 
     def work() -> None:
@@ -60,3 +72,22 @@ def _linear_sum_assignment(*args: Any, **kwargs: Any) -> Any:
     from scipy.optimize import linear_sum_assignment
 
     return linear_sum_assignment(*args, **kwargs)
+
+
+def _is_one_of_several() -> bool:
+    """Whether this process shares its run with others, or a launcher says that it will."""
+    distributed = torch.distributed
+    return "RANK" in os.environ or (distributed.is_available() and distributed.is_initialized())
+
+
+def _leave_spread_tensors_out() -> None:
+    """transformers imports torch.distributed.tensor (half a second, with sympy) for models that are spread over processes.
+    Tell it that this process is alone, for as long as it runs: so all its modules agree."""
+    importlib.import_module("transformers.utils")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers.") and "is_torch_distributed_available" in vars(module):
+            module.is_torch_distributed_available = _not_spread  # type: ignore[attr-defined]
+
+
+def _not_spread() -> bool:
+    return False

@@ -12,13 +12,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _is_waiting = False
+_is_own_program = False
 
 
 def wait_until_started() -> None:
     """Collect nothing before `started`. Call it first in a program of its own."""
-    global _is_waiting
+    global _is_waiting, _is_own_program
+    _is_own_program = True
     _is_waiting = gc.isenabled()
     gc.disable()
+
+
+def in_own_program() -> bool:
+    """Whether this process is a program of its own (`wait_until_started`), and no notebook that does other things too."""
+    return _is_own_program
 
 
 def started() -> None:

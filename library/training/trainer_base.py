@@ -49,7 +49,7 @@ from library.training.hooks.standard import standard_hooks
 from library.training.loop import fit
 from library.training.loss import LossFunction
 from library.training.memory.choice import RESERVED, Chooser, changed
-from library.training.memory.plan import GB, MemoryPlan, Planner, capacity_of, quiet, resident
+from library.training.memory.plan import GB, FewerSamples, MemoryPlan, Planner, capacity_of, quiet, resident
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
 from library.training.optimizers.host_states import keep_on_host
@@ -217,12 +217,12 @@ class Trainer:
             )
         chooser = Chooser(
             lambda config: planner.measured(config, demand), planner.assembled,
-            self._has_no_problem,
+            self._has_no_problem, FewerSamples(planner, demand),
         )
         budget, capacity = memory.vram_budget, capacity_of(runtime.device)
         if budget is None and (capacity is None or runtime.device.type == "cpu"):
             chosen = changed(self.config, MemoryOptions, blocks_to_swap=0)
-            where = "main memory" if runtime.device.type == "cpu" else f"{runtime.device}, whose size is not known"
+            where = "main memory" if runtime.device.type == "cpu" else f"{runtime.device}, whose size is not known (--vram_budget tells it)"
             logger.info("--blocks_to_swap auto: 0, as the run computes in %s", where)
         else:
             limit = (1 - RESERVED) * capacity if budget is None else budget * GB

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from types import SimpleNamespace
 
 import torch
 
@@ -13,6 +12,8 @@ from benchmarks.gpu import Cell, GpuBench
 from benchmarks.real_models import MODELS
 from library.core.errors import ConfigError
 from library.safetensors_utils import read_header
+from tests.library.components.deep_denoisers import Denoiser
+from tests.simulated_device import simulated_device
 
 
 def test_cells_on_the_cpu(tmp_path, capsys):
@@ -75,9 +76,16 @@ def test_the_cells_of_the_issue():
 
 
 def test_what_block_swap_moves():
-    """Three blocks travel through a ring of one: three forward, and two more on the way back."""
-    row = SimpleNamespace(num_swapped=2, ring_size=1, travelling=lambda: [torch.zeros(5, 2, dtype=torch.bfloat16)] * 3)
-    assert gpu.bytes_moved(SimpleNamespace(offloaders=(row, None))) == 5 * 20
+    """As many bytes as a step of a denoiser with block swap copies to a simulated device."""
+    for ring in (1, 2):
+        with simulated_device() as device:
+            denoiser = Denoiser("wan")
+            denoiser.model.enable_block_swap(2, device.device, ring)
+            for parameter in denoiser.model.requires_grad_(False).parameters():
+                parameter.requires_grad_(parameter.ndim == 1)  # biases and norms, which stay
+            denoiser().square().mean().backward()
+            copied = sum(target.nbytes for copy in device.copies for target, _ in copy.pairs)
+        assert gpu.bytes_moved(denoiser.model) == copied > 0
     assert gpu.bytes_moved(torch.nn.Linear(2, 2)) == 0
 
 

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FRESH_PROCESS = """
 import sys
 import torch
+from library.components.deferred_compiler import TellsMarks, compiler_deferred, is_imported
 from library.components.transformers_import import import_in_background, import_transformers_models
+from library.core.garbage import wait_until_started
 from library.training.optimizers import OptimizerOptions, build
 
 
@@ -37,15 +39,31 @@ def trained(optimizer_type, arguments):
 cases = [("AdamW", None), ("SGDNesterov", None), ("torch.optim.RAdam", ["weight_decay=0.1"])]
 light = [trained(*case) for case in cases]
 assert "torch._dynamo" not in sys.modules, "the compiler was imported"
+wait_until_started()
 import_in_background()
 import_transformers_models()
 assert "transformers.modeling_utils" in sys.modules
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
-assert "scipy" not in sys.modules, "scipy was imported"
+from transformers import masking_utils, modeling_utils
+from transformers.integrations import deepgemm
+with compiler_deferred():  # means in Python, as plans of memory have them
+    torch.nn.functional.group_norm(torch.empty(1, 4, 2, 2, device="meta"), 2)
+    assert not is_imported()
+assert all(finder.marks for finder in sys.meta_path if isinstance(finder, TellsMarks)), "a finder without a purpose"
+for name in ("scipy", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint"):
+    assert name not in sys.modules, f"{name} was imported"
+assert not hasattr(deepgemm.is_sm100, "_dynamo_marked_constant")
 from transformers.loss import loss_for_object_detection as detection
 rows, columns = detection.linear_sum_assignment([[4.0, 1.0], [2.0, 3.0]])
 assert list(columns) == [1, 0] and detection.is_scipy_available()
-import torch._dynamo
+with compiler_deferred():
+    import torch._dynamo
+    assert torch._dynamo.config.suppress_errors is False and is_imported(), "not the compiler itself"
+assert deepgemm.is_sm100._dynamo_marked_constant
+assert torch._dynamo.trace_rules.is_callable_allowed(modeling_utils.PreTrainedModel.can_record_outputs.fget)
+masks = masking_utils.TransformGetItemToIndex()
+assert type(masks).__name__ == "TransformGetItemToIndex" and type(masks).__module__.startswith("torch._dynamo.")
+assert not any(isinstance(finder, TellsMarks) for finder in sys.meta_path)
 assert all(torch.equal(a, trained(*case)) for a, case in zip(light, cases)), "another result with the compiler there"
 assert torch._dynamo.eval_frame.innermost_fn(torch.optim.Optimizer.zero_grad.__wrapped__.__dynamo_disable) is not None
 assert getattr(torch.optim.Optimizer.zero_grad.__wrapped__.__dynamo_disable, "_torchdynamo_disable", False)

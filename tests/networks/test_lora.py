@@ -540,3 +540,21 @@ def test_chunks_of_one_sample_have_masks_of_their_own():
     whole = output_in_training(adapter, layer, x, StepDraws(1, 5, (0, 1)))
     assert not any(torch.equal(whole[i], whole[j]) for i in range(4) for j in range(i))
     torch.testing.assert_close(output_in_training(adapter, layer, x[:2], StepDraws(1, 5, (1,))), whole[2:])
+
+
+def test_rows_with_gaps_between_them_reach_the_layer_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    """Texts of a sequence with pictures, say: put together they would be for another kernel, with other last digits
+    than without an adapter."""
+    layer, x, given = nn.Linear(8, 6), torch.randn(2, 7, 8), []
+    adapter_for(layer).apply_to()
+
+    def linear(rows, weight, *bias, known=nn.functional.linear):
+        given.extend([rows] * (weight is layer.weight))
+        return known(rows, weight, *bias)
+
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    for part in (x[:, :3], x.transpose(0, 1)):
+        layer(part)
+        assert given[-1].shape == part.shape and given[-1].stride() == part.stride()
+    layer(x)
+    assert given[-1].shape == (14, 8)

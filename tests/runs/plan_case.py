@@ -71,7 +71,10 @@ def main(folder: str, name: str, trainable: str, side: str, batch: str, *options
     make = lambda side, batch: trainer_of(Path(folder), name, trainable, side, batch, list(options))  # noqa: E731
     train(make(64, 1))
     if any(option.endswith("_to_disk") for option in options):  # caches are complete, so that the step counts
-        train(make(int(side), int(batch)))
+        filling = make(int(side), int(batch))
+        filling.prepare()
+        filling.release()
+        del filling
     predicted = make(int(side), int(batch)).plans()[0]
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -13,11 +13,21 @@ from tests.waiting import PATIENCE
 
 LATENTS = ["--cache_latents_to_disk"]
 ALL = [*LATENTS, "--cache_text_encoder_outputs_to_disk"]
+UNET, AGAIN = "--network_train_unet_only", "--gradient_checkpointing"
 CASES = {
     "adapter": ("flux", "network", 512, 8, LATENTS),
-    "adapter_checkpointed": ("flux", "network", 512, 16, [*LATENTS, "--gradient_checkpointing"]),
+    "adapter_checkpointed": ("flux", "network", 512, 16, [*LATENTS, AGAIN]),
     "whole_model": ("flux", "full", 512, 8, ALL),
     "unet": ("sd1", "network", 512, 4, []),
+    "sdxl": ("sdxl", "network", 512, 8, [*ALL, UNET]),
+    "sdxl_whole": ("sdxl", "full", 512, 8, ALL),
+    "sd3": ("sd3", "network", 384, 12, [*ALL, UNET]),
+    "sd3_checkpointed": ("sd3", "network", 384, 24, [*ALL, UNET, AGAIN]),
+    "sd3_whole": ("sd3", "full", 384, 12, ALL),
+    "anima_checkpointed": ("anima", "network", 512, 16, [*ALL, UNET, AGAIN]),
+    "anima_whole": ("anima", "full", 512, 8, ALL),
+    "wan": ("wan", "network", 512, 8, ALL),
+    "wan_checkpointed": ("wan", "network", 512, 16, [*ALL, AGAIN]),
 }
 """name -> tiny set, what is trained, side of the pictures, their number, options"""
 

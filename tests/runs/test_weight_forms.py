@@ -123,6 +123,28 @@ def test_weights_that_an_adapter_leaves_alone_stay_as_they_are(tinies: Tinies, t
     assert changed == 2
 
 
+def test_what_an_adapter_changes_of_numbers_without_scales(tmp_path: Path) -> None:
+    """It has scales where they are asked for; else it is refused when it leaves the range."""
+    from library.checkpoints.loading import open_checkpoint
+
+    numbers = torch.randn(4, 32).to(torch.float8_e4m3fn)
+    save_file_atomic({"a.weight": numbers, "b.weight": numbers}, tmp_path / "fp8.safetensors")
+    source, keys = open_checkpoint(tmp_path / "fp8.safetensors"), ["a.weight", "b.weight"]
+
+    def changed(files, items):
+        return ((key, 1000 * tensor.float() if key == "a.weight" else tensor) for key, tensor in items)
+
+    def read_in(form: str | None, dtype: torch.dtype | None = torch.bfloat16) -> dict:
+        return source.tensors("cpu", False, keys, changed, source.storing(dtype, keys, form))
+
+    found = read_in("fp8_scaled")
+    assert torch.equal(found["a.weight"].scale, stored(1000 * numbers.float(), "fp8_scaled").scale)
+    assert found["b.weight"].scale is None and torch.equal(found["b.weight"].data.float(), numbers.float())
+    for form, dtype in (("fp8", torch.bfloat16), (None, None)):
+        with pytest.raises(CheckpointError, match="a.weight"):
+            read_in(form, dtype)
+
+
 def test_other_numbers_with_scales(tmp_path: Path) -> None:
     """int8 with scales is read; 4-bit floats are named, not read as whole numbers."""
     from library.checkpoints.loading import open_checkpoint

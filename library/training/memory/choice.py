@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from library.core.errors import ConfigError
 from library.core.options import AUTO, Config
@@ -43,31 +43,51 @@ class Candidate:
     """the options that were added, "" as asked"""
 
 
+class SmallerBatches(Protocol):
+    most: int
+    """samples of the largest of them, 0 when there is none"""
+
+    def plan(self, config: Config, count: int) -> MemoryPlan:
+        """With batches of `count` samples."""
+
+
 class Chooser:
     """`measure` traces a configuration, whose plan for any number of swapped blocks `assemble` then gives; `is_valid`
-    tells whether nothing of the run has something against it."""
+    tells whether nothing of the run has something against it; `smaller` gives the plans of smaller batches."""
 
     def __init__(
         self, measure: Callable[[Config], Sizes], assemble: Callable[[Config, Sizes], MemoryPlan],
-        is_valid: Callable[[Config], bool],
+        is_valid: Callable[[Config], bool], smaller: SmallerBatches,
     ) -> None:
-        self._measure, self._assemble, self._is_valid = measure, assemble, is_valid
+        self._measure, self._assemble, self._is_valid, self._smaller = measure, assemble, is_valid, smaller
 
     def choose(self, config: Config, budget: float, *, given: bool) -> Choice:
         """The first configuration whose peak is within `budget` bytes. `given`: the user said so with --vram_budget,
-        so that all options that he left open are; otherwise the swapped blocks alone. ConfigError with the nearest."""
+        so that all options that are off are open, those too that front ends write as 0 or false; otherwise the swapped
+        blocks alone. ConfigError with the nearest."""
         asked = changed(config, MemoryOptions, blocks_to_swap=_number(config))
-        is_open = {
-            "blocks_to_swap": config[MemoryOptions].blocks_to_swap == AUTO
-            or (given and "blocks_to_swap" not in config.explicit)
-        }
+        swaps = config[MemoryOptions].blocks_to_swap == AUTO or (given and not config[MemoryOptions].blocks_to_swap)
         seen: list[Candidate] = []
-        for candidate in self._candidates(asked, budget, given, is_open["blocks_to_swap"]):
+        for candidate in self._candidates(asked, budget, given, swaps):
             seen.append(candidate)
             if candidate.plan.device_peak <= budget:
                 return Choice(candidate.config, candidate.plan, tuple(_reasons(seen, budget, given)))
         nearest = min(seen, key=lambda one: one.plan.device_peak)
-        raise ConfigError(_refusal(nearest, seen[0], budget, given))
+        raise ConfigError(_refusal(nearest, seen[0], budget, given, self._advice(nearest.config, budget)))
+
+    def _advice(self, config: Config, budget: float) -> str:
+        """Which smaller batch fits with this configuration, found by halving."""
+        plans, lowest, most = {}, 1, self._smaller.most
+        if not most:
+            return "A smaller resolution"
+        highest = most
+        while lowest <= highest:
+            count = (lowest + highest) // 2
+            plans[count] = self._smaller.plan(config, count)
+            lowest, highest = (count + 1, highest) if plans[count].device_peak <= budget else (lowest, count - 1)
+        if highest:
+            return f"A batch of {highest} fits, with {_gb(plans[highest].device_peak)}; a smaller resolution"
+        return f"Not even a batch of 1 fits, which holds {_gb(plans[1].device_peak)}; a smaller resolution"
 
     def _candidates(self, config: Config, budget: float, given: bool, swaps: bool) -> Iterator[Candidate]:
         """From what was asked on, each with what came before, unless that was no use."""
@@ -110,7 +130,7 @@ def _number(config: Config) -> int | None:
 
 
 def _further(config: Config) -> Iterator[tuple[str, tuple[type, Mapping[str, object]]]]:
-    """The options that are left open, in the order in which they are tried."""
+    """The options that are off, in the order in which they are tried."""
     memory, precision = config[MemoryOptions], config[PrecisionOptions]
     if not memory.gradient_checkpointing:
         yield "gradient_checkpointing", (MemoryOptions, {"gradient_checkpointing": True})
@@ -132,14 +152,14 @@ def _reasons(seen: list[Candidate], budget: float, given: bool) -> Iterator[str]
     yield f"{name}: chosen {chosen.words}, to stay within {_gb(budget)}; {asked}, {', '.join(steps)}"
 
 
-def _refusal(nearest: Candidate, asked: Candidate, budget: float, given: bool) -> str:
+def _refusal(nearest: Candidate, asked: Candidate, budget: float, given: bool, advice: str) -> str:
     peak = nearest.plan.peak
     name = f"--vram_budget is {budget / 1e9:g} GB" if given else f"--blocks_to_swap is auto, on {_gb(budget)}"
     how = f" with {nearest.words}" if nearest.words else ""
     return (
         f"{name}; the nearest that this run can come to is {_gb(nearest.plan.device_peak)}{how} (largest moment:"
         f" {peak.name}, {nearest.plan.largest_part} {_gb(peak.parts[nearest.plan.largest_part])}; as asked"
-        f" {_gb(asked.plan.device_peak)}, {asked.plan.settings}). A smaller batch or resolution, caches that are filled"
+        f" {_gb(asked.plan.device_peak)}, {asked.plan.settings}). {advice}, caches that are filled"
         " beforehand, or a smaller rank need less; tools/plan_memory.py shows the table"
     )
 

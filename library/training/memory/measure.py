@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from library.components.deferred_compiler import compiler_deferred
 from library.core.keyed_random import isolated_rng
 from library.dataset import CachingOptions
 from library.dataset.collate import stack_padded
@@ -97,7 +98,7 @@ class PhaseTracer:
     def sizes(self, demand: Demand) -> Sizes:
         """What a run takes whose batches are all as large as `demand`."""
         found = Sizes(demand, self.kind)
-        with isolated_rng(0), tracing(self.kind) as tracker:
+        with isolated_rng(0), compiler_deferred(), tracing(self.kind) as tracker:
             models = Models()
             latents, conditions = self._latents(demand, models, found, tracker)
             encoders, conditioning, tokens = self._captions(demand, found, tracker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -14,9 +15,12 @@ import torch
 from library.core.errors import AtelierError
 from library.dataset import CachingOptions
 from library.training.accelerator_setup import with_forms
+from library.training.adapters import NetworkOptions
 from library.training.memory.measure import PhaseTracer, Sizes
 from library.training.memory.samples import demands
 from library.training.optimizers import OptimizerOptions
+from library.training.optimizers.host_states import ROOM
+from library.training.optimizers.single_steps import steps_singly
 from library.training.option_groups import EmaOptions, HookOptions, LoopOptions, MemoryOptions
 
 if TYPE_CHECKING:
@@ -106,6 +110,18 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+class FewerSamples:
+    """Plans of a run whose largest batch, `demand`, is made smaller."""
+
+    def __init__(self, planner: Planner, demand: Demand) -> None:
+        self._planner, self._demand = planner, demand
+        self.most = len(demand.items) - 1
+
+    def plan(self, config: Config, count: int) -> MemoryPlan:
+        """With `count` samples, those of the longest captions."""
+        return self._planner.plan(config, dataclasses.replace(self._demand, items=self._demand.items[:count]))
+
+
 class Planner:
     """Plans of one run, whose data is known. `twin`: gives a trainer of a configuration, to be used up; `encodes`: the
     parts that have something to encode; `program`: bytes that the process has without models."""
@@ -143,8 +159,16 @@ class Planner:
             device=str(self.runtime.device), phases=tuple(_phases(config, sizes)),
             host={name: size for name, size in self._host(config, sizes) if size},
             settings=_settings(config[MemoryOptions], sizes), capacity=capacity_of(self.runtime.device),
-            left_out=("modules of --hook",) if config[HookOptions].hook else (),
+            left_out=tuple(self._left_out(config)),
         )
+
+    def _left_out(self, config: Config) -> Iterator[str]:
+        if config[HookOptions].hook:
+            yield "modules of --hook"
+        if NetworkOptions in config.classes() and config[NetworkOptions].base_weights:
+            yield "adapters of --base_weights while they are merged into what is read"
+        if self._keeps_vae:
+            yield "the making of samples"
 
     def _host(self, config: Config, sizes: Sizes) -> Iterator[tuple[str, int]]:
         caching, ema = config[CachingOptions], config[EmaOptions]
@@ -176,6 +200,15 @@ def _states_wait(config: Config, sizes: Sizes) -> bool:
     return sizes.is_paged or (config[OptimizerOptions].offload_optimizer and sizes.kind != "cpu")
 
 
+def _states_on_visit(config: Config, sizes: Sizes) -> int:
+    """Bytes of states that --offload_optimizer has on the device during an update: one part and the next, or all of
+    an optimizer that steps all weights as one."""
+    options = config[OptimizerOptions]
+    if sizes.is_paged or not options.offload_optimizer or sizes.kind == "cpu":
+        return 0
+    return min(sizes.optimizer, 2 * ROOM) if steps_singly(options) else sizes.optimizer
+
+
 def _swapped(config: Config, sizes: Sizes) -> tuple[int, int]:
     """Bytes of the denoiser in main memory, and the places on the device through which they pass."""
     count = config[MemoryOptions].blocks_to_swap
@@ -201,7 +234,8 @@ def _phases(config: Config, sizes: Sizes) -> Iterator[Phase]:
     yield Phase("forward", {**held, "activations": sizes.forward})
     there = min(sizes.gradients, sizes.backward)
     yield Phase("backward", {**held, "gradients": there, "activations": sizes.backward - there})
-    yield Phase("update", {**held, "gradients": sizes.gradients, "temporary": sizes.update})
+    visiting = {"optimizer": visit} if (visit := _states_on_visit(config, sizes)) else {}
+    yield Phase("update", {**held, **visiting, "gradients": sizes.gradients, "temporary": sizes.update})
 
 
 def capacity_of(device: torch.device) -> int | None:
@@ -218,7 +252,7 @@ def _settings(memory: MemoryOptions, sizes: Sizes) -> str:
     words = [f"batch of {count} at {sizes.demand.size}"]
     words.append("gradient checkpointing" if memory.gradient_checkpointing else "no gradient checkpointing")
     if memory.blocks_to_swap:
-        words.append(f"{memory.blocks_to_swap} blocks swapped")
+        words.append(f"{memory.blocks_to_swap} block{'' if memory.blocks_to_swap == 1 else 's'} swapped")
     return ", ".join(words)
 
 

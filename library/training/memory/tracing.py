@@ -99,6 +99,8 @@ class MemoryTracker(TorchDispatchMode):
         same form to inputs of the same forms."""
         if func in _IN_PLACE and args[0].device == META:
             return args[0]
+        if func in _DRAWS and isinstance(args[0], torch.nn.Parameter):
+            return args[0]  # made on the CPU by an adapter: its first values mean nothing here
         if func in _POINTWISE and _is_like(args):
             return torch.empty_like(args[0])
         key = _form_of((func, args, tuple(kwargs.items())))
@@ -111,7 +113,7 @@ class MemoryTracker(TorchDispatchMode):
         made = self._forms[key]
         if made is None:
             return func(*args, **kwargs)
-        found = tuple(torch.empty_strided(shape, stride, dtype=dtype, device=META) for shape, stride, dtype in made)
+        found = tuple(form and torch.empty_strided(*form[:2], dtype=form[2], device=META) for form in made)
         return found if self._several(func) else found[0]
 
     def _several(self, func: Callable[..., Any]) -> bool:
@@ -186,13 +188,14 @@ _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 def _forms_of(result: Any, args: tuple) -> tuple | None:
-    """(shape, stride, dtype) of each tensor of a result; None unless all of them are new and on the meta device."""
+    """(shape, stride, dtype) of each tensor of a result, None for one that was not asked for; None unless all of them
+    are new and on the meta device."""
     several = result if isinstance(result, tuple) else (result,)
-    if not all(isinstance(one, torch.Tensor) and one.device == META for one in several):
+    if not all(one is None or (isinstance(one, torch.Tensor) and one.device == META) for one in several):
         return None
-    if any(_shares_memory(one, args) for one in several):
+    if any(one is not None and _shares_memory(one, args) for one in several):
         return None
-    return tuple((one.shape, one.stride(), one.dtype) for one in several)
+    return tuple(one if one is None else (one.shape, one.stride(), one.dtype) for one in several)
 
 
 def _shares_memory(result: torch.Tensor, args: tuple) -> bool:
@@ -215,9 +218,11 @@ _POINTWISE = _overloads(
 _IN_PLACE = _overloads(
     "add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "lerp_", "copy_", "fill_", "zero_", "clamp_", "sqrt_",
     "neg_", "masked_fill_", "clamp_min_", "clamp_max_", "silu_", "sigmoid_", "uniform_", "normal_", "sign_", "abs_", "pow_",
-    "rsqrt_", "reciprocal_", "exp_",
+    "rsqrt_", "reciprocal_", "exp_", "addmm_", "baddbmm_",
 )  # fmt: skip
 """change values alone"""
+
+_DRAWS = _overloads("uniform_", "normal_")
 
 
 def _is_like(args: tuple) -> bool:

@@ -1,7 +1,8 @@
 """States of an optimizer in main memory between its steps (--offload_optimizer).
 
 A step brings those of a few parameters to the device at a time, the next ones while these are stepped, and sends them
-back. Small tensors, counts and paged states stay where the optimizer has them.
+back. Small tensors, counts and paged states stay where the optimizer has them, and so does what bfloat16 weights lack
+(`--bf16_update kahan`), which is read beside the steps.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import Parameter
 
 from library.components.device_transfers import Event, HostMemory, Transfers, pieces, room_for, transfers_to
 from library.training.optimizers import OptimizerOptions
-from library.training.optimizers.single_steps import GroupCounts, only, steps_singly
+from library.training.optimizers.single_steps import COMPENSATION, GroupCounts, only, steps_singly
 
 LEAST_BYTES = 2**14
 """smaller states stay on the device: they take no room, and bringing them would take longer than using them"""
@@ -45,6 +46,7 @@ class HostStates:
         self._memory = HostMemory(transfers, 2 * 4 * total)  # two moments in float32, as most have them
         self._homes: dict[int, Tensor] = {}
         """id of a state that waits in main memory -> itself"""
+        optimizer.host_states = self
         self._plain_step = optimizer.step
         optimizer.step = MethodType(lambda _, *words, **more: self.step(*words, **more), optimizer)
         self._plain_state_dict = optimizer.state_dict
@@ -74,6 +76,10 @@ class HostStates:
     def send_all(self) -> None:
         """What was loaded goes to main memory."""
         self._send([(group, group["params"]) for group in self._optimizer.param_groups], {})
+
+    def holds(self, value: Tensor) -> bool:
+        """Whether a state waits in main memory."""
+        return id(value) in self._homes
 
     def settle(self) -> None:
         """The host waits until every state is in main memory."""
@@ -108,7 +114,9 @@ class HostStates:
     def _large(self, parameter: Parameter) -> Iterator[tuple[str, Tensor]]:
         """Names and values of the states that move."""
         for name, value in self._optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.nbytes >= self._least and not getattr(value, "is_paged", False):
+            if not isinstance(value, Tensor) or value.nbytes < self._least or name == COMPENSATION:
+                continue
+            if not getattr(value, "is_paged", False):
                 yield name, value
 
     def _fetch(self, part: Groups) -> tuple[Event | None, dict[tuple[Parameter, str], Tensor]]:
@@ -117,7 +125,7 @@ class HostStates:
             (parameter, name): value
             for parameter in _parameters(part)
             for name, value in self._large(parameter)
-            if id(value) in self._homes
+            if self.holds(value)
         }
         if not homes:
             return None, homes
@@ -133,7 +141,7 @@ class HostStates:
         pairs = []
         for parameter in _parameters(part):
             for name, value in list(self._large(parameter)):
-                if id(value) in self._homes:
+                if self.holds(value):
                     continue
                 home = homes.get((parameter, name))
                 if home is None or home.shape != value.shape or home.dtype != value.dtype:
@@ -151,6 +159,12 @@ def keep_on_host(options: OptimizerOptions, optimizer: Any, device: torch.device
     """With --offload_optimizer, where the device is not main memory itself."""
     transfers = transfers_to(device) if options.offload_optimizer else None
     return None if transfers is None else HostStates(optimizer, transfers, singly=steps_singly(options))
+
+
+def waits_on_host(optimizer: Any, value: Tensor) -> bool:
+    """Whether a state waits in main memory until a step brings it."""
+    states = getattr(optimizer, "host_states", None)
+    return states is not None and states.holds(value)
 
 
 def _parameters(part: Groups) -> Sequence[Parameter]:

@@ -10,6 +10,8 @@ import torch
 
 from library.training.optimizers import OptimizerOptions, build, choose
 
+COMPENSATION = "kahan_compensation"
+"""in the state of a parameter, beside what its optimizer keeps there: what its bfloat16 value lacks"""
 PROBE_STEPS = 3
 
 

@@ -8,11 +8,11 @@ these methods run without it; from the moment on at which something does, they d
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
-COMPILER = "torch._dynamo"
+from library.components import deferred_compiler
+
 METHODS = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 """those of torch.optim.Optimizer that are marked not to be traced"""
 
@@ -22,7 +22,7 @@ def leave_compiler_out(optimizer_class: type) -> None:
     instantiated. Versions of torch that mark them in another way import the compiler, as without this."""
     import torch
 
-    if COMPILER in sys.modules or not issubclass(optimizer_class, torch.optim.Optimizer):
+    if deferred_compiler.is_imported() or not issubclass(optimizer_class, torch.optim.Optimizer):
         return
     for name in METHODS:
         method = getattr(torch.optim.Optimizer, name)
@@ -40,7 +40,7 @@ def _plain_until_compiling(method: Callable[..., Any], marked: Callable[..., Any
     real one."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if COMPILER not in sys.modules:
+        if not deferred_compiler.is_imported():
             return marked(*args, **kwargs)
         if getattr(marked, "__dynamo_disable", None) is call:
             del marked.__dynamo_disable
@@ -57,7 +57,7 @@ def _step_without_compiler(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def call(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if COMPILER in sys.modules:
+        if deferred_compiler.is_imported():
             return step(self, *args, **kwargs)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             return plain(self, *args, **kwargs)

@@ -10,8 +10,6 @@ from library.core.keyed_random import keyed_generator
 
 LOW_BITS = 16
 """bits of a float32 that bfloat16 does not have"""
-COMPENSATION = "kahan_compensation"
-"""in the optimizer's state of a parameter: what its bfloat16 value lacks"""
 
 
 def stochastically_rounded(values: torch.Tensor, random: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.components.block_ring import bring_weights_home
-from library.training.optimizers.single_steps import GroupCounts, only
+from library.training.optimizers.host_states import waits_on_host
+from library.training.optimizers.single_steps import COMPENSATION, GroupCounts, only
 from library.training.updaters.base import Updater, trained_parameters
-from library.training.updaters.bf16_weights import BF16_UPDATES, COMPENSATION, exact_value
+from library.training.updaters.bf16_weights import BF16_UPDATES, exact_value
 from library.training.updaters.ordinary import OrdinaryUpdater
 
 if TYPE_CHECKING:
     from library.training.run import Run
+
 
 class SingleSteps:
     """Steps the optimizer of a run for some of its parameters. Those in bfloat16 are stepped as float32 copies, whose
@@ -85,14 +87,14 @@ class RoundingUpdater(OrdinaryUpdater):
 
 def bring_states(run: Run) -> None:
     """What was resumed for weights that wait in main memory (block swap) goes to the device, where they are when they
-    are updated. Paged states of bitsandbytes travel by themselves."""
+    are updated. Paged states of bitsandbytes travel by themselves, those of --offload_optimizer with their step."""
     for group in run.optimizer.param_groups:
         counts_too = bool(group.get("fused"))  # the fused kernel reads them with the weights
         for parameter in group["params"]:
             entry = run.optimizer.state.get(parameter, {}) if parameter.device.type == "cpu" else {}
             for key, value in entry.items():
                 is_moved = isinstance(value, torch.Tensor) and (value.ndim or counts_too)
-                if is_moved and not getattr(value, "is_paged", False):
+                if is_moved and not (getattr(value, "is_paged", False) or waits_on_host(run.optimizer, value)):
                     entry[key] = value.to(run.runtime.device)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from library.core.errors import ConfigError
 from library.training import optimizers
 from library.training.optimizers import OptimizerOptions, host_states
 from library.training.optimizers.host_states import HostStates
-from library.training.optimizers.single_steps import steps_singly
+from library.training.optimizers.single_steps import COMPENSATION, steps_singly
+from library.training.updaters.single import RoundingUpdater, bring_states
 from tests.runs.conftest import largest_difference
 from tests.runs.families import Tinies
 from tests.simulated_device import SimulatedDevice
@@ -146,6 +149,43 @@ def test_states_that_a_step_makes_anew_are_sent_too() -> None:
             optimizer.step()
     (found,) = tensors_of(optimizer.state_dict())
     assert torch.equal(device.host_reads(found), torch.full((24, 16), 7.0))
+
+
+def run_of(optimizer, device: str = "cpu") -> Any:
+    """What updaters read of a run."""
+    return SimpleNamespace(
+        optimizer=optimizer, runtime=SimpleNamespace(device=torch.device(device)), step=SimpleNamespace(seed=0),
+        progress=SimpleNamespace(global_step=0), hooks=SimpleNamespace(on_gradients_ready=lambda run: None),
+    )  # fmt: skip
+
+
+def test_what_weights_in_bfloat16_lack_stays_where_it_is_read() -> None:
+    """It is added to them beside the steps, also after a state was loaded."""
+    trained, device = [nn.Parameter(one.detach().bfloat16()) for one in weights()], SimulatedDevice()
+    optimizer = made(options_of("AdamW"), trained)
+    states = HostStates(optimizer, device, singly=True, least=LEAST)
+    updater = RoundingUpdater(singly=True, bf16_update="kahan")
+    updater.begin(run_of(optimizer))
+    for step in range(2):
+        for weight in trained:
+            weight.grad = gradient(tuple(weight.shape), step).bfloat16()
+        with device.watching():
+            updater.step(run_of(optimizer))
+        states.send_all()
+    kept = [entry[COMPENSATION] for entry in optimizer.state.values()]
+    assert len(kept) == len(trained) and not any(device.is_home(one) for one in kept) and device.copies
+
+
+def test_states_at_home_stay_there_when_a_run_with_swapped_weights_goes_on() -> None:
+    """Their weights are in main memory between steps; the states come with the step of each."""
+    trained, device = weights(), SimulatedDevice()
+    optimizer = made(options_of("AdamW"), trained)
+    stepped(optimizer, trained, range(1))
+    HostStates(optimizer, device, singly=True, least=LEAST).send_all()
+    bring_states(run_of(optimizer, "meta"))
+    moved = [value for value in tensors_of(optimizer.state_dict()) if value.device.type == "meta"]
+    assert moved and all(value.nbytes < LEAST for value in moved)
+    assert any(device.is_home(value) for value in tensors_of(optimizer.state_dict()))
 
 
 def test_what_cannot_wait_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

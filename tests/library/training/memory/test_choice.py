@@ -40,10 +40,20 @@ def assembled(config: Config, sizes: Sizes) -> MemoryPlan:
 
 
 def choose(config: Config, budget: int, *, given: bool = True, invalid: tuple[str, ...] = ()) -> tuple[Config, str]:
+    class Smaller:
+        """Batches of which each sample takes the same, of a batch of 4."""
+
+        most = 3
+
+        def plan(self, one: Config, count: int) -> MemoryPlan:
+            sizes = measured(one)
+            sizes.forward = sizes.forward * count // 4
+            return assembled(one, sizes)
+
     def is_valid(one: Config) -> bool:
         return not any(getattr(one[group], name, None) for name in invalid for group in one.classes())
 
-    found = Chooser(measured, assembled, is_valid).choose(config, budget * MB, given=given)
+    found = Chooser(measured, assembled, is_valid, Smaller()).choose(config, budget * MB, given=given)
     assert found.plan.device_peak <= budget * MB
     return found.config, " ".join(found.lines)
 
@@ -76,6 +86,11 @@ def test_what_was_given_stays() -> None:
         choose(config_of(mixed_precision="no"), 200)  # 8 bits compute in a narrower type
 
 
+def test_what_front_ends_write_of_options_that_are_off_is_open() -> None:
+    written = {"blocks_to_swap": 0, "gradient_checkpointing": False, "cpu_offload_checkpointing": False}
+    assert choose(config_of("fp8_scaled", **written), 200)[0].values() == choose(config_of(), 200)[0].values()
+
+
 def test_auto_swaps_and_changes_nothing_else() -> None:
     config, why = choose(config_of(blocks_to_swap="auto"), 1250, given=False)
     assert config[MemoryOptions] == replace(MemoryOptions(), blocks_to_swap=2)
@@ -91,6 +106,11 @@ def test_a_refusal_names_the_nearest() -> None:
     assert told.startswith("--vram_budget is 0.1 GB; the nearest that this run can come to is 0.18 GB with")
     assert "--gradient_checkpointing --cpu_offload_checkpointing --fp8_scaled --blocks_to_swap 6" in told
     assert "as asked 1.4 GB" in told
+    assert "Not even a batch of 1 fits, which holds 0.12 GB" in told
+    with pytest.raises(ConfigError, match="A batch of 3 fits, with 0.16 GB; a smaller resolution"):
+        choose(config_of(), 170)
+    with pytest.raises(ConfigError, match="A batch of 1 fits, with 0.12 GB"):
+        choose(config_of(), 139)
 
 
 @pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])

@@ -11,7 +11,7 @@ import torch
 
 from library.core.errors import ConfigError
 from library.training.optimizers import OPTIMIZERS, OptimizerOptions, build, choose
-from library.training.updaters.bf16_weights import COMPENSATION
+from library.training.optimizers.single_steps import COMPENSATION
 from library.training.updaters.single import SingleSteps
 
 STEPS, RATE = 30, 1e-5
