@@ -4,6 +4,7 @@ absent."""
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,6 +33,7 @@ from library.core.atomic_file import atomic_path
 from library.core.console import storable
 from library.core.errors import CheckpointError
 from library.core.lazy_names import homes, lazy_names
+from library.core.postponed_writes import taker_of
 
 logger = logging.getLogger(__name__)
 __getattr__, __dir__ = lazy_names(
@@ -318,9 +320,34 @@ def find_key(
 
 
 def save_pickled_atomic(value: Any, path: str | os.PathLike) -> None:
-    """Write a PyTorch file that is either whole or not there."""
+    """Write a PyTorch file that is either whole or not there; later where that is asked for (postponed_writes)."""
+    taker = taker_of(sum(tensor.nbytes for tensor in tensors_in(value)))
+    if taker is not None:
+        content = pickled(value)
+        taker.add(lambda: _write_pickled(path, lambda file: file.write(content)))
+        return
+    _write_pickled(path, lambda file: torch.save(value, file))
+
+
+def pickled(value: Any) -> memoryview:
+    """The bytes that torch.save writes."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getbuffer()
+
+
+def _write_pickled(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
     with atomic_path(path) as temporary, open(temporary, "wb") as file:  # given a name, torch would write that too
-        torch.save(value, file)
+        write(file)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Those of nested dicts and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)
 
 
 def save_file_atomic(
@@ -329,9 +356,15 @@ def save_file_atomic(
     """Write a safetensors file that is either whole or not there; equal content gives equal bytes.
 
     Tensors are written one at a time, widest type first and then by name, so that every one is aligned. Written to a
-    temporary name beside the target, flushed to the disk, then renamed.
+    temporary name beside the target, flushed to the disk, then renamed; later where that is asked for, with what the
+    tensors hold now (postponed_writes).
     """
     infos = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    taker = taker_of(sum(tensor.nbytes for tensor in tensors.values()))
+    if taker is not None:
+        copies, told = taker.copied(tensors), None if metadata is None else dict(metadata)
+        taker.add(lambda: stream_file_atomic(infos, copies.items(), path, told))
+        return
     stream_file_atomic(infos, tensors.items(), path, metadata)
 
 

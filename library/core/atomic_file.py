@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from library.core.console import storable
 from library.core.file_owners import owned_name
+from library.core.postponed_writes import postponing
 from library.core.write_errors import HeldFileError, WriteError, os_error_of, write_error, write_errors_of
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     removed.
 
     The folder is made when it is missing. WriteError for a full disk and the like; HeldFileError when another program
-    holds the target, and then the file is kept under another name.
+    holds the target, and then the file is kept under another name. Nothing inside is postponed (postponed_writes).
     """
     target = Path(path)
-    with write_errors_of(target):
+    with write_errors_of(target), postponing(None):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = owned_name(target, "tmp")
         open(temporary, "xb").close()
@@ -61,9 +62,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def scratch_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that is removed in any case."""
+    """Yield a temporary path beside `path` that is removed in any case. Nothing inside is postponed."""
     temporary = owned_name(Path(path), "tmp")
-    with write_errors_of(path):
+    with write_errors_of(path), postponing(None):
         try:
             yield temporary
         finally:
@@ -75,7 +76,7 @@ def scratch_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """As atomic_path for a folder: an earlier one of the name stands until the new one is complete, then goes."""
     target = Path(path)
-    with write_errors_of(target):
+    with write_errors_of(target), postponing(None):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = owned_name(target.with_name(target.name.replace(".", "_")), "tmp")
         temporary.mkdir()
@@ -190,8 +191,8 @@ def _kept(temporary: Path, target: Path, error: OSError) -> HeldFileError:
         f"{target} cannot be replaced ({error.strerror or error}): another program holds it open, or there is no "
         "permission; what was"
         f" written is {kept}. Close that program and rename it",
-        kept,
-    )
+        kept, target,
+    )  # fmt: skip
 
 
 def _while_held(action: Callable[[], T]) -> T:

@@ -52,11 +52,11 @@ class WriteError(AtelierError, OSError):
 
 
 class HeldFileError(WriteError):
-    """The place of a finished file is held open by another program; `kept` is where the file lies instead."""
+    """The `place` of a finished file is held open by another program; `kept` is where the file lies instead."""
 
-    def __init__(self, message: str, kept: Path | None = None) -> None:
+    def __init__(self, message: str, kept: Path | None = None, place: Path | None = None) -> None:
         super().__init__(message)
-        self.kept = kept
+        self.kept, self.place = kept, place
 
 
 def os_error_of(error: BaseException | None) -> OSError | None:

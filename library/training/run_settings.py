@@ -69,8 +69,9 @@ class RunSettings:
     groups: list[dict[str, Plain]] = field(default_factory=list)
     history: list[dict[str, Plain]] = field(default_factory=list)
 
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+    def text(self) -> str:
+        """The content of SETTINGS_FILE."""
+        return json.dumps(asdict(self))
 
 
 def read_settings(folder: str | Path) -> RunSettings | None:

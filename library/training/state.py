@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
@@ -37,6 +37,7 @@ from library.training.state_files import (
 
 if TYPE_CHECKING:
     from library.core.options import Config
+    from library.core.postponed_writes import Postponed
     from library.training.accelerator_setup import Runtime
     from library.training.run import Run
 
@@ -46,32 +47,49 @@ HOOK_PREFIX = "hook:"
 """before the keys of the weights of hooks"""
 
 
-def save_state(run: Run, folder: str | Path, counters: Mapping[str, int]) -> None:
+def save_state(run: Run, folder: str | Path, counters: Mapping[str, int], occasion: Postponed | None = None) -> None:
     """Write a state folder under a temporary name, then rename it: an earlier one of the name stands until then. Main
     process only; weights are equal on all ranks.
 
-    `counters`: see checkpoint.train_state.
+    `counters`: see checkpoint.train_state. `occasion`: who writes what the run holds now, if there is room for a copy.
     """
-    from library.safetensors_utils import save_file_atomic
+    from library.safetensors_utils import pickled, save_file_atomic, tensors_in
 
     tensors = {
-        f"{prefix}{key}": tensor.detach().cpu().contiguous()
+        f"{prefix}{key}": tensor.detach()
         for prefix, module in prefixed_modules(run).items()
         for key, tensor in module.state_dict().items()
     }
-    with atomic_folder(folder) as temporary:
-        save_file_atomic(tensors, temporary / WEIGHTS_FILE, {"format": "pt"})
-        _save(run.optimizer.state_dict(), temporary / OPTIMIZER_FILE)
-        if hasattr(run.lr_scheduler, "state_dict"):
-            _save(run.lr_scheduler.state_dict(), temporary / SCHEDULER_FILE)
-        scaler = run.runtime.accelerator.scaler
-        if scaler is not None:
-            _save(scaler.state_dict(), temporary / SCALER_FILE)
-        _save({key: hook.state_dict() for key, hook in run.hooks.by_key().items()}, temporary / HOOKS_FILE)
-        run.settings.write(temporary / SETTINGS_FILE)
-        content = {**counters, "seed": run.step.seed, "steps_per_epoch": run.progress.steps_per_epoch}
-        (temporary / STATE_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
-        write_sums(temporary)
+    parts, settings = dict(_pickled_parts(run)), run.settings.text()
+    content = {**counters, "seed": run.step.seed, "steps_per_epoch": run.progress.steps_per_epoch}
+
+    def write(weights: Mapping[str, torch.Tensor], save: Callable[[BinaryIO, str], object]) -> None:
+        with atomic_folder(folder) as temporary:
+            save_file_atomic(weights, temporary / WEIGHTS_FILE, {"format": "pt"})
+            for name in parts:
+                with open(temporary / name, "wb") as file:  # given a name, torch tells nothing of a full disk
+                    save(file, name)
+            (temporary / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="\n")
+            (temporary / STATE_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+            write_sums(temporary)
+
+    size = sum(tensor.nbytes for tensor in tensors_in([tensors, parts]))
+    if occasion is None or not occasion.takes(size):
+        write(tensors, lambda file, name: torch.save(parts[name], file))
+        return
+    copies, bytes_of = occasion.copied(tensors), {name: pickled(value) for name, value in parts.items()}
+    occasion.add(lambda: write(copies, lambda file, name: file.write(bytes_of[name])))
+
+
+def _pickled_parts(run: Run) -> Iterator[tuple[str, Any]]:
+    """What a state holds beside the weights, by the names of its files."""
+    yield OPTIMIZER_FILE, run.optimizer.state_dict()
+    if hasattr(run.lr_scheduler, "state_dict"):
+        yield SCHEDULER_FILE, run.lr_scheduler.state_dict()
+    scaler = run.runtime.accelerator.scaler
+    if scaler is not None:
+        yield SCALER_FILE, scaler.state_dict()
+    yield HOOKS_FILE, {key: hook.state_dict() for key, hook in run.hooks.by_key().items()}
 
 
 def prefixed_modules(run: Run) -> dict[str, torch.nn.Module]:
@@ -80,11 +98,6 @@ def prefixed_modules(run: Run) -> dict[str, torch.nn.Module]:
     own = run.trainable.modules()
     found = {f"{name}." if len(own) > 1 else "": module for name, module in own.items()}
     return {**found, **{f"{HOOK_PREFIX}{name}.": module for name, module in run.hooks.all_modules().items()}}
-
-
-def _save(value: Any, path: Path) -> None:
-    with open(path, "wb") as file:  # given a name, torch tells nothing of a full disk
-        torch.save(value, file)
 
 
 def load_state(run: Run, folder: str | Path, step: int) -> dict[str, list[Any]]:

@@ -50,7 +50,9 @@ def epoch(run: Run, number: int) -> None:
     """The files of a finished epoch."""
     run.progress.epoch, run.progress.global_step = number, number * run.progress.steps_per_epoch
     saving = SaveRules(run.config[SavingOptions], run.progress.num_epochs).after_epoch(number)
-    run.hooks.find(CheckpointHook)._write(run, saving)
+    hook = run.hooks.find(CheckpointHook)
+    hook._write(run, saving)
+    hook.settle()
 
 
 def start_again(work: Work) -> Path:

@@ -54,7 +54,8 @@ def test_killed_and_resumed_with_another_number_of_workers(work: Work) -> None:
     for path in out.glob("*.safetensors"):
         load_file(path)
     newest = max(out.glob("lora-step*-state"))
-    assert newest.name == "lora-step00000007-state"
+    # that of step 7 may have been on its way
+    assert newest.name in ("lora-step00000006-state", "lora-step00000007-state")
     resumed = work.train("parts", LONG, BRIEF, f"--resume={newest}", dataset=data)
     assert fingerprint(resumed) == fingerprint(work.train("whole", LONG, BRIEF, dataset=data))
 

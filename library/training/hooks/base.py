@@ -36,6 +36,9 @@ class Hook:
     companions: ClassVar[tuple[str, ...]] = ()
     """endings of the files that it writes beside each model file: `-ema` for `<name>-ema.safetensors`. See
     `save_companion`"""
+    reads_saved_files: ClassVar[bool] = True
+    """whether its `on_post_save`, if it has one, needs the file, and its `save_companion` what that wrote: the run then
+    waits until it is written"""
     process_batch: StepBody | None = None
     compute_loss: LossBody | None = None
 
@@ -94,7 +97,7 @@ class Hook:
         raise NotImplementedError(f"{type(self).__name__} names the companion {ending} and does not write it")
 
     def on_post_save(self, run: Run, path: str, metadata: dict[str, str]) -> None:
-        """Main process only, after a model file (not a state folder) was written."""
+        """Main process only, after a model file (not a state folder) was written; see `reads_saved_files`."""
 
     def on_epoch_end(self, run: Run) -> None: ...
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.checkpoints.number_formats import clamping
 from library.core.atomic_file import remove_file, remove_folder
+from library.core.postponed_writes import postponing
 from library.core.write_errors import HeldFileError, WriteError
 from library.training.checkpoint import AVERAGED, SaveRules, Saving, companion_name, side_name, train_state
+from library.training.file_writer import FileWriter, Occasion
 from library.training.hooks.base import Hook
 from library.training.hooks.finite import SAVE_DTYPES, NonFiniteGuard
 from library.training.option_groups import HubOptions, SavingOptions
@@ -68,7 +72,8 @@ MetadataMaker = Callable[["Run"], dict[str, str]]
 
 class CheckpointHook(Hook):
     """Rules of names and of what is due are in library/training/checkpoint.py. All ranks come here, because reading the
-    pending losses sums over ranks; the main process writes.
+    pending losses sums over ranks; the main process writes, in a thread of its own while training goes on. An error
+    there ends the run at the end of the next step.
 
     `metadata`: makes the metadata of a file from the run as it stands; `upload`: a huggingface_util.Uploader or None.
     """
@@ -79,7 +84,9 @@ class CheckpointHook(Hook):
         self._files: dict[str, None] = {}
         self.last_state: Path | None = None
         self._saved_at = -1
-        """optimizer steps done when the last state was written"""
+        """optimizer steps done when the last state was copied, to be written"""
+        self._last_file: Path | None = None
+        self._writer = FileWriter()
 
     def planned_files(self, run: Run) -> list[str]:
         rules, progress = self._rules(run), run.progress
@@ -105,6 +112,8 @@ class CheckpointHook(Hook):
         return list(self._files)
 
     def on_step_end(self, run: Run, output: StepOutput) -> None:
+        with self._told_what_stands():
+            self._writer.check()
         self._write(run, self._rules(run).after_step(run.progress.global_step))
 
     def on_epoch_end(self, run: Run) -> None:
@@ -116,8 +125,17 @@ class CheckpointHook(Hook):
             self._write(run, self._rules(run).at_end(step), is_last=True)
         elif self._saved_at != step:
             self._write(run, self._rules(run).at_stop(step), is_last=True)
+        self.settle()
         if self._upload is not None:
             self._upload.finish()
+
+    def close(self, run: Run, error: BaseException | None) -> None:
+        self.settle()
+
+    def settle(self) -> None:
+        """What is on its way to the disk is there."""
+        with self._told_what_stands():
+            self._writer.settle()
 
     @staticmethod
     def _companions(run: Run) -> list[str]:
@@ -132,7 +150,8 @@ class CheckpointHook(Hook):
         return SaveRules(run.config[SavingOptions], run.progress.num_epochs, run.progress.steps_per_epoch)
 
     def _write(self, run: Run, saving: Saving | None, is_last: bool = False) -> None:
-        """File, state, then removal of what is outdated: a kill at any time leaves the newest or the one before."""
+        """File, state, then removal of what is outdated: a kill at any time leaves the newest or the one before. What
+        has to be there on return, and the last of all, is; the rest is on its way."""
         if saving is None:
             return
         guard = run.hooks.find(NonFiniteGuard)
@@ -141,66 +160,98 @@ class CheckpointHook(Hook):
         if saving.state is not None:
             self._saved_at = run.progress.global_step
         if run.runtime.is_main_process:
-            try:
+            self.settle()  # so that copies of one occasion are in memory at most
+            with self._told_what_stands():
                 self._write_all(run, Path(run.config[SavingOptions].output_dir), saving, is_last)
-            except HeldFileError:
-                raise
-            except WriteError as error:
-                raise error.with_more(self._kept(run)) from error
         run.runtime.barrier()
 
     def _write_all(self, run: Run, folder: Path, saving: Saving, is_last: bool) -> None:
         """What another program keeps from its place is kept under another name, so training goes on; whoever waits for
         the last file is told at the end."""
-        held = []
+        occasion = Occasion(may_wait=not is_last)
         try:
-            self._write_file(run, folder / saving.file, is_last)
+            self._write_file(run, folder / saving.file, is_last, occasion)
         except HeldFileError as error:
-            held.append(error)
+            occasion.held.append(error)
         if saving.state is not None:
-            try:
-                self._write_state(run, folder / saving.state, is_last)
-            except HeldFileError as error:
-                held.append(error)
-                self.last_state = error.kept
+            self._write_state(run, folder / saving.state, is_last, occasion)
+        occasion.add(lambda: self._finish(run, folder, saving, occasion.held))
+        if not is_last:
+            self._writer.start(occasion)
+            return
+        occasion.write_now()
+        if occasion.held:
+            raise occasion.held[0]
+
+    def _finish(self, run: Run, folder: Path, saving: Saving, held: Sequence[HeldFileError]) -> None:
         for error in held:
             logger.warning("%s", error)
         self._remove(run, folder, saving)
-        if held and is_last:
-            raise held[0]
 
-    def _kept(self, run: Run) -> str:
-        """What of the run stands, and how to go on when a file could not be written."""
-        guard = run.hooks.find(NonFiniteGuard)
-        file = None if guard is None else guard.last_good_checkpoint
+    @contextmanager
+    def _told_what_stands(self) -> Iterator[None]:
+        """Errors of writing tell what of the run stands, and how to go on."""
+        try:
+            yield
+        except HeldFileError:
+            raise
+        except WriteError as error:
+            raise error.with_more(self._kept()) from error
+
+    def _kept(self) -> str:
         if self.last_state is None:
-            kept = "Nothing was saved before" if file is None else f"Kept: {file}"
+            kept = "Nothing was saved before" if self._last_file is None else f"Kept: {self._last_file}"
             return f"{kept}; there is no state to go on from (--save_state writes them)"
-        return f"Kept: {file or self.last_state}. Go on with --resume {self.last_state}"
+        return f"Kept: {self._last_file or self.last_state}. Go on with --resume {self.last_state}"
 
-    def _write_file(self, run: Run, path: Path, is_last: bool) -> None:
+    def _write_file(self, run: Run, path: Path, is_last: bool, occasion: Occasion) -> None:
         metadata, dtype = self._metadata(run), SAVE_DTYPES[run.config[SavingOptions].save_precision]
         written, models = [path], [path]
         clamp = run.config[SavingOptions].clamp_overflow
-        with run.weights_for_eval(averaged=False), clamping(clamp):
+        with run.weights_for_eval(averaged=False), clamping(clamp), postponing(occasion):
             run.trainable.save(str(path), dtype, metadata)
         for hook in run.hooks:
             for ending in hook.companions:
                 written.append(companion_path(path, ending))
                 models += written[-1:] if holds_model(ending) else []
-                with clamping(clamp):
+                with clamping(clamp), postponing(None if hook.reads_saved_files else occasion):
                     hook.save_companion(run, ending, str(written[-1]), dtype, metadata)
         written += [side_path(model, ending) for model in models for ending in self._sides(run)]
-        self._files.update(dict.fromkeys(map(str, written)))
-        logger.info("saved %s", " and ".join(map(str, written)))
+        occasion.add(partial(self._files_stand, written, occasion.held))
+        if any(hook.reads_saved_files and type(hook).on_post_save is not Hook.on_post_save for hook in run.hooks):
+            occasion.write_now()
+            if occasion.held:
+                return
         run.hooks.on_post_save(run, str(path), metadata)
-        for file in written:
-            if self._upload is not None:
-                self._upload(file, file.name if file.is_dir() else "", wait=is_last)
+        if self._upload is not None:
+            occasion.add(partial(self._upload_all, self._upload, written, is_last, occasion.held))
 
-    def _write_state(self, run: Run, folder: Path, is_last: bool) -> None:
+    @staticmethod
+    def _upload_all(upload: Uploader, files: Sequence[Path], is_last: bool, held: Sequence[HeldFileError]) -> None:
+        for file in files if not held else ():
+            upload(file, file.name if file.is_dir() else "", wait=is_last)
+
+    def _files_stand(self, files: Sequence[Path], held: Sequence[HeldFileError]) -> None:
+        """They are written, unless a place was held."""
+        if held:
+            return
+        self._last_file = files[0]
+        self._files.update(dict.fromkeys(map(str, files)))
+        logger.info("saved %s", " and ".join(map(str, files)))
+
+    def _write_state(self, run: Run, folder: Path, is_last: bool, occasion: Occasion) -> None:
         counters = train_state(run.progress.global_step, run.progress.steps_per_epoch)
-        save_state(run, folder, counters)
+        try:
+            save_state(run, folder, counters, occasion)
+        except HeldFileError as error:
+            occasion.held.append(error)
+        occasion.add(partial(self._state_stands, run, folder, is_last, occasion.held))
+
+    def _state_stands(self, run: Run, folder: Path, is_last: bool, held: Sequence[HeldFileError]) -> None:
+        kept = next((error.kept for error in held if error.place == folder), None)
+        if kept is not None:
+            self.last_state = kept
+            return
         self.last_state = folder
         self._files[str(folder)] = None
         logger.info("saved the state %s", folder)

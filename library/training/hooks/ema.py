@@ -39,6 +39,7 @@ class EmaHook(Hook):
     """
 
     companions = (AVERAGED,)
+    reads_saved_files = False
 
     def __init__(self, modules: Callable[[], Mapping[str, torch.nn.Module]], options: EmaOptions) -> None:
         self.options = options

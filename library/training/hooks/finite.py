@@ -27,6 +27,8 @@ class NonFiniteGuard(Hook):
     read, so that the message names them even when the reading comes some steps late.
     """
 
+    reads_saved_files = False
+
     def __init__(self) -> None:
         self.last_good_checkpoint: str | None = None
         self._reader: LossReader | None = None

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 class LossCurveHook(Hook):
     """Writes `{output_name}-loss.png` and `{output_name}-loss.csv` after every save and at the end of the run."""
 
+    reads_saved_files = False
+
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.losses: list[float] = []

@@ -253,7 +253,7 @@ def _settings(memory: MemoryOptions, sizes: Sizes) -> str:
     words = [f"batch of {count} at {sizes.demand.size}"]
     words.append("gradient checkpointing" if memory.gradient_checkpointing else "no gradient checkpointing")
     if memory.blocks_to_swap:
-        words.append(f"{memory.blocks_to_swap} blocks swapped")
+        words.append(f"{memory.blocks_to_swap} block{'' if memory.blocks_to_swap == 1 else 's'} swapped")
     return ", ".join(words)
 
 

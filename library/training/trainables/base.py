@@ -176,7 +176,7 @@ class Trainable(ABC):
 
     @abstractmethod
     def save(self, path: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
-        """Write the file (temporary name, flush, rename)."""
+        """Write the file (temporary name, flush, rename). What library.safetensors_utils writes may be there later."""
 
     @abstractmethod
     def load(self, path: str) -> None: ...
