@@ -53,7 +53,8 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """`phases`: on the device; `host`: in main memory as long as the run lasts, name -> bytes. On a CPU both are one."""
+    """`phases`: on the device; `host`: in main memory as long as the run lasts, name -> bytes. On a CPU both are one.
+    """
 
     device: str
     phases: Sequence[Phase]
