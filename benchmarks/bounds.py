@@ -63,9 +63,15 @@ def _best_of(
 def flops_of(work: Callable[[], object]) -> int:
     """Multiplications and additions of matrix products, convolutions and attention in one call, backward passes in it
     counted, as torch counts them from shapes."""
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    with FlopCounterMode(display=False) as counter:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts those of GPUs alone
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    of_cpu = {
+        kernel: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+    }
+    with FlopCounterMode(display=False, custom_mapping=of_cpu) as counter:
         work()
     return counter.get_total_flops()
 

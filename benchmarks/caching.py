@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import Baseline, Figure, spread
+from benchmarks.words import count, tiny_family
 
 WANTED_BUSY = 0.9
 DATASET = """
@@ -120,10 +121,12 @@ def cached(
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--families", nargs="+", default=["sdxl", "flux"], help="tiny models (default: sdxl flux)")
-    parser.add_argument("--count", type=int, default=32, help="pictures (default: 32)")
-    parser.add_argument("--size", type=int, default=384, help="side of a picture in pixels (default: 384)")
-    parser.add_argument("--rounds", type=int, default=3, help="times that all is cached anew (default: 3)")
+    parser.add_argument(
+        "--families", nargs="+", type=tiny_family, default=["sdxl", "flux"], help="tiny models (default: sdxl flux)"
+    )
+    parser.add_argument("--count", type=count, default=32, help="pictures (default: 32)")
+    parser.add_argument("--size", type=count, default=384, help="side of a picture in pixels (default: 384)")
+    parser.add_argument("--rounds", type=count, default=3, help="times that all is cached anew (default: 3)")
 
 
 def measure(options: argparse.Namespace) -> list[Figure]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from benchmarks.figures import Figure, table
+from benchmarks.words import figures_file
 from library.core.errors import AtelierError
 
 SUBJECTS = {
@@ -33,8 +34,6 @@ SUBJECTS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     options, subjects = read(list(sys.argv[1:] if argv is None else argv))
-    if not Path(options.json).absolute().parent.is_dir():
-        raise SystemExit(f"--json is {options.json}; there is no such folder")
     figures: list[Figure] = []
     for name, (module, own) in subjects.items():
         print(f"measuring: {name}, {SUBJECTS[name][1]}", file=sys.stderr, flush=True)
@@ -64,7 +63,9 @@ def read(words: list[str]) -> tuple[argparse.Namespace, dict[str, tuple[ModuleTy
     )  # fmt: skip
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help="default: all")
     parser.add_argument("--quick", action="store_true", help="a look that takes seconds; its figures say little")
-    parser.add_argument("--json", default="benchmarks.json", help="file for every value (default: %(default)s)")
+    parser.add_argument(
+        "--json", type=figures_file, default="benchmarks.json", help="file for every value (default: %(default)s)"
+    )
     parser.add_argument("--check", action="store_true", help="exit code 1 when a figure is not what is wanted")
     if len(names) == 1:
         chosen[names[0]].add_options(parser.add_argument_group(names[0]))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.figures import Baseline, Figure, spread
 from benchmarks.processes import ROOT
+from benchmarks.words import count
 from library.training.hooks.base import Hook
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class FirstStep(Hook):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=int, help="starts, each with the imports beside it (default: 7)")
+    parser.add_argument("--runs", type=count, help="starts, each with the imports beside it (default: 7)")
 
 
 def measure(options: argparse.Namespace) -> list[Figure]:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.figures import Baseline, Figure, spread
 from benchmarks.processes import ROOT
+from benchmarks.words import amount, count, folder
 
 if TYPE_CHECKING:
     import torch
@@ -87,9 +88,11 @@ def cells_of(models: Sequence[str], is_small: bool) -> list[Cell]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     models = ("flux", "sdxl", "wan")
     parser.add_argument("--models", nargs="+", choices=models, default=list(models), help="default: all")
-    parser.add_argument("--minutes", type=float, default=10.0, help="no cell is begun that would end later (default: 10)")
-    parser.add_argument("--cells", type=int, help="only the first of them, so many")
-    parser.add_argument("--folder", help="where 32 GB of models are written; the system's temporary folder by default")
+    parser.add_argument("--minutes", type=amount, default=10.0, help="no cell is begun that would end later (default: 10)")
+    parser.add_argument("--cells", type=count, help="only the first of them, so many")
+    parser.add_argument(
+        "--folder", type=folder, help="where 32 GB of models are written; the system's temporary folder by default"
+    )
     parser.add_argument("--cpu", action="store_true", help="small models on the CPU, in this process")
 
 
@@ -127,7 +130,7 @@ class GpuBench:
 
     def result_of(self, cell: Cell) -> dict[str, Any]:
         """What `run_cell` gives, or {"problem": why there is nothing}."""
-        if self.deadline - time.monotonic() < SECONDS_OF_A_CELL and not self.is_small:
+        if self.deadline - time.monotonic() < (0 if self.is_small else SECONDS_OF_A_CELL):
             return {"problem": "left out: no time is left"}
         from benchmarks.real_models import MODELS
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.figures import Figure, spread
+from benchmarks.words import count, count_or_none
 
 if TYPE_CHECKING:
     from library.training.data import TrainingData
@@ -109,9 +110,9 @@ def waiting(data: TrainingData, seconds: float) -> tuple[float, float]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=int, help="default: 48")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader workers (default: 0 2)")
-    parser.add_argument("--rounds", type=int, help="epochs of each (default: 3)")
+    parser.add_argument("--pictures", type=count, help="default: 48")
+    parser.add_argument("--workers", type=count_or_none, nargs="+", default=[0, 2], help="loader workers (default: 0 2)")
+    parser.add_argument("--rounds", type=count, help="epochs of each (default: 3)")
 
 
 def measure(options: argparse.Namespace) -> list[Figure]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from benchmarks.figures import Baseline, Figure, spread
 from benchmarks.model_files import Shapes, count_of, shapes_of, write_random
 from benchmarks.processes import ROOT
+from benchmarks.words import amount, count, folder
 
 MOST_MEMORY = 0.25
 """of the model, above what the process has with torch loaded"""
@@ -111,10 +112,12 @@ def merge(model: Path, lora: Path, target: Path) -> dict[str, float]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gigabytes", type=float, help="size of the model (default: 4); 23.8 is all of FLUX.1")
-    parser.add_argument("--folder", help="where the files are written; the system's temporary folder when not given")
+    parser.add_argument("--gigabytes", type=amount, help="size of the model (default: 4); 23.8 is all of FLUX.1")
+    parser.add_argument(
+        "--folder", type=folder, help="where the files are written; the system's temporary folder when not given"
+    )
     parser.add_argument("--sparse", action="store_true", help="a model of zeros that takes no space")
-    parser.add_argument("--runs", type=int, help="merges, each with a copy beside it (default: 3)")
+    parser.add_argument("--runs", type=count, help="merges, each with a copy beside it (default: 3)")
 
 
 def measure(options: argparse.Namespace) -> list[Figure]:

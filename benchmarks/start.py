@@ -31,6 +31,7 @@ from pathlib import Path
 
 from benchmarks.figures import Baseline, Figure, spread
 from benchmarks.processes import ROOT, used_by
+from benchmarks.words import count, tiny_family
 
 TIMES_THE_LEAST, MOST_SECONDS, MOST_BYTES = 2.0, 10.0, 1024
 """wanted of a second start with many pictures: beyond few pictures at most so many times the least; at most so long; so
@@ -198,10 +199,10 @@ class Case:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--family", default="sdxl", help="tiny model to train (default: sdxl)")
-    parser.add_argument("--counts", type=int, nargs=2, metavar=("FEW", "MANY"),
+    parser.add_argument("--family", type=tiny_family, default="sdxl", help="tiny model to train (default: sdxl)")
+    parser.add_argument("--counts", type=count, nargs=2, metavar=("FEW", "MANY"),
                         help="numbers of pictures (default: 20 20000)")
-    parser.add_argument("--runs", type=int, help="second starts with each number (default: 5)")
+    parser.add_argument("--runs", type=count, help="second starts with each number (default: 5)")
     parser.add_argument("--latents_only", action="store_true", help="cache no text encoder outputs")
     parser.add_argument(
         "--encode_all", action="store_true", help="encode every picture in the first start, instead of copying caches"

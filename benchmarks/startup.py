@@ -13,10 +13,11 @@ from pathlib import Path
 
 from benchmarks.figures import Baseline, Figure, spread
 from benchmarks.processes import ROOT, cpu_seconds
+from benchmarks.words import count
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=int, help="counted runs of each script (default: 5)")
+    parser.add_argument("--runs", type=count, help="counted runs of each script (default: 5)")
     parser.add_argument("--scripts", nargs="+", metavar="FILE", help="these alone, by their paths in the repository")
 
 

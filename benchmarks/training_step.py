@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.figures import Baseline, Figure, spread
+from benchmarks.words import count
 
 if TYPE_CHECKING:
     from benchmarks.loops import BareLoop, HandWritten, PeftLoop
@@ -44,8 +45,8 @@ class Sizes:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--families", nargs="+", choices=CASES, default=list(CASES), help="tiny models (default: all)")
-    parser.add_argument("--rounds", type=int, help="rounds, in each of which every loop has its turn (default: 25)")
-    parser.add_argument("--steps", type=int, help="steps of each loop in a round (default: 8)")
+    parser.add_argument("--rounds", type=count, help="rounds, in each of which every loop has its turn (default: 25)")
+    parser.add_argument("--steps", type=count, help="steps of each loop in a round (default: 8)")
     parser.add_argument(
         "--model_settings", nargs="*", default=[], metavar="NAME=NUMBER", type=setting,
         help="sizes of the tiny model, as its builder calls them: hidden=256 depth=2",

@@ -23,6 +23,7 @@ from pathlib import Path
 from benchmarks.figures import Baseline, Figure, spread
 from benchmarks.merge import DOUBLE, model_shapes
 from benchmarks.processes import ROOT
+from benchmarks.words import count
 
 OPTIONS = {
     "bf16": [], "fp8": ["--fp8_base_unet"], "fp8_scaled": ["--fp8_scaled"], "int8": ["--quantize_base", "int8"],
@@ -35,7 +36,7 @@ TRAIN_CONFIG = ROOT / "examples" / "demo" / "train.toml"
 
 def add_options(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
     parser.add_argument("--forms", nargs="+", choices=tuple(OPTIONS), help="of the weights (default: all)")
-    parser.add_argument("--epochs", type=int, help="of each training (default: those of the demo, 16)")
+    parser.add_argument("--epochs", type=count, help="of each training (default: those of the demo, 16)")
 
 
 def measure(options: argparse.Namespace) -> list[Figure]:

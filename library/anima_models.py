@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from library.attention import (
     AttentionModule,
     DeviceTables,
+    in_heads,
     modulate,
     never_empty,
     per_token,
@@ -170,7 +171,7 @@ class Attention(AttentionModule):
     ) -> Tensor:
         """x [B, L, D], context [B, T, C] -> [B, L, D] before the output projection."""
         query, key, value = (
-            rearrange(states, "b l (h d) -> b h l d", h=self.num_heads)
+            in_heads(states, self.num_heads)
             for states in (self.q_proj(x), self.k_proj(context), self.v_proj(context))
         )
         query, key = self.q_norm(query), self.k_norm(key)

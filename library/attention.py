@@ -47,6 +47,24 @@ def use_attention(model: nn.Module, choice: AttentionChoice) -> int:
     return len(found)
 
 
+def in_heads(states: Tensor, num_heads: int) -> Tensor:
+    """[B, L, heads * D] as [B, heads, L, D], a view."""
+    return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def split_query_key_value(joined: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, L, 3 * heads * D] -> three of [B, heads, L, D], views. They are cut where they lie side by side, so that the
+    backward pass writes their gradients side by side, in one pass."""
+    query, key, value = joined.unflatten(-1, (3 * num_heads, -1)).split(num_heads, dim=2)  # [B, L, heads, D]
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def joined_along_tokens(*states: Tensor) -> Tensor:
+    """Several of [B, heads, L, D] as one with all their tokens, laid out in memory as [B, L, heads, D], which is how
+    projections leave them: whole rows are copied."""
+    return torch.cat([part.transpose(1, 2) for part in states], dim=1).transpose(1, 2)
+
+
 class DeviceTables:
     """Small tables that are computed on the CPU, so that every device gets the same numbers and needs no type that it
     lacks (MPS and some XPUs have no float64), and are kept on the devices that use them: the last `kept` of them."""
@@ -149,7 +167,7 @@ class _RmsNormed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         full = x.float()
-        factors = torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + eps)
+        factors = full.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, factors)
         return full * factors
 
@@ -159,7 +177,7 @@ class _RmsNormed(torch.autograd.Function):
         x, factors = ctx.saved_tensors
         normed = x.float() * factors
         along = (gradient * normed).mean(dim=-1, keepdim=True)  # a change of the length changes nothing
-        return (torch.addcmul(gradient, normed, along, value=-1) * factors).to(x.dtype), None
+        return torch.addcmul(gradient, normed, along, value=-1).mul_(factors).to(x.dtype), None
 
 
 def rms_normed(x: Tensor, eps: float) -> Tensor:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import (
     AttentionModule,
     DeviceTables,
+    in_heads,
+    joined_along_tokens,
     modulate,
     of_joined_tokens,
     of_text,
@@ -28,6 +29,7 @@ from library.attention import (
     rms_normed,
     rope_cos_sin,
     rotate_pairs,
+    split_query_key_value,
     timestep_embedding,
 )
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
@@ -129,7 +131,7 @@ class SelfAttention(nn.Module):
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, L, hidden] -> three of [B, heads, L, D], query and key normalised."""
-        query, key, value = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
+        query, key, value = split_query_key_value(self.qkv(x), self.num_heads)
         query, key = self.norm(query, key)
         return query, key, value
 
@@ -187,7 +189,7 @@ class DoubleStreamBlock(AttentionModule):
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(txt_vec)
         img_qkv = self.img_attn.query_key_value(modulate(self.img_norm1(img), img_shift1, img_scale1))
         txt_qkv = self.txt_attn.query_key_value(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1))
-        query, key, value = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv))  # text first
+        query, key, value = map(joined_along_tokens, txt_qkv, img_qkv)  # text first
         attended = self.scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), value, key_mask)
         txt_attended, img_attended = attended.split((txt.shape[1], img.shape[1]), dim=1)
 
@@ -205,7 +207,7 @@ class SingleStreamBlock(AttentionModule):
         super().__init__()
         hidden = params.hidden_size
         self.num_heads = params.num_heads
-        self.split_sizes = (3 * hidden, params.mlp_hidden)
+        self.split_sizes = (hidden, hidden, hidden, params.mlp_hidden)
         self.linear1 = nn.Linear(hidden, 3 * hidden + params.mlp_hidden)
         self.linear2 = nn.Linear(hidden + params.mlp_hidden, hidden)
         self.norm = QKNorm(params.head_dim)
@@ -217,8 +219,8 @@ class SingleStreamBlock(AttentionModule):
         """x [B, T + L, hidden], text tokens first; vec [B, hidden] or [B, T + L, hidden], or shift, scale, gate [B, 3,
         hidden]."""
         shift, scale, gate = self.modulation(vec)
-        qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split_sizes, dim=-1)
-        query, key, value = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
+        *qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split_sizes, dim=-1)
+        query, key, value = (in_heads(part, self.num_heads) for part in qkv)
         query, key = self.norm(query, key)
         attended = self.scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), value, key_mask)
         return torch.addcmul(x, gate, self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1)))

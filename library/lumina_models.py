@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from library.attention import (
     AttentionModule,
     DeviceTables,
+    in_heads,
     never_empty,
     of_joined_tokens,
     per_token,
@@ -103,7 +104,7 @@ class JointAttention(AttentionModule):
 
     def forward(self, x: Tensor, rope: Rope, key_mask: Tensor | None) -> Tensor:
         parts = self.qkv(x).split(self.rows, dim=-1)
-        query, key, value = (rearrange(part, "b l (h d) -> b h l d", d=self.head_dim) for part in parts)
+        query, key, value = (in_heads(part, part.shape[-1] // self.head_dim) for part in parts)
         query, key = rotate_pairs(self.q_norm(query), rope), rotate_pairs(self.k_norm(key), rope)
         key, value = (states.repeat_interleave(self.group_size, dim=1) for states in (key, value))  # [B, heads, L, D]
         return self.out(self.scaled_attention(query, key, value, key_mask))

@@ -19,11 +19,13 @@ from library.attention import (
     AttentionModule,
     DeviceTables,
     FinalLayer,
+    joined_along_tokens,
     modulate,
     of_text,
     per_token,
     plain_norm,
     rms_normed,
+    split_query_key_value,
     timestep_embedding,
 )
 from library.components.ldm_models import AutoEncoder as SDVAE  # noqa: F401, a name that is imported from here
@@ -147,7 +149,7 @@ class AttentionLinears(nn.Module):
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, L, hidden] -> three of [B, heads, L, D], query and key normalised."""
-        query, key, value = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
+        query, key, value = split_query_key_value(self.qkv(x), self.num_heads)
         return self.ln_q(query), self.ln_k(key), value
 
 
@@ -214,7 +216,7 @@ class MMDiTBlock(AttentionModule):
         text_chunks, chunks = text.modulation(of_text(c)), picture.modulation(c)
         text_qkv = text.attn.query_key_value(modulate(text.norm1(context), *text_chunks[:2]))
         qkv = picture.attn.query_key_value(modulate(picture.norm1(x), *chunks[:2]))
-        attended = self.scaled_attention(*(torch.cat(pair, dim=2) for pair in zip(text_qkv, qkv)))
+        attended = self.scaled_attention(*map(joined_along_tokens, text_qkv, qkv))
         text_attended, attended = attended.split((context.shape[1], x.shape[1]), dim=1)
         x = picture.after_attention(x, attended, chunks)
         return (x,) if text.pre_only else (text.after_attention(context, text_attended, text_chunks), x)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import AttentionModule, DeviceTables, rms_normed, rope_cos_sin, rotate_pairs
+from library.attention import AttentionModule, DeviceTables, in_heads, rms_normed, rope_cos_sin, rotate_pairs
 from library.custom_offloading_utils import BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
@@ -157,7 +157,7 @@ class WanSelfAttention(AttentionModule):
 
     def heads(self, states: Tensor) -> Tensor:
         """[B, L, D] -> [B, heads, L, D / heads]."""
-        return rearrange(states, "b l (h d) -> b h l d", h=self.num_heads)
+        return in_heads(states, self.num_heads)
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
         """x [B, L, D], rope [B or 1, L, D / heads / 2] each -> [B, L, D]."""

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from library.attention import (
     AttentionModule,
     DeviceTables,
     FinalLayer,
+    in_heads,
+    joined_along_tokens,
     modulate,
     never_empty,
     of_joined_tokens,
@@ -28,6 +29,7 @@ from library.attention import (
     rms_normed,
     rope_cos_sin,
     rotate_pairs,
+    split_query_key_value,
     timestep_embedding,
 )
 from library.custom_offloading_utils import StreamStackMixin
@@ -139,9 +141,7 @@ class IndividualTokenRefinerBlock(AttentionModule):
 
     def forward(self, x: Tensor, vec: Tensor, key_mask: Tensor | None = None) -> Tensor:
         attention_gate, mlp_gate = per_token(self.adaLN_modulation(vec)).chunk(2, dim=-1)
-        query, key, value = rearrange(
-            self.self_attn_qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.num_heads
-        )
+        query, key, value = split_query_key_value(self.self_attn_qkv(self.norm1(x)), self.num_heads)
         x = torch.addcmul(x, attention_gate, self.self_attn_proj(self.scaled_attention(query, key, value, key_mask)))
         return torch.addcmul(x, mlp_gate, self.mlp(self.norm2(x)))
 
@@ -228,13 +228,13 @@ class MMDoubleStreamBlock(AttentionModule):
         key_mask [B, L + T]."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(of_text(vec))
-        img_qkv = self._heads(self.img_attn_qkv(modulate(self.img_norm1(img), img_shift1, img_scale1)))
-        txt_qkv = self._heads(self.txt_attn_qkv(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1)))
-        query = torch.cat(
-            (self.img_attn_q_norm(img_qkv[0]), self.txt_attn_q_norm(txt_qkv[0])), dim=2
+        img_qkv = self._qkv(self.img_attn_qkv(modulate(self.img_norm1(img), img_shift1, img_scale1)))
+        txt_qkv = self._qkv(self.txt_attn_qkv(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1)))
+        query = joined_along_tokens(
+            self.img_attn_q_norm(img_qkv[0]), self.txt_attn_q_norm(txt_qkv[0])
         )  # [B, heads, L + T, D]
-        key = torch.cat((self.img_attn_k_norm(img_qkv[1]), self.txt_attn_k_norm(txt_qkv[1])), dim=2)
-        value = torch.cat((img_qkv[2], txt_qkv[2]), dim=2)
+        key = joined_along_tokens(self.img_attn_k_norm(img_qkv[1]), self.txt_attn_k_norm(txt_qkv[1]))
+        value = joined_along_tokens(img_qkv[2], txt_qkv[2])
         attended = self.scaled_attention(rotated(query, rope), rotated(key, rope), value, key_mask)
         img_attended, txt_attended = attended.split((img.shape[1], txt.shape[1]), dim=1)
 
@@ -244,8 +244,8 @@ class MMDoubleStreamBlock(AttentionModule):
         txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(self.txt_norm2(txt), txt_shift2, txt_scale2)))
         return img, txt
 
-    def _heads(self, qkv: Tensor) -> Tensor:
-        return rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
+    def _qkv(self, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return split_query_key_value(joined, self.num_heads)
 
 
 class MMSingleStreamBlock(AttentionModule):
@@ -255,7 +255,7 @@ class MMSingleStreamBlock(AttentionModule):
         super().__init__()
         hidden = params.hidden_size
         self.num_heads = params.num_heads
-        self.split_sizes = (3 * hidden, params.mlp_hidden)
+        self.split_sizes = (hidden, hidden, hidden, params.mlp_hidden)
         self.linear1 = nn.Linear(hidden, 3 * hidden + params.mlp_hidden)
         self.linear2 = nn.Linear(hidden + params.mlp_hidden, hidden)
         self.q_norm = RMSNorm(params.head_dim)
@@ -267,8 +267,8 @@ class MMSingleStreamBlock(AttentionModule):
     def forward(self, x: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | None = None) -> Tensor:
         """x [B, L + T, hidden], image tokens first; vec [B, hidden] or [B, L + T, hidden]."""
         shift, scale, gate = self.modulation(vec)
-        qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split_sizes, dim=-1)
-        query, key, value = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
+        *qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split_sizes, dim=-1)
+        query, key, value = (in_heads(part, self.num_heads) for part in qkv)
         query, key = rotated(self.q_norm(query), rope), rotated(self.k_norm(key), rope)
         attended = self.scaled_attention(query, key, value, key_mask)
         return torch.addcmul(x, gate, self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1)))

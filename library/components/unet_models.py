@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import AttentionModule, timestep_embedding
+from library.attention import AttentionModule, in_heads, timestep_embedding
 from library.core.attention_modes import ATTENTION_MODES
 from library.custom_offloading_utils import CheckpointedBlocks
 from library.device_utils import to_device
@@ -132,7 +131,7 @@ class CrossAttention(AttentionModule):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         source = x if context is None else context
         projected = (self.to_q(x), self.to_k(source), self.to_v(source))
-        query, key, value = (rearrange(t, "b l (h d) -> b h l d", h=self.heads) for t in projected)
+        query, key, value = (in_heads(states, self.heads) for states in projected)
         if self.upcast and value.dtype == torch.float16 and not ATTENTION_MODES[self.attention_choice.mode].halves_only:
             with torch.autocast(value.device.type, enabled=False):
                 attended = self.scaled_attention(query.float(), key.float(), value.float()).to(value.dtype)
@@ -159,6 +158,16 @@ class BasicTransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+def as_tokens(picture: Tensor) -> Tensor:
+    """[B, C, H, W] as [B, HW, C], a view."""
+    return picture.flatten(2).transpose(1, 2)
+
+
+def as_picture(tokens: Tensor, height: int) -> Tensor:
+    """[B, HW, C] as [B, C, H, W], a view; the inverse of `as_tokens`."""
+    return tokens.transpose(1, 2).unflatten(2, (height, -1))
+
+
 class Transformer2DModel(nn.Module):
     """Transformer blocks over the positions of a feature map; `proj_in` and `proj_out` are 1x1 convolutions or
     linear."""
@@ -177,14 +186,14 @@ class Transformer2DModel(nn.Module):
         height = x.shape[2]
         hidden = self.norm(x)
         if self.is_linear:
-            hidden = self.proj_in(rearrange(hidden, "b c h w -> b (h w) c"))
+            hidden = self.proj_in(as_tokens(hidden))
         else:
-            hidden = rearrange(self.proj_in(hidden), "b c h w -> b (h w) c")
+            hidden = as_tokens(self.proj_in(hidden))
         for block in self.transformer_blocks:
             hidden = block(hidden, context)  # [B, HW, C]
         if self.is_linear:
-            return x + rearrange(self.proj_out(hidden), "b (h w) c -> b c h w", h=height)
-        return x + self.proj_out(rearrange(hidden, "b (h w) c -> b c h w", h=height))
+            return x + as_picture(self.proj_out(hidden), height)
+        return x + self.proj_out(as_picture(hidden, height))
 
 
 class Upsample2D(nn.Module):

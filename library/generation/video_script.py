@@ -335,9 +335,9 @@ class VideoScript(LatentScript[VideoRequest]):
         options = config[self.compilation]
         if not options.compile:
             return []
-        from library.training.compilation import unknown_backend
+        from library.training.compilation import backend_problems
 
-        return unknown_backend(options.compile_backend, "compile_backend")
+        return backend_problems(options.compile_backend, "compile_backend")
 
     def request_problems(self, config: Config, request: VideoRequest) -> list[str]:
         if self.is_without_prompts(config):

@@ -86,7 +86,11 @@ class Runtime:
     def clip_gradients(self, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor | None:
         """Clip to a global norm; returns the norm before clipping, a tensor on the device."""
         self.unscale_gradients()  # accelerate does the same after importing torch.distributed.tensor, half a second
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        is_small = norm.device.type == "cpu" and bool(max_norm / (norm + 1e-6) >= 1)  # elsewhere, asking would wait
+        if not is_small:  # the factor would be 1
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
 
     def unscale_gradients(self) -> None:
         """Take the factor of fp16 off the gradients, which clipping does on its way; hooks read their true size."""

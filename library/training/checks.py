@@ -7,6 +7,7 @@ those of optimizer, schedule and timesteps in their packages.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -390,13 +391,36 @@ def hub_problems(config: Config) -> list[str]:
 
 
 def compile_problems(config: Config) -> list[str]:
-    """The backend of --torch_compile is one that this torch knows."""
+    """The backend of --torch_compile is one that works here, and nothing that is not compiled stands in a block
+    that is to be compiled whole."""
     memory = config[MemoryOptions]
     if not memory.compiles:
         return []
-    from library.training.compilation import unknown_backend
+    from library.training.compilation import backend_problems
 
-    return unknown_backend(memory.dynamo_backend)
+    problems = backend_problems(memory.dynamo_backend)
+    drawing = drawn_inside(config) if memory.dynamo_fullgraph else []
+    if drawing:
+        problems.append(
+            f"--dynamo_fullgraph is set with {', '.join(drawing)}, which draw by the number of the step and are not"
+            " compiled; leave --dynamo_fullgraph out: blocks are then compiled in pieces around them"
+        )
+    return problems
+
+
+def drawn_inside(config: Config) -> list[str]:
+    """The options of an adapter of ours that draw anew in every forward, as they were given."""
+    from library.training.adapters import NetworkOptions
+
+    if NetworkOptions not in config or not config[NetworkOptions].module_path.startswith("networks."):
+        return []
+    network = config[NetworkOptions]
+    found = [f"--network_dropout {network.network_dropout:g}"] if network.network_dropout else []
+    for name in ("dropout", "rank_dropout", "module_dropout", "ggpo_sigma"):
+        with contextlib.suppress(ValueError):  # said by the check of the arguments
+            if float(network.pairs.get(name) or 0):
+                found.append(f"--network_args {name}={network.pairs[name]}")
+    return found
 
 
 CHECKS: tuple[Callable[[Config], list[str]], ...] = (

@@ -13,14 +13,36 @@ from library.core.keyed_random import DRAWING
 logger = logging.getLogger(__name__)
 
 
-def unknown_backend(backend: str, option: str = "dynamo_backend") -> list[str]:
-    """A message when this torch has no such backend: the option lists names of many torch versions."""
+def backend_problems(backend: str, option: str = "dynamo_backend") -> list[str]:
+    """A message when this torch has no such backend (the option lists names of many torch versions), or the system
+    lacks the compiler that it needs."""
     known = torch._dynamo.list_backends(exclude_tags=())
-    if backend in known:
+    if backend not in known:
+        return [
+            f"--{option} is {backend}, which this version of torch does not have; needed: one of {', '.join(known)}"
+        ]
+    lacking = _lacking_compiler() if backend == "inductor" else None
+    if lacking is None:
         return []
     return [
-        f"--{option} is {backend}, which this version of torch does not have; needed: one of {', '.join(known)}"
+        f"--{option} is inductor, which needs {lacking}; leave the option that compiles out, or take aot_eager, which"
+        " needs no compiler and saves little time"
     ]
+
+
+def _lacking_compiler() -> str | None:
+    """What inductor compiles with and the system does not have: Triton for a GPU, a C++ compiler without one."""
+    if torch.cuda.is_available():
+        from torch.utils._triton import has_triton_package
+
+        return None if has_triton_package() else "the package triton (on Windows triton-windows)"
+    from torch._inductor import cpp_builder
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except RuntimeError:
+        return "a C++ compiler: g++ (clang++ on macOS, cl on Windows), or the one that the variable CXX names"
+    return None
 
 
 LEAST_VARIANTS = 64

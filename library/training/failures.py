@@ -1,5 +1,5 @@
 """Errors of libraries that mean something to the user: full disks, lost loader processes, lost connections between
-processes.
+processes, what torch.compile cannot compile.
 
 Nothing heavy is imported here; errors are known by their kind and text.
 """
@@ -18,6 +18,7 @@ _LOST_WORKER = re.compile(
 )
 _SHARED_MEMORY = ("unable to write to file </torch", "unable to open shared memory", "unable to mmap", "bus error")
 _FILES = ("received 0 items of ancdata", "too many open files", "unable to open file")
+_COMPILERS = ("torch._dynamo.exc", "torch._inductor.exc")
 _CONNECTION = re.compile(
     r"connection (?:closed|reset|refused)|gloo|nccl|broken pipe|socket|store|peer|timed? ?out", re.IGNORECASE
 )
@@ -42,6 +43,8 @@ def failure_of(error: BaseException) -> AtelierError | None:
     if isinstance(error, OSError) and error.filename is not None and error.errno in _PLACES:
         name = str(error.filename)
         return TrainingError(f"{name if len(name) <= 200 else f'{name[:197]}...'} cannot be used: {error.strerror}")
+    if type(error).__module__.startswith(_COMPILERS):
+        return TrainingError(_why_not_compiled(error))
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 and _is_lost_connection(error):
         return TrainingError(
             "the connection to another process of this run is lost: it ended, and says why where it was not killed; "
@@ -63,6 +66,15 @@ def _how(signal_name: str | None) -> str:
     if "killed" in signal_name.lower():
         return "something killed it, often the system for lack of memory"
     return f"signal: {signal_name}"
+
+
+def _why_not_compiled(error: BaseException) -> str:
+    """What torch's compiler says, in its first line; the lines behind it are about its own code."""
+    told = str(error).strip().splitlines() or [type(error).__name__]
+    return (
+        f"torch.compile cannot compile the blocks of this run: {told[0].rstrip('.:')}. Train or generate without compiled "
+        "blocks, without fullgraph, or with another backend (eager needs no compiler of the system)"
+    )
 
 
 def _is_lost_connection(error: BaseException) -> bool:

@@ -296,7 +296,7 @@ class MemoryOptions:
     vram_budget: float | None = option(
         None, metavar="GB",
         help="gigabytes (10^9 bytes) of the device that the run may hold: gradient checkpointing, swapped blocks, inputs of"
-        " checkpoints in main memory and 8-bit weights are chosen so that it fits, as far as these options are not given",
+        " checkpoints in main memory and 8-bit weights are chosen so that it fits, as far as these options are off",
     )
     torch_compile: bool = option(False, help="compile the blocks of the denoiser with torch.compile")
     dynamo_backend: str = option(

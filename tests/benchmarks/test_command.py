@@ -110,9 +110,33 @@ def test_options_of_a_subject_need_it_alone(capsys):
     assert "unknown subject stepp; known: step, first" in capsys.readouterr().err
 
 
+def test_values_that_cannot_be_are_told_before_anything_is_measured(tmp_path, capsys):
+    nowhere = str(tmp_path / "nowhere")
+    for words, told in (
+        (["help", "--json", f"{nowhere}/figures.json"], "there is no such folder"),
+        (["help", "--json", str(tmp_path)], "is a folder; needed: a file"),
+        (["step", "--rounds", "0"], "--rounds: '0' is given; needed: a whole number of 1 or more"),
+        (["step", "--steps", "-1"], "needed: a whole number of 1 or more"),
+        (["first", "--runs", "x"], "'x' is given; needed: a whole number of 1 or more"),
+        (["help", "--runs", "0"], "needed: a whole number of 1 or more"),
+        (["forms", "--epochs", "0"], "needed: a whole number of 1 or more"),
+        (["start", "--counts", "0", "9"], "needed: a whole number of 1 or more"),
+        (["start", "--family", "sdxxl"], "did you mean 'sdxl'"),
+        (["caching", "--families", "fluxx"], "did you mean 'flux'"),
+        (["caching", "--count", "0"], "needed: a whole number of 1 or more"),
+        (["loading", "--workers", "-1"], "needed: a whole number of 0 or more"),
+        (["merge", "--gigabytes", "0"], "needed: a number above 0"),
+        (["merge", "--folder", nowhere], "there is no such folder"),
+        (["gpu", "--cells", "-1"], "needed: a whole number of 1 or more"),
+        (["gpu", "--minutes", "nan"], "needed: a number above 0"),
+        (["gpu", "--folder", nowhere], "there is no such folder"),
+    ):
+        with pytest.raises(SystemExit):
+            command.read(words)
+        assert told in capsys.readouterr().err, words
+
+
 def test_what_cannot_be_measured_is_told_at_once(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="there is no such folder"):
-        command.main(["step", "--json", str(tmp_path / "nowhere" / "figures.json")])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     words = ["step", "--families", "flux", "sd1", "--model_settings", "hiden=64", "--json", str(tmp_path / "f.json")]
     with pytest.raises(SystemExit, match="diffusers and peft missing(.|\n)*hiden: the tiny model flux has no such size"):
@@ -124,6 +148,10 @@ def test_flops_are_counted_forward_and_backward():
 
     layer, x = torch.nn.Linear(8, 4, bias=False), torch.randn(16, 8)
     assert flops_of(lambda: layer(x).sum().backward()) == 2 * (2 * 16 * 8 * 4)  # x needs no gradient
+    query = torch.randn(2, 3, 16, 8, requires_grad=True)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    products = 2 + 5  # scores and outputs; scores once more and four gradients
+    assert flops_of(lambda: attend(query, query, query).sum().backward()) == products * (2 * 2 * 3 * 16 * 16 * 8)
 
 
 def test_forms_of_weights():

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from library.core.errors import AtelierError
 from library.training import checks, cli, loop, parser_common
@@ -53,6 +54,24 @@ def test_an_error_in_a_worker_is_the_one_of_the_main_process(work: Work, monkeyp
     assert ended.value.code in (1, 2)
     assert len([line for line in lines if line.startswith("error: ")]) == 1, lines
     assert str(lost) in lines[-1] and not any("Traceback" in line or "Caught" in line for line in lines)
+
+
+def test_what_cannot_be_compiled_is_one_line() -> None:
+    """A block that cannot be compiled whole, or a system without the compiler that a backend needs."""
+    import torch._dynamo
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    def failing(graph, inputs):
+        raise OSError("no compiler")
+
+    for function, how in ((counted, {"fullgraph": True, "backend": "eager"}), (lambda x: x + 1, {"backend": failing})):
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - of the compiler's own kinds
+            torch.compile(function, **how)(torch.ones(2))
+        told = str(failure_of(caught.value))
+        assert told.startswith("torch.compile cannot compile the blocks of this run: ") and "\n" not in told, told
 
 
 def test_an_unknown_error_of_a_dataset_is_one_line_too() -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.attention import modulate, rms_normed, rotate_pairs
+from library.attention import in_heads, joined_along_tokens, modulate, rms_normed, rotate_pairs, split_query_key_value
+from library.components.unet_models import as_picture, as_tokens
 
 
 def states_of(layout: str) -> torch.Tensor:
@@ -52,6 +53,43 @@ def test_rms_norm_and_its_gradient(dtype: torch.dtype) -> None:
     rounding = 1e-5 if dtype != torch.bfloat16 else 5e-3
     size = wanted_gradient.abs().amax(dim=-1, keepdim=True)
     torch.testing.assert_close(gradient.double() / size, wanted_gradient / size, rtol=rounding, atol=rounding)
+
+
+def test_heads_are_cut_and_tokens_joined_without_a_number_changed() -> None:
+    joined = torch.arange(2 * 5 * 3 * 4 * 6.0).view(2, 5, 72)
+    parts = split_query_key_value(joined, 4)
+    for number, part in enumerate(parts):
+        assert torch.equal(part, joined.view(2, 5, 3, 4, 6)[:, :, number].transpose(1, 2))
+        assert part.data_ptr() == joined[..., 24 * number :].data_ptr()  # a view
+    assert torch.equal(in_heads(joined, 8)[:, 3], joined[..., 27:36])
+    both = joined_along_tokens(parts[0], parts[1][:, :, :2])
+    assert torch.equal(both, torch.cat((parts[0], parts[1][:, :, :2]), dim=2))
+    assert both.stride() == (4 * 6 * 7, 6, 4 * 6, 1)  # [B, L, heads, D] in memory
+
+
+def test_the_gradient_of_split_projections_is_put_together_once() -> None:
+    joined, kernels = torch.randn(2, 5, 72, requires_grad=True), []
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kernels.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    query, key, value = split_query_key_value(joined, 4)
+    total = (query * 1.0 + key * 2.0 + value * 3.0).sum()
+    with Seen():
+        total.backward()
+    assert [name for name in kernels if "cat" in name or "stack" in name] == ["aten.cat.default"]
+    assert not [name for name in kernels if "clone" in name]
+    assert torch.equal(joined.grad, torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(24).expand(2, 5, 72))
+
+
+def test_tokens_of_a_picture_and_back_are_views() -> None:
+    picture = torch.randn(2, 3, 4, 5)
+    tokens = as_tokens(picture)
+    assert torch.equal(tokens, picture.permute(0, 2, 3, 1).reshape(2, 20, 3))
+    back = as_picture(tokens, 4)
+    assert torch.equal(back, picture) and back.data_ptr() == picture.data_ptr()
 
 
 def test_a_modulation_takes_the_wider_type_and_rounds_once() -> None:

@@ -24,6 +24,16 @@ def test_a_start_shows_the_table_and_draws_nothing(work: Work, caplog: pytest.Lo
     (table,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("memory plan:")]
     assert "batch of 2 at 64x64" in table and "caching latents" in table and "predicted peak" in table
     assert "caching captions" not in table  # they are in the files of the first run
+    assert "not counted" not in table
+
+
+def test_what_is_not_counted_is_told(work: Work, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat", encoding="utf-8")
+    adapter = work.train("adapter", "--max_train_steps=1")
+    more = (f"--base_weights={adapter}", f"--sample_prompts={prompts}", "--sample_every_n_steps=5")
+    table = work.trainer("out", *more).plans()[0].table()
+    assert "not counted: adapters of --base_weights" in table and "not counted: the making of samples" in table
 
 
 def test_a_run_that_cannot_be_planned_begins(

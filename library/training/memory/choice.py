@@ -63,14 +63,12 @@ class Chooser:
 
     def choose(self, config: Config, budget: float, *, given: bool) -> Choice:
         """The first configuration whose peak is within `budget` bytes. `given`: the user said so with --vram_budget,
-        so that all options that he left open are; otherwise the swapped blocks alone. ConfigError with the nearest."""
+        so that all options that are off are open, those too that front ends write as 0 or false; otherwise the swapped
+        blocks alone. ConfigError with the nearest."""
         asked = changed(config, MemoryOptions, blocks_to_swap=_number(config))
-        is_open = {
-            "blocks_to_swap": config[MemoryOptions].blocks_to_swap == AUTO
-            or (given and "blocks_to_swap" not in config.explicit)
-        }
+        swaps = config[MemoryOptions].blocks_to_swap == AUTO or (given and not config[MemoryOptions].blocks_to_swap)
         seen: list[Candidate] = []
-        for candidate in self._candidates(asked, budget, given, is_open["blocks_to_swap"]):
+        for candidate in self._candidates(asked, budget, given, swaps):
             seen.append(candidate)
             if candidate.plan.device_peak <= budget:
                 return Choice(candidate.config, candidate.plan, tuple(_reasons(seen, budget, given)))
@@ -132,7 +130,7 @@ def _number(config: Config) -> int | None:
 
 
 def _further(config: Config) -> Iterator[tuple[str, tuple[type, Mapping[str, object]]]]:
-    """The options that are left open, in the order in which they are tried."""
+    """The options that are off, in the order in which they are tried."""
     memory, precision = config[MemoryOptions], config[PrecisionOptions]
     if not memory.gradient_checkpointing:
         yield "gradient_checkpointing", (MemoryOptions, {"gradient_checkpointing": True})

@@ -53,7 +53,8 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """`phases`: on the device; `host`: in main memory as long as the run lasts, name -> bytes. On a CPU both are one."""
+    """`phases`: on the device; `host`: in main memory as long as the run lasts, name -> bytes. On a CPU both are one.
+    """
 
     device: str
     phases: Sequence[Phase]
@@ -252,7 +253,7 @@ def _settings(memory: MemoryOptions, sizes: Sizes) -> str:
     words = [f"batch of {count} at {sizes.demand.size}"]
     words.append("gradient checkpointing" if memory.gradient_checkpointing else "no gradient checkpointing")
     if memory.blocks_to_swap:
-        words.append(f"{memory.blocks_to_swap} blocks swapped")
+        words.append(f"{memory.blocks_to_swap} block{'' if memory.blocks_to_swap == 1 else 's'} swapped")
     return ", ".join(words)
 
 

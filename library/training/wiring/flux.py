@@ -80,7 +80,7 @@ class FluxOptions:
         help="raw: compare velocities; sigma_scaled: compare the clean estimate, weighted by --weighting_scheme",
     )
     model_type: str = option("flux", help="flux, or chroma, a variant with options of its own", choices=MODEL_TYPES)
-    split_mode: bool = option(False, help=f"deprecated: the same as --blocks_to_swap {SPLIT_MODE_BLOCKS}")
+    split_mode: bool = option(False, help=f"deprecated: --blocks_to_swap {SPLIT_MODE_BLOCKS}, where that is not given")
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -232,7 +232,9 @@ class FluxFamily(FlowFamily):
         elif "model_prediction_type" not in self.config.explicit:
             lines.append("--model_prediction_type is raw by default here (sigma_scaled in known trainers)")
         if self.opts.split_mode:
-            lines.append(f"--split_mode is deprecated; it stands for --blocks_to_swap {SPLIT_MODE_BLOCKS}")
+            given = "blocks_to_swap" in self.config.explicit
+            how = "has no effect beside" if given else f"stands for --blocks_to_swap {SPLIT_MODE_BLOCKS}"
+            lines.append(f"--split_mode is deprecated; it {how}{' --blocks_to_swap' if given else ''}")
         if "clip_l" in self.text_slots:
             lines.append(
                 "CLIP-L computes with quick_gelu, as it was trained (known trainers compute with gelu here: other "
@@ -260,9 +262,9 @@ class FluxFamily(FlowFamily):
         """By the file: schnell has no guidance embedding."""
         return self._denoiser_info.is_schnell
 
-    @property
-    def asked_swap(self) -> int | str:
-        return super().asked_swap or (SPLIT_MODE_BLOCKS if self.opts.split_mode else 0)
+    @classmethod
+    def following_defaults(cls, values: Mapping[str, object]) -> Mapping[str, object]:
+        return {"blocks_to_swap": SPLIT_MODE_BLOCKS} if values.get("split_mode") else {}
 
     @property
     def max_token_length(self) -> int:

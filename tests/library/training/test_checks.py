@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._inductor.exc import InvalidCxxCompiler
 
 from library.core.options import Config
 from library.training import checks, idle_options
@@ -101,6 +102,43 @@ def test_a_backend_that_torch_lacks_is_refused():
         "nvprims_nvfuser" in checks.compile_problems(config_of(torch_compile=True, dynamo_backend="nvprims_nvfuser"))[0]
     )
     assert checks.compile_problems(config_of(torch_compile=True, dynamo_backend="eager")) == []
+
+
+def test_inductor_needs_a_compiler(monkeypatch):
+    """Without one the run would end in its first step, with models loaded."""
+    from torch._inductor import cpp_builder
+    from torch.utils import _triton
+
+    def told() -> list[str]:
+        return checks.compile_problems(config_of(torch_compile=True))
+
+    def without_compiler() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert told() == []
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", without_compiler)
+    assert "--dynamo_backend is inductor, which needs a C++ compiler" in told()[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_triton, "has_triton_package", lambda: False)
+    assert "needs the package triton" in told()[0]
+
+
+def test_blocks_with_draws_are_not_compiled_whole():
+    """They would end the first step with a page about the compiler's own code."""
+
+    def problems(network_args=(), **values):
+        words = {"torch_compile": True, "dynamo_backend": "eager", "dynamo_fullgraph": True,
+                 "network_module": "networks.lora", "network_args": list(network_args), **values}  # fmt: skip
+        return checks.compile_problems(Config.read(words, CLASSES))
+
+    assert problems() == problems(["rank_dropout=0"]) == problems(network_dropout=0.0) == []
+    assert problems(network_dropout=0.1, dynamo_fullgraph=False) == []
+    assert problems(network_dropout=0.1, network_module="lycoris.kohya") == []  # draws as torch does
+    (told,) = problems(["module_dropout=0.2", "ggpo_sigma=0.03", "ggpo_beta=0.01"], network_dropout=0.1)
+    named = "--network_dropout 0.1, --network_args module_dropout=0.2, --network_args ggpo_sigma=0.03"
+    assert named in told and "leave --dynamo_fullgraph out" in told
 
 
 @pytest.mark.parametrize(

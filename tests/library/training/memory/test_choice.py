@@ -86,6 +86,11 @@ def test_what_was_given_stays() -> None:
         choose(config_of(mixed_precision="no"), 200)  # 8 bits compute in a narrower type
 
 
+def test_what_front_ends_write_of_options_that_are_off_is_open() -> None:
+    written = {"blocks_to_swap": 0, "gradient_checkpointing": False, "cpu_offload_checkpointing": False}
+    assert choose(config_of("fp8_scaled", **written), 200)[0].values() == choose(config_of(), 200)[0].values()
+
+
 def test_auto_swaps_and_changes_nothing_else() -> None:
     config, why = choose(config_of(blocks_to_swap="auto"), 1250, given=False)
     assert config[MemoryOptions] == replace(MemoryOptions(), blocks_to_swap=2)

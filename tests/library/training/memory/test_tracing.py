@@ -92,6 +92,24 @@ def test_results_have_the_type_that_autocast_gives_them(dtype: torch.dtype) -> N
     assert found["meta"] == found["cpu"]
 
 
+def test_convolutions_copy_their_sides_on_a_cpu_alone() -> None:
+    side, peaks = 4 * 8 * 16 * 16 * 4, {}  # bytes of input and output
+    for kind in ("cpu", "cuda"):
+        for learns in (False, True):
+            with tracing(kind) as tracker:
+                weight = torch.empty(8, 8, 1, 1, device=META, requires_grad=learns)
+                x = torch.empty(4, 8, 16, 16, device=META, requires_grad=True)
+                with tracker.measured() as taken:
+                    y = F.conv2d(x, weight)
+                forward, gradient = taken.peak, torch.empty_like(y)
+                with tracker.measured() as taken:
+                    y.backward(gradient)
+            peaks[kind, learns] = (forward // side, taken.peak // side)
+    assert peaks == {
+        ("cpu", False): (2, 2), ("cpu", True): (2, 3), ("cuda", False): (1, 1), ("cuda", True): (1, 1),
+    }
+
+
 def test_lengths_are_read_off_masks() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
     with tracing("cpu") as tracker:

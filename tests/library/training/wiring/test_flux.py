@@ -11,7 +11,8 @@ from library.core.options import Config
 from library.dataset import CachingOptions
 from library.training.accelerator_setup import prepare_runtime
 from library.training.losses.reduction import per_sample_loss
-from library.training.option_groups import SHARED_GROUPS
+from library.training.option_groups import SHARED_GROUPS, MemoryOptions
+from library.training.parser_common import parse_command
 from library.training.run import Models
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.flux import FluxFamily, FluxOptions
@@ -74,8 +75,15 @@ def test_check_knows_the_block_swap_limit_and_the_timestep_modes(tiny):
     with pytest.raises(ConfigError) as caught:
         family_of(tiny, blocks_to_swap=3, timestep_sampling="qwen_shift").check()
     assert "--blocks_to_swap is 3" in str(caught.value) and "qwen_shift" in str(caught.value)
-    with pytest.raises(ConfigError, match="18"):
-        family_of(tiny, split_mode=True).check()
+
+
+def test_split_mode_is_a_number_of_swapped_blocks_where_none_is_given():
+    """So that the plan of memory counts them, and `auto` and 0 mean what they say."""
+
+    def swapped(*words: str) -> object:
+        return parse_command(["--split_mode", *words], "flux", "network").config[MemoryOptions].blocks_to_swap
+
+    assert swapped() == 18 and swapped("--blocks_to_swap=auto") == "auto" and swapped("--blocks_to_swap=0") == 0
 
 
 @pytest.mark.parametrize(
