@@ -253,7 +253,8 @@ class Trainer:
 
     def twin(self, config: Config) -> Trainer:
         """A trainer of the same run with this configuration, for a plan: what is attached to its family and its
-        trainable is not to this one's."""
+        trainable is not to this one's. Its blocks are not compiled: that would take longer than the plan."""
+        config = changed(config, MemoryOptions, torch_compile=False)
         twin = copy.copy(self)
         twin.config = config
         twin.family = copy.copy(self.family)

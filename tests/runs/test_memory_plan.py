@@ -36,6 +36,12 @@ def test_what_is_not_counted_is_told(work: Work, tmp_path: Path) -> None:
     assert "not counted: adapters of --base_weights" in table and "not counted: the making of samples" in table
 
 
+def test_plans_compile_nothing(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("library.training.trainer_base.compile_blocks", lambda *_, **__: pytest.fail("compiled"))
+    table = work.trainer("out", "--torch_compile", "--dynamo_backend=eager").plans()[0].table()
+    assert "not counted: what compiled blocks keep" in table
+
+
 def test_a_run_that_cannot_be_planned_begins(
     work: Work, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,6 +170,8 @@ class Planner:
             yield "adapters of --base_weights while they are merged into what is read"
         if self._keeps_vae:
             yield "the making of samples"
+        if config[MemoryOptions].compiles:
+            yield "what compiled blocks keep less or more than others"
 
     def _host(self, config: Config, sizes: Sizes) -> Iterator[tuple[str, int]]:
         caching, ema = config[CachingOptions], config[EmaOptions]
