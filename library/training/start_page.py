@@ -124,6 +124,8 @@ def _precision(run: Run) -> str:
     )
     if runtime.denoiser_form:
         text += f", frozen weights in {runtime.denoiser_form}"
+    if form := run.family.text_form(runtime):
+        text += f", text encoders in {form}"
     return f"{text}, trained weights in {str(runtime.trained_dtype).removeprefix('torch.')}"
 
 

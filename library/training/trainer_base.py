@@ -222,7 +222,8 @@ class Trainer:
         budget, capacity = memory.vram_budget, capacity_of(runtime.device)
         if budget is None and (capacity is None or runtime.device.type == "cpu"):
             chosen = changed(self.config, MemoryOptions, blocks_to_swap=0)
-            where = "main memory" if runtime.device.type == "cpu" else f"{runtime.device}, whose size is not known (--vram_budget tells it)"
+            where = f"{runtime.device}, whose size is not known (--vram_budget tells it)"
+            where = "main memory" if runtime.device.type == "cpu" else where
             logger.info("--blocks_to_swap auto: 0, as the run computes in %s", where)
         else:
             limit = (1 - RESERVED) * capacity if budget is None else budget * GB

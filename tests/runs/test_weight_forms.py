@@ -17,6 +17,7 @@ from library.checkpoints.weight_forms import FORMS, stored
 from library.core.errors import CheckpointError
 from library.fp8_optimization_utils import stored_of
 from library.safetensors_utils import save_file_atomic
+from library.training import start_page
 from library.training.accelerator_setup import prepare_runtime
 from tests.families import CASES
 from tests.runs.conftest import fingerprint, losses_of, read_parts
@@ -197,7 +198,8 @@ def test_adapters_are_merged_before_weights_are_stored(tinies: Tinies, tmp_path:
     work = tinies.work("flux", tmp_path)
     adapter = work.train("first", "--max_train_steps=2", "--learning_rate=1")
     merging = [f"--base_weights={adapter}"]
-    runs = [work.prepare("wide", *merging), work.prepare("small", *merging, "--quantize_base=nf4")]
+    runs = [work.prepare("wide", *merging), work.prepare("small", *merging, *FIRST.split())]
+    assert "frozen weights in nf4, text encoders in int8" in start_page._precision(runs[1])
     wide, small = (dict(run.models.denoiser.named_modules()) for run in runs)
     compared = 0
     for path, layer in small.items():
