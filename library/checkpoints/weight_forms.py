@@ -13,7 +13,6 @@ NF4 is that of QLoRA (Dettmers et al. 2023, arXiv:2305.14314), computed by bitsa
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -183,7 +182,6 @@ def _as_nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def load_nf4() -> None:
     """bitsandbytes, whose operators NF4 is made of and read with. ImportError when it is not there."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it can do without
     import bitsandbytes.functional  # noqa: F401
 
 

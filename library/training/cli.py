@@ -180,8 +180,8 @@ def report(error: AtelierError) -> int:
 
 
 def is_worth_showing(record: logging.LogRecord) -> bool:
-    """False for what bitsandbytes says of its 4-bit kernels on some CPUs when it is imported: nothing here uses
-    them."""
+    """False for what bitsandbytes says of its 4-bit kernels on some CPUs when it is imported: what is stored in 4 bits
+    here does not need them."""
     return not (record.name.startswith("bitsandbytes") and "gemm_4bit" in str(record.msg))
 
 

@@ -66,7 +66,7 @@ class Steps:
         config = parse(words, "sd3", "full")
         runtime: Any = SimpleNamespace(
             device=torch.device("cpu"), backward=lambda loss: loss.backward(), reduce_gradients=lambda parameters: None,
-            unscale_gradients=lambda: None,
+            unscale_gradients=lambda: None, denoiser_form=None,
             **dict.fromkeys(("denoiser_dtype", "weight_dtype", "trained_dtype"), torch.float32),
         )  # fmt: skip
         self.family, trainable = Sd3Family(config), FullTrainable(config)

@@ -33,6 +33,7 @@ class Runtime:
 
     device = torch.device("cpu")
     weight_dtype = text_encoder_dtype = trained_dtype = torch.float32
+    text_form = None
     seed = 1
 
 

@@ -15,7 +15,7 @@ from library.core.errors import ConfigError
 from library.families.registry import FAMILIES
 from library.safetensors_utils import load_pickled_tensors, load_safetensors
 from library.training import cli
-from library.training.updaters.bf16_weights import COMPENSATION
+from library.training.optimizers.single_steps import COMPENSATION
 from tests.families import CASES, marks_of
 from tests.runs.conftest import Stopped, Work, fingerprint, losses_of, stop_after
 from tests.runs.families import Tinies, without
