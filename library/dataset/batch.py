@@ -109,7 +109,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy with all tensors on `device`, but for what is read as numbers, which a device would have to be waited
-        for: the network multipliers, tokens, and conditions of whole numbers (places in time)."""
+        for: the network multipliers, tokens, and conditions of whole numbers (places in time). On the CPU, where batches
+        are made, it is the batch itself."""
+        if torch.device(device).type == "cpu":
+            return self
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return to_device(tensor, device)

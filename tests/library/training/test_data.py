@@ -48,9 +48,7 @@ class Copies(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    ("device", "unwaited"), [("cuda", True), ("cuda:1", True), ("mps", False), ("xpu", False), ("cpu", False)]
-)
+@pytest.mark.parametrize(("device", "unwaited"), [("cuda", True), ("cuda:1", True), ("mps", False), ("xpu", False)])
 def test_only_copies_to_cuda_are_not_waited_for(tmp_path, device, unwaited) -> None:
     """Elsewhere a copy from plain memory may be read before it is there."""
     group = make_group(make_folder(tmp_path, 2))
@@ -59,6 +57,7 @@ def test_only_copies_to_cuda_are_not_waited_for(tmp_path, device, unwaited) -> N
     with Copies() as noted:
         batch.to(device)
     assert noted.unwaited and set(noted.unwaited) == {unwaited}
+    assert batch.to("cpu") is batch
 
 
 def test_workers_draw_the_noise_of_a_step(tmp_path) -> None:
