@@ -22,18 +22,27 @@ MAX_PROMPT_ROWS = 3
 def tokenize_rows(tokenizer: Any, texts: Sequence[str], num_rows: int, *, is_weighted: bool) -> tuple[Tensor, Tensor]:
     """Ids [B, num_rows, 77] and their weights [B, num_rows, 77] (all 1 unless `is_weighted` reads them from the
     texts)."""
-    special = {"begin": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    if not is_weighted and texts:
+        added = len(tokenizer.added_tokens_encoder)
+        rows = torch.stack([_known_rows(tokenizer, added, text, num_rows) for text in texts])
+        return rows, torch.ones(rows.shape)
     ids, weights = [], []
     for text in texts:
         row_ids: list[int] = []
         row_weights: list[float] = []
-        for piece, weight in parse_weights(text) if is_weighted else [(text, 1.0)]:
+        for piece, weight in parse_weights(text):
             part = _ids(tokenizer, piece)
             row_ids += part
             row_weights += [weight] * len(part)
-        ids.append(token_rows(row_ids, num_rows, **special))
+        ids.append(_rows(tokenizer, row_ids, num_rows))
         weights.append(weight_rows(row_weights, num_rows))
     return torch.tensor(ids), torch.tensor(weights)
+
+
+def _rows(tokenizer: Any, ids: Sequence[int], num_rows: int) -> list[list[int]]:
+    return token_rows(
+        list(ids), num_rows, begin=tokenizer.bos_token_id, end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id
+    )
 
 
 def num_tokens(tokenizer: Any, text: str, *, is_weighted: bool) -> int:
@@ -63,3 +72,9 @@ def _ids(tokenizer: Any, text: str) -> Sequence[int]:
 def _known_ids(tokenizer: Any, added: int, text: str) -> tuple[int, ...]:
     """Captions come again in every epoch; a tokenizer with more `added` words than before reads them anew."""
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+@lru_cache(maxsize=KNOWN_TEXTS)
+def _known_rows(tokenizer: Any, added: int, text: str, num_rows: int) -> Tensor:
+    """Ids [num_rows, 77] of a text, which nobody writes to."""
+    return torch.tensor(_rows(tokenizer, _ids(tokenizer, text), num_rows))
