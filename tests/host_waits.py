@@ -57,7 +57,8 @@ class HostWaits(TorchDispatchMode):
 
     def note(self, what: str, is_queued: bool = False) -> None:
         passed = (__file__, to_device.__code__.co_filename)
-        own = [f for f in traceback.extract_stack() if f.filename.startswith(ROOT) and f.filename not in passed]
+        frames = [f for f in traceback.extract_stack() if f.filename.startswith(ROOT) and f.filename not in passed]
+        own = [f for f in frames if "site-packages" not in f.filename]  # `make` puts an environment below the project
         place = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else "torch"
         (self.queued if is_queued else self.places)[f"{what} at {place}"] += 1
 
