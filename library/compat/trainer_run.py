@@ -14,7 +14,7 @@ from library.compat.schedulers import objective_of
 from library.compat.trainer_calls import Calls, descriptions, of_network
 from library.compat.trainer_hook import CallingHook
 from library.compat.trainer_step import CalledStep
-from library.core.errors import ConfigError, Problems
+from library.core.errors import AtelierError, ConfigError, Problems
 from library.core.registry import import_target
 from library.dataset.fill_caches import fill_text_cache
 from library.families.registry import record_of
@@ -30,6 +30,7 @@ from library.training.updaters.ordinary import OrdinaryUpdater
 
 if TYPE_CHECKING:
     from library.compat.trainers import NetworkTrainer
+    from library.core.options import Config
     from library.training.run import Run
 
 PARTS = {"load_vae": 2, "load_text_encoders": 1, "load_denoiser": 3}
@@ -260,6 +261,17 @@ class CalledTrainer(Trainer):
     """The Trainer that tells a NetworkTrainer's methods what they need when they need it."""
 
     step_class = CalledStep
+
+    def twin(self, config: Config) -> Trainer:
+        """For a plan of memory: none where methods are overridden. They may do anything, and each is called as often as
+        the run itself wants."""
+        owner = self.family.calls.owner
+        if own := owner._overridden():
+            raise AtelierError(
+                f"{type(owner).__name__} has methods of its own ({', '.join(own)}), whose memory is not known before they"
+                " run; --vram_budget and --blocks_to_swap auto need it: give the options that save memory themselves"
+            )
+        return super().twin(config)
 
     def check_length(self, data: Any, runtime: Any, *rest: Any) -> None:
         calls = self.family.calls

@@ -12,13 +12,16 @@ import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FunctionType, ModuleType
 from typing import Any
 
 COMPILER = "torch._dynamo"
 MASKS = f"{COMPILER}._trace_wrapped_higher_order_op"
 """the one part of the compiler that transformers imports by name, for masks that are functions"""
+
+KEPT_BY_TORCH = "__dynamo_disable"
+"""attribute of a function in which torch keeps its untraced form"""
 
 Marks = list[tuple[str, Callable[..., Any]]]
 
@@ -29,9 +32,9 @@ def is_imported() -> bool:
 
 
 @contextmanager
-def compiler_deferred() -> Iterator[None]:
+def compiler_deferred(importing: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
     """Let what is imported in here mark functions for the compiler without importing it. What asks more of it than that
-    gets it."""
+    gets it, imported inside `importing()`."""
     if COMPILER in sys.modules:
         yield
         return
@@ -39,7 +42,7 @@ def compiler_deferred() -> Iterator[None]:
     stand_in, masks = _StandIn(marks), ModuleType(MASKS)
     masks.TransformGetItemToIndex = _transform_get_item_to_index  # type: ignore[attr-defined]
     sys.modules.update({COMPILER: stand_in, MASKS: masks})
-    finder = TellsMarks(marks)
+    finder = TellsMarks(marks, importing)
     sys.meta_path.insert(0, finder)
     try:
         yield
@@ -87,18 +90,21 @@ class _StandIn(ModuleType):
             import torch  # optimizers' options import this file, and help is shown without torch
 
             return torch._disable_dynamo(function, recursive)
-        return _plain_until_compiling(function, recursive)
+        return plain_until_compiling(
+            function, lambda: sys.modules[COMPILER].disable(function, recursive, wrapping=False)
+        )
 
 
-def _plain_until_compiling(function: Any, recursive: bool) -> Callable[..., Any]:
-    """The untraced form of a function, where torch (`torch._compile`) is about to keep it; forgotten once there is a
-    compiler, so that torch makes the real one."""
+def plain_until_compiling(function: Callable[..., Any], traced: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """`function`, where torch keeps the untraced form of it (`torch._compile`); forgotten once there is a compiler, so
+    that torch makes the real one. `traced` gives what is called then."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not is_imported():
             return function(*args, **kwargs)
-        vars(function).pop("__dynamo_disable", None)
-        return sys.modules[COMPILER].disable(function, recursive, wrapping=False)(*args, **kwargs)
+        if getattr(function, KEPT_BY_TORCH, None) is call:
+            delattr(function, KEPT_BY_TORCH)
+        return traced()(*args, **kwargs)
 
     return call
 
@@ -110,8 +116,8 @@ def _transform_get_item_to_index() -> Any:
 class TellsMarks(importlib.abc.MetaPathFinder):
     """Waits for the import of the compiler, and marks then what has been marked before."""
 
-    def __init__(self, marks: Marks) -> None:
-        self.marks = marks
+    def __init__(self, marks: Marks, importing: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.marks, self.importing = marks, importing
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
         if name != COMPILER:
@@ -123,7 +129,8 @@ class TellsMarks(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_mark(module: ModuleType) -> None:
-            execute(module)
+            with self.importing():
+                execute(module)
             for mark, function in self.marks:
                 getattr(module, mark)(function)
 

@@ -17,12 +17,13 @@ from library.core.garbage import in_own_program, records_stay
 
 MODELS = "transformers.modeling_utils"
 _importing = threading.RLock()
+_background: list[threading.Thread] = []
 
 
 def import_transformers_models() -> None:
-    """Import what every model class of transformers stands on (`MODELS`). Call it before such a
-    class is imported: it waits for `import_in_background`, and leaves out scipy, torch's compiler and, in a program of
-    our own, tensors that are spread over processes."""
+    """Import what every model class of transformers stands on (`MODELS`). Call it before such a class is imported: it
+    waits for `import_in_background`, and leaves out scipy, torch's compiler and, in a program of our own, tensors that
+    are spread over processes."""
     with _importing:
         if MODELS in sys.modules:
             return
@@ -37,8 +38,8 @@ def import_transformers_models() -> None:
 
 
 def import_in_background() -> None:
-    """Begin to import them in a thread while this one computes or waits for the disk. An import that fails does so again, with
-    its message, where the classes are needed."""
+    """Begin to import them in a thread while this one computes or waits for the disk. An import that fails does so again,
+    with its message, where the classes are needed."""
     if MODELS in sys.modules:
         return
 
@@ -46,7 +47,15 @@ def import_in_background() -> None:
         with suppress(Exception):
             import_transformers_models()
 
-    threading.Thread(target=work, name="import-transformers", daemon=True).start()
+    thread = threading.Thread(target=work, name="import-transformers", daemon=True)
+    _background.append(thread)
+    thread.start()
+
+
+def finish_background() -> None:
+    """Wait for what `import_in_background` has begun."""
+    while _background:
+        _background.pop().join()
 
 
 def _import_losses() -> None:

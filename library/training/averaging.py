@@ -10,6 +10,7 @@ import torch
 
 from library.components.block_ring import bring_weights_home
 from library.core.errors import CheckpointError
+from library.core.parts import in_parts
 from library.device_utils import copies_are_queued
 from library.training.host_copies import HostCopies, Merge
 
@@ -65,9 +66,9 @@ class WeightAverage:
             pair = (self._tensors[name], parameter.detach())
             is_apart = pair[0].device.type == "cpu" and copies_are_queued(pair[1].device)
             (apart if is_apart else beside).append(pair)
-        for part in parts_of(beside, PART_BYTES):
+        for part in in_parts(beside, _nbytes, PART_BYTES):
             into([average for average, _ in part], [weight.to(average) for average, weight in part])
-        for part in parts_of(apart, PART_BYTES):
+        for part in in_parts(apart, _nbytes, PART_BYTES):
             self._copies.add([average for average, _ in part], [weight for _, weight in part], into)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -129,16 +130,5 @@ def _replace(averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) 
     torch._foreach_copy_(averages, weights)
 
 
-def parts_of(pairs: Sequence[Pair], most_bytes: int) -> Iterator[list[Pair]]:
-    """Pairs in their order, in parts whose weights take at most so much memory; one of more is a part
-    of its own."""
-    part: list[Pair] = []
-    size = 0
-    for average, weight in pairs:
-        if part and size + weight.nbytes > most_bytes:
-            yield part
-            part, size = [], 0
-        part.append((average, weight))
-        size += weight.nbytes
-    if part:
-        yield part
+def _nbytes(pair: Pair) -> int:
+    return pair[1].nbytes

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from library.core.parts import in_parts
+
 BUCKET_BYTES = 64 * 2**20
 """large enough for the whole bandwidth, and a small part of the memory of gradients"""
 
@@ -13,15 +15,11 @@ BUCKET_BYTES = 64 * 2**20
 def buckets_of(tensors: Iterable[torch.Tensor], most_bytes: int = BUCKET_BYTES) -> Iterator[list[torch.Tensor]]:
     """Tensors of one device and number format, in their order, that take together at most so much memory; a larger one
     is alone. They hang on shapes and formats only, and so are the same on all processes."""
-    open_buckets: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
-        kind = (tensor.device, tensor.dtype)
-        bucket = open_buckets.setdefault(kind, [])
-        if bucket and sum(one.nbytes for one in bucket) + tensor.nbytes > most_bytes:
-            yield bucket
-            bucket = open_buckets[kind] = []
-        bucket.append(tensor)
-    yield from open_buckets.values()
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for kind in kinds.values():
+        yield from in_parts(kind, lambda tensor: tensor.nbytes, most_bytes)
 
 
 def sum_in_buckets(gradients: Iterable[torch.Tensor], reduce: Callable[[torch.Tensor], object]) -> None:

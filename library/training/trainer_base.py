@@ -19,6 +19,7 @@ from library.components.transformers_import import import_in_background
 from library.core.attention_modes import AttentionChoice
 from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems, RunInterrupted
 from library.core.garbage import started
+from library.core.memory_room import resident_memory
 from library.core.options import AUTO, Config, option_fields, shortened
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.fill_caches import fill_text_cache, uncached
@@ -44,12 +45,13 @@ from library.training.data_phase import (
 from library.training.earlier_runs import clean_up, final_file, keep_earlier_files
 from library.training.hooks.base import Hook, HookList
 from library.training.hooks.checkpoint import CheckpointHook
+from library.training.hooks.losses import gather_objects
 from library.training.hooks.sample import encode_sample_prompts
 from library.training.hooks.standard import standard_hooks
 from library.training.loop import fit
 from library.training.loss import LossFunction
 from library.training.memory.choice import RESERVED, Chooser, changed
-from library.training.memory.plan import GB, FewerSamples, MemoryPlan, Planner, capacity_of, quiet, resident
+from library.training.memory.plan import GB, FewerSamples, MemoryPlan, Planner, capacity_of, quiet
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
 from library.training.optimizers.host_states import keep_on_host
@@ -226,7 +228,7 @@ class Trainer:
             where = "main memory" if runtime.device.type == "cpu" else where
             logger.info("--blocks_to_swap auto: 0, as the run computes in %s", where)
         else:
-            limit = (1 - RESERVED) * capacity if budget is None else budget * GB
+            limit = (1 - RESERVED) * min(gather_objects(capacity)) if budget is None else budget * GB
             choice = chooser.choose(self.config, limit, given=budget is not None)
             chosen = choice.config
             for line in choice.lines if runtime.is_main_process else ():
@@ -347,7 +349,7 @@ class Trainer:
         self.trainable.prepare_data(data)
         for group in data.groups:
             strategies.latents_caching.check_pictures(group.items)
-        self._program_bytes = resident()
+        self._program_bytes = max(gather_objects(resident_memory() or 0))  # so that all processes plan alike
         self._untouched = (self.config, copy.deepcopy(self.trainable, {id(self.config): self.config}))
         return data, strategies, trained
 
@@ -477,7 +479,9 @@ class Trainer:
             logger.info(line)
         number = sum(use_attention(part, settings.choice) for part in parts)
         if not number and settings.choice != AttentionChoice():
-            logger.warning("--attn_mode and --split_attn have no effect: the model computes its attention in a way of its own")
+            logger.warning(
+                "--attn_mode and --split_attn have no effect: the model computes its attention in a way of its own"
+            )
 
     # ---- the Run -----------------------------------------------------------------------------------------------------
 

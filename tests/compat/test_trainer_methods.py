@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from library import train_util
-from library.core.errors import ConfigError
+from library.core.errors import AtelierError, ConfigError
 from library.custom_train_functions import apply_masked_loss
 from library.safetensors_utils import read_header
 from tests.compat.test_trainers import train, trainer_class
@@ -330,3 +330,29 @@ def test_own_draws_of_a_step_are_the_same_in_a_resumed_run(sd):
     whole = tensors(made(sd, "whole", {}, *save, bases=(Own,)))
     state = sd.folder / "whole" / "lora-step00000001-state"
     assert tensors(made(sd, "resumed", {}, f"--resume={state}", bases=(Own,))) == whole
+
+
+def test_no_plan_of_memory_calls_them(flux):
+    """They load and compute by themselves, each as often as the run itself wants, and no plan can know what."""
+    names = ("load_target_model", "post_process_network", "prepare_unet_with_accelerator", "call_unet")
+    calls: dict[str, int] = {}
+
+    def passing(name):
+        own = getattr(trainer_class("flux"), name)
+
+        def method(self, *args, **kwargs):
+            calls[name] = calls.get(name, 0) + 1
+            return own(self, *args, **kwargs)
+
+        return method
+
+    methods = {name: passing(name) for name in names}
+    mine = made(flux, "shown", methods, "--console_log_level=INFO")
+    assert calls == {**dict.fromkeys(names, 1), "call_unet": 2}
+    assert tensors(mine) == tensors(flux.train("shown_script", "--max_train_steps=2"))
+    with pytest.raises(AtelierError, match="Mine.*--vram_budget"):
+        made(flux, "budget", methods, "--vram_budget=8")
+
+
+def test_a_plan_of_memory_without_own_methods_changes_nothing(flux, plain):
+    assert tensors(made(flux, "planned", {}, "--console_log_level=INFO")) == plain

@@ -56,9 +56,12 @@ assert not hasattr(deepgemm.is_sm100, "_dynamo_marked_constant")
 from transformers.loss import loss_for_object_detection as detection
 rows, columns = detection.linear_sum_assignment([[4.0, 1.0], [2.0, 3.0]])
 assert list(columns) == [1, 0] and detection.is_scipy_available()
-with compiler_deferred():
+from library.training.memory.tracing import tracing
+with tracing("cuda"):
     import torch._dynamo
     assert torch._dynamo.config.suppress_errors is False and is_imported(), "not the compiler itself"
+whole = torch.compile(lambda x: x + torch.is_autocast_enabled("cpu"), backend="eager", fullgraph=True)
+assert whole(torch.ones(1)) == 1, "the compiler knows the functions that plans of memory put in their place"
 assert deepgemm.is_sm100._dynamo_marked_constant
 assert torch._dynamo.trace_rules.is_callable_allowed(modeling_utils.PreTrainedModel.can_record_outputs.fget)
 masks = masking_utils.TransformGetItemToIndex()

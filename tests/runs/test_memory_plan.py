@@ -59,7 +59,7 @@ def test_a_run_that_cannot_be_planned_begins(
 
 
 def test_a_run_chooses_for_its_budget(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("library.training.trainer_base.resident", lambda: 0)
+    monkeypatch.setattr("library.training.trainer_base.resident_memory", lambda: 0)
     peaks = {
         again: work.trainer("plan", *(["--gradient_checkpointing"] if again else [])).plans()[0].device_peak
         for again in (False, True)

@@ -153,12 +153,12 @@ def _reasons(seen: list[Candidate], budget: float, given: bool) -> Iterator[str]
 
 
 def _refusal(nearest: Candidate, asked: Candidate, budget: float, given: bool, advice: str) -> str:
-    peak = nearest.plan.peak
+    part, size = nearest.plan.largest_part
     name = f"--vram_budget is {budget / 1e9:g} GB" if given else f"--blocks_to_swap is auto, on {_gb(budget)}"
     how = f" with {nearest.words}" if nearest.words else ""
     return (
         f"{name}; the nearest that this run can come to is {_gb(nearest.plan.device_peak)}{how} (largest moment:"
-        f" {peak.name}, {nearest.plan.largest_part} {_gb(peak.parts[nearest.plan.largest_part])}; as asked"
+        f" {nearest.plan.peak.name}, {part} {_gb(size)}; as asked"
         f" {_gb(asked.plan.device_peak)}, {asked.plan.settings}). {advice}, caches that are filled"
         " beforehand, or a smaller rank need less; tools/plan_memory.py shows the table"
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.components.deferred_compiler import compiler_deferred
+from library.components.transformers_import import finish_background, import_transformers_models
 from library.core.keyed_random import isolated_rng
 from library.dataset import CachingOptions
 from library.dataset.collate import stack_padded
@@ -98,7 +98,11 @@ class PhaseTracer:
     def sizes(self, demand: Demand) -> Sizes:
         """What a run takes whose batches are all as large as `demand`."""
         found = Sizes(demand, self.kind)
-        with isolated_rng(0), compiler_deferred(), tracing(self.kind) as tracker:
+        # what is imported while torch stands in for another device would keep that
+        finish_background()
+        if not self._captions_are_cached and not self.trainer.family.lacks("text_encoders"):
+            import_transformers_models()
+        with isolated_rng(0), tracing(self.kind) as tracker:
             models = Models()
             latents, conditions = self._latents(demand, models, found, tracker)
             encoders, conditioning, tokens = self._captions(demand, found, tracker)
@@ -151,8 +155,7 @@ class PhaseTracer:
         """The text encoders of the step, what is cached of the captions, and the tokens for what is not."""
         trainer, strategies, runtime = self.trainer, self.strategies, self.runtime
         caching = strategies.text_encoder_outputs_caching
-        is_cached = caching is not None and "text_encoders" not in self.encodes and not caching.live
-        if is_cached or trainer.family.lacks("text_encoders"):
+        if self._captions_are_cached or trainer.family.lacks("text_encoders"):
             return [], self._cached_captions(demand, tracker), {}
         encoders = trainer.loaded_text_encoders(runtime)
         for number, encoder in enumerate(encoders, start=1):
@@ -176,6 +179,11 @@ class PhaseTracer:
                 found.in_step.add(f"text encoder {number + 1}" if len(encoders) > 1 else "text encoder")
         conditioning = {name: value for name, value in outputs.items() if name not in caching.live}
         return encoders, conditioning, tokens if caching.live else {}
+
+    @property
+    def _captions_are_cached(self) -> bool:
+        caching = self.strategies.text_encoder_outputs_caching
+        return caching is not None and "text_encoders" not in self.encodes and not caching.live
 
     def _cached_captions(self, demand: Demand, tracker: MemoryTracker) -> Conditioning:
         """The outputs in caches, where these are complete."""

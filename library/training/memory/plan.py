@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.core.errors import AtelierError
+from library.core.memory_room import resident_memory, total_memory
 from library.dataset import CachingOptions
 from library.training.accelerator_setup import with_forms
 from library.training.adapters import NetworkOptions
@@ -79,9 +80,10 @@ class MemoryPlan:
         return self.peak.total + (self.host_total if self.is_one_memory else 0)
 
     @property
-    def largest_part(self) -> str:
-        """What most of the largest moment is."""
-        return max(self.peak.parts, key=self.peak.parts.__getitem__)
+    def largest_part(self) -> tuple[str, int]:
+        """What most of the largest moment is, and its bytes."""
+        parts = {**self.peak.parts, **(self.host if self.is_one_memory else {})}
+        return max(parts.items(), key=lambda part: part[1])
 
     @property
     def host_total(self) -> int:
@@ -133,7 +135,7 @@ class Planner:
     ) -> None:
         self._twin, self._data, self._strategies, self.runtime = twin, data, strategies, runtime
         self._keeps_vae, self._encodes = keeps_vae, encodes
-        self._program = resident() if program is None else program
+        self._program = (resident_memory() or 0) if program is None else program
 
     def demands(self, spec: LatentSpec) -> list[Demand]:
         """The sizes of batches, the largest first."""
@@ -245,9 +247,7 @@ def capacity_of(device: torch.device) -> int | None:
     """Bytes of memory of a device; of main memory for the CPU. None where it cannot be told."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    return total_memory() if device.type == "cpu" else None
 
 
 def _settings(memory: MemoryOptions, sizes: Sizes) -> str:
@@ -257,15 +257,6 @@ def _settings(memory: MemoryOptions, sizes: Sizes) -> str:
     if memory.blocks_to_swap:
         words.append(f"{memory.blocks_to_swap} block{'' if memory.blocks_to_swap == 1 else 's'} swapped")
     return ", ".join(words)
-
-
-def resident() -> int:
-    """Bytes of main memory that this process has now; 0 where the system does not tell."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError, AttributeError):
-        return 0
 
 
 def _gb(size: int) -> str:

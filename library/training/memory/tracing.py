@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from library.components import activation_offload
 from library.components.attention_backends import KERNELS, torch_attention
+from library.components.deferred_compiler import compiler_deferred
 from library.safetensors_utils import without_values
 
 META = torch.device("meta")
@@ -409,24 +410,32 @@ class _Form:
 
 
 @contextmanager
+def _torch_as_it_is() -> Iterator[None]:
+    """Inside, torch has its own functions: the compiler, where something imports it, keeps them for good."""
+    own = dict(
+        autocast=_AUTOCAST, Generator=_GENERATOR, is_autocast_enabled=_AUTOCAST_IS_ON, get_autocast_dtype=_AUTOCAST_DTYPE
+    )
+    with patch.object(torch.amp, "autocast", _AUTOCAST), patch.multiple(torch, **own):
+        yield
+
+
+@contextmanager
 def tracing(kind: str) -> Iterator[MemoryTracker]:
     """Inside, models that are loaded for the meta device have no values, and what is computed with them is counted as a
     device of this kind ("cpu", "cuda") would hold it. Whatever is made here is of no use outside."""
     mode = _AsOnTheDevice(kind)
+    autocast = _autocast_class(mode)
     with ExitStack() as stack:
-        autocast = _autocast_class(mode)
-        stack.enter_context(patch.object(torch, "autocast", autocast))
+        stack.enter_context(compiler_deferred(importing=_torch_as_it_is))
         stack.enter_context(patch.object(torch.amp, "autocast", autocast))
-        stack.enter_context(
-            patch.object(torch, "is_autocast_enabled", lambda kind=None: _AUTOCAST_IS_ON(_known_kind(kind)))
-        )
-        stack.enter_context(
-            patch.object(torch, "get_autocast_dtype", lambda kind: _AUTOCAST_DTYPE(_known_kind(kind)))
-        )
+        stack.enter_context(patch.multiple(
+            torch, autocast=autocast, Generator=_Generator,
+            is_autocast_enabled=lambda kind=None: _AUTOCAST_IS_ON(_known_kind(kind)),
+            get_autocast_dtype=lambda kind: _AUTOCAST_DTYPE(_known_kind(kind)),
+        ))  # fmt: skip
         tracker = MemoryTracker(kind)
         if kind != "cpu":  # on which nothing leaves
             stack.enter_context(patch.object(activation_offload, "_STORE", tracker.away))
-        stack.enter_context(patch.object(torch, "Generator", _Generator))
         stack.enter_context(patch.dict(KERNELS, {name: torch_attention for name in KERNELS if name != "torch_math"}))
         stack.enter_context(without_values())
         stack.enter_context(mode)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from library.components import deferred_compiler
+from library.components.deferred_compiler import KEPT_BY_TORCH, plain_until_compiling
 
 METHODS = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 """those of torch.optim.Optimizer that are marked not to be traced"""
@@ -27,26 +28,12 @@ def leave_compiler_out(optimizer_class: type) -> None:
     for name in METHODS:
         method = getattr(torch.optim.Optimizer, name)
         marked = getattr(method, "__wrapped__", None)
-        if marked is not None and not hasattr(marked, "__dynamo_disable"):
-            marked.__dynamo_disable = _plain_until_compiling(method, marked)
+        if marked is not None and not hasattr(marked, KEPT_BY_TORCH):
+            setattr(marked, KEPT_BY_TORCH, plain_until_compiling(marked, lambda method=method: method))
     for owner in optimizer_class.__mro__:
         step = vars(owner).get("step")
         if getattr(getattr(step, "__code__", None), "co_name", "") == "_use_grad" and hasattr(step, "__wrapped__"):
             owner.step = _step_without_compiler(step)
-
-
-def _plain_until_compiling(method: Callable[..., Any], marked: Callable[..., Any]) -> Callable[..., Any]:
-    """`marked`, where torch keeps the untraced form of it; forgotten once there is a compiler, so that torch makes the
-    real one."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not deferred_compiler.is_imported():
-            return marked(*args, **kwargs)
-        if getattr(marked, "__dynamo_disable", None) is call:
-            del marked.__dynamo_disable
-        return method(*args, **kwargs)
-
-    return call
 
 
 def _step_without_compiler(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import torch
 
 from library.components.device_transfers import Event, Transfers
 from library.training import host_copies
-from library.training.averaging import WeightAverage, parts_of
+from library.training.averaging import WeightAverage
 from library.training.host_copies import MOST_ON_THE_WAY, HostCopies
 from tests.waiting import PATIENCE
 
@@ -73,13 +73,6 @@ def test_an_error_is_told_to_who_waits() -> None:
     with pytest.raises(OSError, match="no room"):
         copies.settle()
     copies.settle()
-
-
-def test_parts_keep_the_order_and_the_bound() -> None:
-    pairs = [(torch.zeros(n), torch.zeros(n)) for n in (1, 2, 3, 9, 1)]
-    parts = list(parts_of(pairs, 4 * 4))
-    assert [[len(weight) for _, weight in part] for part in parts] == [[1, 2], [3], [9], [1]]
-    assert not list(parts_of([], 16))
 
 
 def test_an_average_in_main_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
