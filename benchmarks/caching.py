@@ -23,14 +23,6 @@ from benchmarks.figures import Baseline, Figure, spread
 from benchmarks.words import count, tiny_family
 
 WANTED_BUSY = 0.9
-DATASET = """
-[[datasets]]
-resolution = {size}
-batch_size = 4
-[[datasets.subsets]]
-image_dir = '{images}'
-caption_extension = ".txt"
-"""
 
 
 @dataclass
@@ -132,6 +124,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> list[Figure]:
     from library.dataset.latent_cache import LatentCache
     from library.dataset.text_cache import TextCache
+    from library.tiny_models.pictures import write_configuration
 
     count, size, rounds = (8, 64, 1) if options.quick else (options.count, options.size, options.rounds)
     figures = []
@@ -139,8 +132,7 @@ def measure(options: argparse.Namespace) -> list[Figure]:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             write_photos(folder / "images", count, size)
-            images = (folder / "images").as_posix()
-            (folder / "data.toml").write_text(DATASET.format(size=size, images=images), encoding="utf-8")
+            write_configuration(folder / "data.toml", folder / "images", size, batch_size=4)
             for what, owner, name in (("latents", LatentCache, "encode_as_made"), ("text", TextCache, "encode")):
                 watches = [cached(what, family, folder, lambda: watching(owner, name)) for _ in range(rounds)]
                 figures.append(

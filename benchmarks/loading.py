@@ -24,14 +24,6 @@ if TYPE_CHECKING:
 MOST_WAITING = 0.02
 SECONDS_PER_PICTURE = 0.25
 SIDE, TOKENS, WIDTH = 1024, 512, 4096
-DATASET = """
-[[datasets]]
-resolution = {side}
-batch_size = 2
-[[datasets.subsets]]
-image_dir = '{images}'
-caption_extension = ".txt"
-"""
 
 
 def write_set(folder: Path, count: int, side: int, width: int) -> None:
@@ -116,6 +108,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> list[Figure]:
+    from library.tiny_models.pictures import write_configuration
+
     side, width = (64, 32) if options.quick else (SIDE, WIDTH)
     seconds = 0.005 if options.quick else SECONDS_PER_PICTURE
     count, rounds = options.pictures or (8 if options.quick else 48), options.rounds or (1 if options.quick else 3)
@@ -123,8 +117,7 @@ def measure(options: argparse.Namespace) -> list[Figure]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_set(folder / "images", count, side, width)
-        images = (folder / "images").as_posix()
-        (folder / "data.toml").write_text(DATASET.format(side=side, images=images), encoding="utf-8")
+        write_configuration(folder / "data.toml", folder / "images", side, batch_size=2)
         for workers in options.workers:
             data = training_data(folder, workers)
             name = f"FLUX.1 {side} px, {workers} workers"

@@ -12,17 +12,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.model_files import shapes_of, write_random
-from library.tiny_models.pictures import draw_pictures
+from library.tiny_models.pictures import draw_pictures, write_configuration
 from library.tiny_models.weights import clip_state, save_part, t5_state
 
-DATASET = """
-[[datasets]]
-resolution = {size}
-batch_size = 1
-caption_extension = ".txt"
-[[datasets.subsets]]
-image_dir = {path}
-"""
 CLIPS = """
 [[datasets]]
 resolution = {size}
@@ -79,13 +71,12 @@ def write_data(folder: Path, widths: Widths) -> Path:
     """Pictures, scaled up to the size that is measured, or one clip of them."""
     path, images = folder / "data.toml", draw_pictures(folder / "images", max(PICTURES, widths.frames))
     if widths.frames == 1:
-        text = DATASET.format(size=[widths.width, widths.height], path=json.dumps(images.as_posix()))
-    else:
-        clip = json.dumps({"video_path": images.as_posix(), "caption": "a circle, many times"})
-        (folder / "clips.jsonl").write_text(f"{clip}\n", encoding="utf-8")
-        where = json.dumps((folder / "clips.jsonl").as_posix())
-        caches = json.dumps((folder / "caches").as_posix())
-        text = CLIPS.format(size=[widths.width, widths.height], path=where, frames=widths.frames, caches=caches)
+        return write_configuration(path, images, [widths.width, widths.height], batch_size=1)
+    clip = json.dumps({"video_path": images.as_posix(), "caption": "a circle, many times"})
+    (folder / "clips.jsonl").write_text(f"{clip}\n", encoding="utf-8")
+    where = json.dumps((folder / "clips.jsonl").as_posix())
+    caches = json.dumps((folder / "caches").as_posix())
+    text = CLIPS.format(size=[widths.width, widths.height], path=where, frames=widths.frames, caches=caches)
     path.write_text(text, encoding="utf-8")
     return path
 

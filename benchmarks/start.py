@@ -39,14 +39,6 @@ much memory for each picture"""
 
 SIZE_PX = 64
 DISTINCT = 64
-DATASET = """
-[[datasets]]
-resolution = {size}
-batch_size = 4
-[[datasets.subsets]]
-image_dir = '{images}'
-caption_extension = ".txt"
-"""
 KINDS = {".png": "pictures", ".txt": "captions", ".npz": "caches"}
 
 
@@ -159,10 +151,11 @@ class Case:
 
     def __init__(self, family: str, count: int, folder: Path, more: list[str], encode_all: bool) -> None:
         from library.tiny_models import build_tiny, tiny_entry
+        from library.tiny_models.pictures import write_configuration
 
         self.count, self.folder, self.images, self.num_runs = count, folder, folder / "images", 0
         entry, tiny = tiny_entry(family), build_tiny(family, folder / "model")
-        (folder / "data.toml").write_text(DATASET.format(size=SIZE_PX, images=self.images.as_posix()), encoding="utf-8")
+        write_configuration(folder / "data.toml", self.images, SIZE_PX, batch_size=4)
         self.script, self.argv = entry.script, [
             *tiny.arguments(), f"--network_module={entry.network_module}", *entry.options,
             f"--dataset_config={folder / 'data.toml'}",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from library.core.errors import Problems
 from library.core.learning_rates import parse_block_curves, parse_rates, rate_groups
 from library.core.options import option
+from library.training.computing_options import MemoryOptions, PrecisionOptions
 from library.training.optimizers import OptimizerOptions
-from library.training.option_groups import MemoryOptions, PrecisionOptions
 from library.training.trainables.base import Trainable
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import torch
 from library.compat.namespace import options_of
 from library.core.errors import UnsupportedCombination
 from library.training.accelerator_setup import allow_fp16_gradients, start_accelerator
-from library.training.option_groups import DdpOptions, DeepSpeedOptions, LoggingOptions, LoopOptions, PrecisionOptions
+from library.training.computing_options import DdpOptions, DeepSpeedOptions, PrecisionOptions
+from library.training.option_groups import LoggingOptions, LoopOptions
 from library.utils import str_to_dtype
 
 

@@ -14,21 +14,18 @@ from library.core.options import add_options, option_fields, parse_bool
 from library.dataset import CachingOptions, DatasetOptions, parse_range, parse_resolution
 from library.training import optimizers, schedulers
 from library.training.attention_options import AttentionOptions
+from library.training.computing_options import DdpOptions, DeepSpeedOptions, MemoryOptions, PrecisionOptions
 from library.training.config_file import NEVER_IN_FILE, read_config_file
 from library.training.inference_samplers import SamplerOptions
 from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions
 from library.training.option_groups import (
-    DdpOptions,
-    DeepSpeedOptions,
     HubOptions,
     LoggingOptions,
     LoopOptions,
-    MemoryOptions,
     MetadataOptions,
     ModelOptions,
     NoiseOptions,
-    PrecisionOptions,
     ResumeOptions,
     SamplingOptions,
     SavingOptions,

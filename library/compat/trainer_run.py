@@ -19,11 +19,12 @@ from library.core.registry import import_target
 from library.dataset.fill_caches import fill_text_cache
 from library.families.registry import record_of
 from library.training import checks, cli, parser_common
+from library.training.computing_options import MemoryOptions
 from library.training.hooks.checkpoint import CheckpointHook
 from library.training.hooks.logging import LoggingHook
 from library.training.hooks.sample import SampleHook
 from library.training.objective import NoisyLatents
-from library.training.option_groups import ConsoleOptions, MemoryOptions
+from library.training.option_groups import ConsoleOptions
 from library.training.run import DiTOutput, Models
 from library.training.trainer_base import Trainer
 from library.training.updaters.ordinary import OrdinaryUpdater

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from library.components.device_transfers import Event, HostMemory, Transfers, pieces, room_for, transfers_to
+from library.components.device_transfers import Event, HostMemory, pieces, room_for, transfers_to
 
 RING_SIZE = 2
 """places on the device for blocks that travel: one computes, the next arrives meanwhile"""

@@ -31,9 +31,14 @@ def write_dataset(folder: str | Path, *, count: int = 8, batch_size: int = 2, se
     configuration."""
     folder = Path(folder)
     draw_pictures(folder / "images", count, seed=seed)
-    path = folder / "dataset.toml"
-    images = json.dumps((folder / "images").as_posix(), ensure_ascii=False)  # a JSON string is a TOML string
-    write_text_atomically(path, DATASET.format(size=SIZE_PX, batch_size=batch_size, images=images))
+    return write_configuration(folder / "dataset.toml", folder / "images", SIZE_PX, batch_size)
+
+
+def write_configuration(path: Path, images: Path, size: int | list[int], batch_size: int) -> Path:
+    """Write the configuration of a dataset of one folder of captioned pictures; returns `path`. `size`: the resolution
+    in pixels, one side or [width, height]."""
+    quoted = json.dumps(images.as_posix(), ensure_ascii=False)  # a JSON string is a TOML string
+    write_text_atomically(path, DATASET.format(size=size, batch_size=batch_size, images=quoted))
     return path
 
 

@@ -16,8 +16,9 @@ import torch
 
 from library.core.errors import ConfigError, TrainingError
 from library.core.options import Config
+from library.training.computing_options import DdpOptions, MemoryOptions, PrecisionOptions
 from library.training.gradient_sums import sum_in_buckets
-from library.training.option_groups import DdpOptions, MemoryOptions, ModelOptions, PrecisionOptions
+from library.training.option_groups import ModelOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

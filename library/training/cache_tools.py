@@ -20,16 +20,10 @@ from library.dataset import CachingOptions, DatasetOptions
 from library.families.registry import FAMILIES, record_of
 from library.training import clip_cache_options, option_reader, parser_common
 from library.training.clip_cache_options import ClipCacheOptions, ClipLatentsOptions
+from library.training.computing_options import DdpOptions, PrecisionOptions
 from library.training.config_file import read_config_file
 from library.training.idle_options import as_block
-from library.training.option_groups import (
-    ConfigFileOptions,
-    ConsoleOptions,
-    DdpOptions,
-    LoopOptions,
-    ModelOptions,
-    PrecisionOptions,
-)
+from library.training.option_groups import ConfigFileOptions, ConsoleOptions, LoopOptions, ModelOptions
 
 if TYPE_CHECKING:
     from library.dataset.items import ImageItem

@@ -22,22 +22,22 @@ from library.core.options import Config, MissingGroup
 from library.core.text_files import parse_toml, read_text
 from library.dataset import CachingOptions, DatasetOptions
 from library.training.checkpoint import FOLDER_FORMATS, CheckpointNames
+from library.training.computing_options import MemoryOptions
 from library.training.device_checks import precision_problems, precision_warnings
 from library.training.earlier_runs import existing_problems, final_file, resumed_state
 from library.training.formula_checks import formula_problems
 from library.training.idle_options import strict_problems
 from library.training.new_words import learned_word
-from library.training.own_hooks import companion_endings
 from library.training.option_groups import (
     HubOptions,
     LoggingOptions,
     LoopOptions,
-    MemoryOptions,
     MetadataOptions,
     ResumeOptions,
     SamplingOptions,
     SavingOptions,
 )
+from library.training.own_hooks import companion_endings
 from library.training.sampling_prompts import (
     IMAGE_LINE_OPTIONS,
     LineOption,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from library.core.options import Config
-from library.training.option_groups import PrecisionOptions
+from library.training.computing_options import PrecisionOptions
 
 _INT8 = "needed: int8 in its place, which every device holds (--quantize_base int8, --quantize_text_encoder int8)"
 

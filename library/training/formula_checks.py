@@ -8,10 +8,11 @@ from typing import Any
 from library.core.errors import ConfigError, Problems
 from library.core.options import Config, Ignored
 from library.training import loss_weights, losses, optimizers, schedulers, timestep_samplers
+from library.training.computing_options import PrecisionOptions
 from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions
 from library.training.optimizers import OptimizerOptions
-from library.training.option_groups import EmaOptions, LoopOptions, ModelOptions, NoiseOptions, PrecisionOptions
+from library.training.option_groups import EmaOptions, LoopOptions, ModelOptions, NoiseOptions
 from library.training.schedulers import SchedulerOptions
 from library.training.timestep_samplers import TimestepOptions
 

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 
 from library.core.options import Config, Ignored, without_effect
 from library.dataset import FOLDER_OPTIONS, DatasetOptions
+from library.training.computing_options import MemoryOptions, PrecisionOptions
 from library.training.formula_checks import idle_formulas
 from library.training.option_groups import (
     ConfigFileOptions,
     HubOptions,
     LoggingOptions,
     LoopOptions,
-    MemoryOptions,
     NoiseOptions,
-    PrecisionOptions,
     ResumeOptions,
     SamplingOptions,
     SavingOptions,

@@ -11,18 +11,12 @@ from library.core.options import option_fields
 from library.dataset import CachingOptions
 from library.families.latents import Bucket
 from library.training import schedulers
+from library.training.computing_options import MemoryOptions, PrecisionOptions
 from library.training.data_phase import DataGroups
 from library.training.formula_checks import formula_notices, formula_warnings
 from library.training.idle_options import as_block, ignored
 from library.training.optimizers import OptimizerBuild, OptimizerOptions
-from library.training.option_groups import (
-    LoopOptions,
-    MemoryOptions,
-    ModelOptions,
-    PrecisionOptions,
-    SamplingOptions,
-    SavingOptions,
-)
+from library.training.option_groups import LoopOptions, ModelOptions, SamplingOptions, SavingOptions
 from library.training.run import Run
 from library.training.sampling_prompts import unreached_interval
 from library.training.schedulers import SchedulerOptions

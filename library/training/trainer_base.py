@@ -29,6 +29,7 @@ from library.training import checks, loss_weights, losses, optimizers, scheduler
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime, with_forms
 from library.training.checkpoint import resume_point
 from library.training.compilation import checkpoint_activations, compile_blocks
+from library.training.computing_options import MemoryOptions, PrecisionOptions
 from library.training.data import TrainingData, loading_of
 from library.training.data_phase import (
     DataGroups,
@@ -55,14 +56,7 @@ from library.training.memory.plan import GB, FewerSamples, MemoryPlan, Planner, 
 from library.training.metadata import BaseModelHashes
 from library.training.optimizers import OptimizerOptions
 from library.training.optimizers.host_states import keep_on_host
-from library.training.option_groups import (
-    LoopOptions,
-    MemoryOptions,
-    PrecisionOptions,
-    ResumeOptions,
-    SamplingOptions,
-    SavingOptions,
-)
+from library.training.option_groups import LoopOptions, ResumeOptions, SamplingOptions, SavingOptions
 from library.training.own_hooks import make_hooks, names_never_called
 from library.training.progress import Progress
 from library.training.prompt_files import check_files

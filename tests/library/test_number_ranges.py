@@ -27,10 +27,11 @@ from library.generation import (
     wan_inference,
 )
 from library.generation.gen_img import options as generation_options
-from library.generation.lumina_options import LuminaPromptOptions
 from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS, parse_generation_line
+from library.generation.lumina_options import LuminaPromptOptions
 from library.training import parser_common
-from library.training.option_groups import DdpOptions, LoopOptions
+from library.training.computing_options import DdpOptions
+from library.training.option_groups import LoopOptions
 from library.training.sampling_prompts import (
     IMAGE_LINE_OPTIONS,
     VIDEO_LINE_OPTIONS,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from library.core.errors import AtelierError
+from library.training.computing_options import MemoryOptions
 from library.training.loop import fit
 from library.training.memory import plan as plans
 from library.training.memory.measure import PhaseTracer
-from library.training.option_groups import MemoryOptions
 from tests.runs.conftest import Work, fingerprint
 
 

@@ -123,8 +123,8 @@ def test_what_the_cpu_computes_with():
 
 def test_a_format_that_the_device_imitates_is_a_warning(monkeypatch):
     from library.core.options import Config
+    from library.training.computing_options import PrecisionOptions
     from library.training.device_checks import precision_warnings
-    from library.training.option_groups import PrecisionOptions
 
     monkeypatch.setattr(device_utils, "get_preferred_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from library.core.errors import ConfigError
 from library.core.options import AUTO, Config
-from library.training.option_groups import MemoryOptions, PrecisionOptions
+from library.training.computing_options import MemoryOptions, PrecisionOptions
 
 if TYPE_CHECKING:
     from library.training.memory.measure import Sizes

@@ -17,11 +17,12 @@ from library.dataset import CachingOptions
 from library.dataset.collate import stack_padded
 from library.training import optimizers
 from library.training.accelerator_setup import Runtime
+from library.training.computing_options import MemoryOptions
 from library.training.hooks.base import HookList
 from library.training.memory.samples import Demand
 from library.training.memory.tracing import META, MemoryTracker, bytes_of, tracing
 from library.training.optimizers import OptimizerOptions
-from library.training.option_groups import LoopOptions, MemoryOptions
+from library.training.option_groups import LoopOptions
 from library.training.run import Models
 
 if TYPE_CHECKING:

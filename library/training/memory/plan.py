@@ -17,12 +17,13 @@ from library.core.memory_room import resident_memory, total_memory
 from library.dataset import CachingOptions
 from library.training.accelerator_setup import with_forms
 from library.training.adapters import NetworkOptions
+from library.training.computing_options import MemoryOptions
 from library.training.memory.measure import PhaseTracer, Sizes
 from library.training.memory.samples import demands
 from library.training.optimizers import OptimizerOptions
 from library.training.optimizers.host_states import ROOM
 from library.training.optimizers.single_steps import steps_singly
-from library.training.option_groups import EmaOptions, HookOptions, LoopOptions, MemoryOptions
+from library.training.option_groups import EmaOptions, HookOptions, LoopOptions
 
 if TYPE_CHECKING:
     from library.core.options import Config

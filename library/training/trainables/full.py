@@ -16,8 +16,9 @@ from library.core.options import Config, Ignored, without_effect
 from library.dataset import CachingOptions
 from library.families.registry import record_of
 from library.training.checkpoint import FOLDER_FORMATS, side_name
+from library.training.computing_options import PrecisionOptions
 from library.training.hooks.base import Hook
-from library.training.option_groups import PrecisionOptions, SavingOptions
+from library.training.option_groups import SavingOptions
 from library.training.trainables.weights import WeightsTrainable
 from library.training.whole_models import TEXT_RATES, WholeModelOptions
 

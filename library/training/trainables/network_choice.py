@@ -18,8 +18,9 @@ from library.core.patterns import pattern_values
 from library.families.registry import record_of
 from library.safetensors_utils import read_header
 from library.training.adapters import DENOISER_ONLY, NetworkOptions, check_network_module
+from library.training.computing_options import PrecisionOptions
 from library.training.optimizers import OptimizerOptions, check_rates
-from library.training.option_groups import ModelOptions, PrecisionOptions
+from library.training.option_groups import ModelOptions
 from library.training.trainables.base import Trainable
 from library.training.trainables.foreign_network import try_arguments
 from networks.kinds.network_args import selected_blocks, selection, shapes_nothing

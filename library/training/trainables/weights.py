@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from library.core.errors import ConfigError
 from library.core.options import Ignored, without_effect
 from library.families.registry import record_of
+from library.training.computing_options import PrecisionOptions
 from library.training.optimizers import OptimizerOptions, check_rates, choose
-from library.training.option_groups import LoopOptions, PrecisionOptions, SavingOptions
+from library.training.option_groups import LoopOptions, SavingOptions
 from library.training.trainables.base import Trainable
 from library.training.trained_weights import BF16_NOTICES, TrainedWeightsOptions
 from library.training.updaters.base import Updater

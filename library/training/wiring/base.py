@@ -21,7 +21,8 @@ from library.training.attention_options import (
     AttentionSettings,
     attention_settings,
 )
-from library.training.option_groups import MemoryOptions, ModelOptions, PrecisionOptions
+from library.training.computing_options import MemoryOptions, PrecisionOptions
+from library.training.option_groups import ModelOptions
 from library.training.sampling_prompts import (
     IMAGE_LINE_OPTIONS,
     VIDEO_LINE_OPTIONS,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from library.core.errors import Problems
 from library.core.options import Ignored, option, without_effect
 from library.families.hunyuan_image import FAMILY
-from library.training.option_groups import ModelOptions, NoiseOptions, PrecisionOptions
+from library.training.computing_options import PrecisionOptions
+from library.training.option_groups import ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 

@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from library.core.errors import Problems
 from library.core.options import Ignored, without_effect
 from library.dataset import CachingOptions
-from library.training.option_groups import (
-    MemoryOptions,
-    ModelOptions,
-    NoiseOptions,
-    PrecisionOptions,
-    SamplingOptions,
-)
+from library.training.computing_options import MemoryOptions, PrecisionOptions
+from library.training.option_groups import ModelOptions, NoiseOptions, SamplingOptions
 from library.training.timestep_samplers import MODES, TimestepOptions
 from library.training.wiring import video_options
 from library.training.wiring.base import FlowFamily, ignored_by_flow

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from library.core.options import Config
 from library.training.adapters import NetworkOptions
+from library.training.computing_options import PrecisionOptions
 from library.training.formula_checks import formula_notices, formula_problems, formula_warnings
 from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions
 from library.training.objective import DdpmObjective, FlowMatchingObjective
 from library.training.optimizers import OptimizerOptions
-from library.training.option_groups import LoopOptions, ModelOptions, NoiseOptions, PrecisionOptions
+from library.training.option_groups import LoopOptions, ModelOptions, NoiseOptions
 from library.training.schedulers import SchedulerOptions
 from library.training.timestep_samplers import TimestepOptions
 

@@ -8,10 +8,10 @@ import pytest
 
 from library.core.errors import ConfigError
 from library.core.options import Config
+from library.training.computing_options import MemoryOptions, PrecisionOptions
 from library.training.memory.choice import Chooser, changed
 from library.training.memory.measure import Sizes
 from library.training.memory.plan import MemoryPlan, Phase
-from library.training.option_groups import MemoryOptions, PrecisionOptions
 
 MB = 10**6
 BLOCKS = 8

@@ -6,11 +6,12 @@ import pytest
 
 from library.core.options import Config
 from library.dataset import CachingOptions
+from library.training.computing_options import MemoryOptions
 from library.training.memory.measure import Sizes
 from library.training.memory.plan import _phases
 from library.training.optimizers import OptimizerOptions
 from library.training.optimizers.host_states import ROOM
-from library.training.option_groups import EmaOptions, MemoryOptions
+from library.training.option_groups import EmaOptions
 
 
 @pytest.mark.parametrize(("optimizer", "visiting"), [("AdamW", 2 * ROOM), ("Prodigy", 5 * ROOM)])

@@ -10,8 +10,9 @@ from library.core.keyed_random import StepDraws
 from library.core.options import Config
 from library.dataset import CachingOptions
 from library.training.accelerator_setup import prepare_runtime
+from library.training.computing_options import MemoryOptions
 from library.training.losses.reduction import per_sample_loss
-from library.training.option_groups import SHARED_GROUPS, MemoryOptions
+from library.training.option_groups import SHARED_GROUPS
 from library.training.parser_common import parse_command
 from library.training.run import Models
 from library.training.timestep_samplers import TimestepOptions
