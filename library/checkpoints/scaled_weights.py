@@ -89,7 +89,8 @@ def multiplied_out(items: Items, keeps: Callable[[StoredWeight], bool]) -> Items
 
 
 def transformed(
-    files: CheckpointFiles, items: Items, transform: Callable[[CheckpointFiles, Items], Items], keeps: Callable[[StoredWeight], bool]
+    files: CheckpointFiles, items: Items, transform: Callable[[CheckpointFiles, Items], Items],
+    keeps: Callable[[StoredWeight], bool],
 ) -> Items:
     """The tensors after `transform`, which sees all of them multiplied out; what it hands on as it was and is to be
     kept is kept as the file has it."""

@@ -187,7 +187,8 @@ class DdpOptions:
     ddp_gradient_as_bucket_view: bool = equivalent_option(
         False,
         help="share memory between gradients and buckets",
-        reason="--ddp_gradient_as_bucket_view: the trainer sums gradients itself, in buckets that last as long as the sum; there is nothing to share",
+        reason="--ddp_gradient_as_bucket_view: the trainer sums gradients itself, in buckets that last as long as the sum;"
+        " there is nothing to share",
     )
     ddp_static_graph: bool = equivalent_option(
         False,
