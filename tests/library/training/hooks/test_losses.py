@@ -1,12 +1,13 @@
 """Losses are read in groups and reach their listeners complete, in order, once."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from library.training.hooks.base import Hook, HookList
-from library.training.hooks.losses import LossReader, learning_rates
+from library.training.hooks.losses import LossReader, _losses_of, _Pending, learning_rates
 from library.training.loop import fit
 from library.training.run import StepOutput
 from library.training.step import merge_outputs
@@ -52,6 +53,12 @@ def test_logs_hold_the_rate_that_the_step_used_and_what_hooks_add():
     assert [entry["lr/group1"] for entry in logs] == pytest.approx([0.01 / (1 + k) for k in range(4)])
     assert [entry["extra/step"] for entry in logs] == [1, 2, 3, 4]
     assert all(entry["extra/tensor"] == 0.5 for entry in logs)
+
+
+def test_one_process_on_the_cpu_reads_what_several_would():
+    pending = [_Pending(1, 1, torch.tensor(0.7), 2, ("a",), {"rate": 0.1, "extra": torch.tensor(0.3)})]
+    alone = _losses_of(pending, SimpleNamespace(num_processes=1))
+    assert alone == _losses_of(pending, SimpleNamespace(num_processes=2, sum_over_ranks=torch.Tensor.clone))
 
 
 def test_epochs_are_counted_from_one():
