@@ -130,6 +130,14 @@ class Hook:
     def load_state_dict(self, state: dict[str, StateValue]) -> None: ...
 
 
+IN_EACH_STEP = ("on_step_start", "on_gradients_ready", "on_post_optimizer_step", "on_step_end", "extra_step_logs")
+"""methods that are called so often that those which a hook has not filled are passed over"""
+
+
+def _is_empty(hook: Hook, name: str) -> bool:
+    return getattr(getattr(hook, name), "__func__", None) is getattr(Hook, name)
+
+
 class HookList:
     """Calls every hook in order: `hooks.on_step_end(run, output)`."""
 
@@ -142,10 +150,12 @@ class HookList:
     def __getattr__(self, name: str):
         if not hasattr(Hook, name):
             raise AttributeError(name)
+        called = [hook for hook in self.hooks if not (name in IN_EACH_STEP and _is_empty(hook, name))]
 
         def call_all(*args: object) -> list[object]:
-            return [getattr(hook, name)(*args) for hook in self.hooks]
+            return [getattr(hook, name)(*args) for hook in called]
 
+        self.__dict__[name] = call_all  # who fills a method is looked up once
         return call_all
 
     def close(self, run: Run, error: BaseException | None) -> None:

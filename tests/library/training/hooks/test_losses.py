@@ -104,3 +104,17 @@ def test_states_of_two_hooks_of_one_class_are_apart():
 
     first, second, third = Counting(1), Counting(2), Named(3)
     assert HookList([first, second, third]).by_key() == {"Counting": first, "Counting 2": second, "chosen": third}
+
+
+def test_what_a_hook_has_not_filled_is_passed_over_and_own_and_inherited_methods_are_called():
+    class Ending(Hook):
+        def on_step_end(self, run, output):
+            return "filled"
+
+    class Child(Ending):
+        pass
+
+    own = Hook()
+    own.on_step_end = lambda run, output: "own"
+    assert HookList([Hook(), Child(), own]).on_step_end(None, None) == ["filled", "own"]
+    assert HookList([Hook()]).extra_trainable_params() == [[]]
