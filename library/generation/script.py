@@ -30,6 +30,7 @@ from library.core.registry import import_target
 from library.core.text_files import read_text
 from library.families.registry import record_of, records
 from library.generation.adapter_files import EmbeddingOptions, multiplier_problems
+from library.generation.guidance_options import GuidanceOptions, idle_guidance, request_guidance_problems
 from library.generation.picture_files import settings_texts, write_picture
 from library.generation.recorded_requests import ENTRY, RecordedSettings, shaping_options
 from library.generation.requests import PictureRequest, Request, SessionOptions
@@ -303,7 +304,10 @@ class ImageScript(ABC, Generic[Request]):
 
     def base_request(self, config: Config) -> Request:
         """What the options ask for, before lines of prompts change it."""
-        return config[self.pictures].request
+        request = config[self.pictures].request
+        if GuidanceOptions not in config:
+            return request
+        return dataclasses.replace(request, **config[GuidanceOptions].request_fields())
 
     def completed(self, request: Request, maker: PictureMaker[Request]) -> Request:
         return with_seed_and_size(request, self.size_step)
@@ -340,7 +344,7 @@ class ImageScript(ABC, Generic[Request]):
     def make_all(self, config: Config) -> list[Path]:
         first, reader = self.first_request(config), self.line_reader(config)
         requests = planned_requests(config[SessionOptions], first, reader, lambda: self._check_all(config))
-        for line in self.notices(config):
+        for line in [*self.notices(config), *self._idle_guidance(config, first)]:
             logger.info(line)
         adapters = config[self.adapters]
         if adapters.merge_lora_weights and "merge_lora_weights" in config.explicit and not adapters.num_adapters:
@@ -351,6 +355,12 @@ class ImageScript(ABC, Generic[Request]):
         choose_attention(maker.pipeline.denoiser, config)
         self._add_words(maker, config)
         return make_each(requests, lambda request, index: self.make_picture(maker, config, request, index), self.kind)
+
+    def _idle_guidance(self, config: Config, first: Request) -> list[str]:
+        """Lines about options of guidance that change nothing; lines of prompts may yet ask for what they need."""
+        if config[SessionOptions].from_file or config[SessionOptions].interactive:
+            return []
+        return idle_guidance(first, config.explicit)
 
     def _check_all(self, config: Config) -> None:
         from library.generation.attention import attention_of
@@ -417,6 +427,7 @@ class ImageScript(ABC, Generic[Request]):
             width, height = rounded_sides(request, self.size_step)
             too_large = limit() and limit().problem(width, height)
             found = multiplier_problems(request.multipliers, count, merged=merged)
+            found += request_guidance_problems(request)
             found += self.request_problems(config, request)
             return [*found, too_large] if too_large else found
 

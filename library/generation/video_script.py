@@ -18,6 +18,7 @@ from library.core.errors import Problems, problems_of
 from library.core.options import Config
 from library.families.registry import record_of
 from library.generation.adapter_files import MergedModelOptions
+from library.generation.guidance_options import GuidanceOptions
 from library.generation.latent_script import LatentScript
 from library.generation.recorded_requests import ENTRY
 from library.generation.requests import SessionOptions
@@ -63,7 +64,7 @@ class VideoScript(LatentScript[VideoRequest]):
     models: ClassVar[type[VideoModelOptions]]
     compilation: ClassVar[type[CompileOptions]] = CompileOptions
     request_class: ClassVar[type[VideoRequest]] = VideoRequest
-    request_groups: ClassVar[tuple[type, ...]] = (StartOptions, StepGuidanceOptions)
+    request_groups: ClassVar[tuple[type, ...]] = (StartOptions, StepGuidanceOptions, GuidanceOptions)
     """groups that say fields of a request, where the script has them"""
     size_step = 16
     size_option = "video_size"
@@ -152,6 +153,7 @@ class VideoScript(LatentScript[VideoRequest]):
         if isinstance(requests, Sequence):
             for request in requests:
                 maker.conditioning(request)
+                maker.further(request)
             maker.text_encoders = []
             clean_memory_on_device(device)
         waits = self.denoiser_waits(config, device)

@@ -38,6 +38,7 @@ PACKAGE_GROUPS: tuple[str, ...] = (
     "library.training.losses:LossOptions",
     "library.training.loss_weights:LossWeightOptions",
     "library.training.timestep_samplers:TimestepOptions",
+    "library.training.timestep_samplers.info_noise_options:InfoNoiseOptions",
     "library.training.inference_samplers:SamplerOptions",
 )
 PATH_OPTIONS: tuple[str, ...] = (
