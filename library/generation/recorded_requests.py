@@ -3,7 +3,7 @@ make it again. Plain data without torch; `recorded_settings.py` reads it back.
 
 The entry ENTRY of a file's texts is one JSON object:
 
-    {"script": "flux_minimal_inference.py", "options": {"steps": 20, "seed": 7, ...}, "line": {"multipliers": [0.5]}}
+    {"script": "gen_img.py", "options": {"steps": 20, "seed": 7, ...}, "line": {"multipliers": [0.5]}}
 
 `options` are those that the command line would have; `line` holds what a prompt line set and no option can.
 """
