@@ -107,7 +107,7 @@ def _lossy(kind: str, texts: Mapping[str, str], quality: int, path: Path) -> dic
 
 def exif_comment(texts: Mapping[str, str]) -> bytes:
     """Entries as the value of the tag UserComment."""
-    text = json.dumps(dict(texts), ensure_ascii=False)
+    text = json.dumps(dict(texts), ensure_ascii=False, sort_keys=True)
     return _PLAIN + text.encode("ascii") if text.isascii() else _WIDE + text.encode("utf-16-be", "surrogatepass")
 
 

@@ -1,5 +1,5 @@
 """What a made file tells of how it was made: the options of its script and the settings of its prompt line, enough to
-make it again. Plain data without torch; `recorded_settings.py` reads it back.
+make it again. Plain data without torch; `recorded_files.py` reads it back.
 
 The entry ENTRY of a file's texts is one JSON object:
 

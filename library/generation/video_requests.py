@@ -25,6 +25,10 @@ VIDEO_OUTPUT_TYPES = ("video", "images", "latent", "both", "latent_images")
 """what is written: the clip, its frames as pictures, its latents; `both` = latents and clip"""
 LATENT_OUTPUTS = frozenset({"latent", "both", "latent_images"})
 FRAME_OUTPUTS = frozenset({"images", "latent_images"})
+CODEC_ENDINGS = {
+    "h264": (".mp4", ".mov", ".mkv"), "h265": (".mp4", ".mov", ".mkv"), "prores": (".mkv", ".mov"),
+}  # fmt: skip
+"""names of --codec -> files that hold it, that in the place of others first"""
 PAD_MODES = ("front", "end")
 CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 SLG_MODES = ("original", "uncond")

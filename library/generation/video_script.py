@@ -51,6 +51,11 @@ NAMED_FILES: Mapping[str, str] = {
     "control_mask_paths": "control_image_mask_path",
 }  # fmt: skip
 """fields of a request that name files -> their option"""
+LATENT_ENTRIES = frozenset({
+    "seeds", "height", "width", "video_length", "infer_steps", "guidance_scale", "embedded_cfg_scale",
+    "negative_prompt", "video_seconds",
+})  # fmt: skip
+"""entries of files of latents under the names of known scripts, which pictures have under others"""
 GUIDED = (
     "negative_prompt", "split_uncond", "cfg_skip_mode", "cfg_apply_ratio", "slg_mode", "guidance_rescale",
 )  # fmt: skip
@@ -244,7 +249,7 @@ class VideoScript(LatentScript[VideoRequest]):
         if config[self.pictures].output_type in LATENT_OUTPUTS:
             from library.generation.latent_files import save_latents
 
-            told = {**self.latent_texts(request), ENTRY: texts[ENTRY]} if texts else {}
+            told = {**texts, **self.latent_texts(request)} if texts else {}
             written = save_latents(latents, path.with_name(f"{path.name}_latent.safetensors"), told)
             if config[self.pictures].output_type == "latent":
                 return written
@@ -271,7 +276,7 @@ class VideoScript(LatentScript[VideoRequest]):
             seed = re.split(r"[\s,]", texts.get("seeds", ""))[0] or "0"
             name = f"{video_name(index, seed)}_{Path(source).stem}"
             path = free_path(config[self.pictures].output_dir, name, "")
-            texts = {} if config[SessionOptions].no_metadata else texts
+            texts = {} if config[SessionOptions].no_metadata else picture_entries(texts)
             paths.append(self._write_frames(config, pipeline.decode(latents.to(device)), path, texts))
             logger.info("%s", paths[-1])
         return paths
@@ -282,10 +287,14 @@ class VideoScript(LatentScript[VideoRequest]):
         from library.generation.picture_files import frames_of
         from library.generation.video_files import write_frames, write_video
 
-        options, frames = config[self.pictures], self.kept_frames(config, frames_of(made))
-        if options.output_type in FRAME_OUTPUTS:
-            return write_frames(frames, path, texts)
-        return write_video(frames, path.with_name(f"{path.name}.{options.container}"), options.fps)
+        options, files = config[self.pictures], config[SessionOptions]
+        frames = self.kept_frames(config, frames_of(made))
+        if options.output_type in FRAME_OUTPUTS or options.keep_pngs:
+            folder = write_frames(frames, path, texts, files.picture_ending, files.image_quality)
+            if options.output_type in FRAME_OUTPUTS:
+                return folder
+        video = path.with_name(f"{path.name}{options.video_ending}")
+        return write_video(frames, video, options.fps, options.codec, texts)
 
     def kept_frames(self, config: Config, frames: list[Image.Image]) -> list[Image.Image]:
         """Those of the decoded frames that are written."""
@@ -313,8 +322,9 @@ class VideoScript(LatentScript[VideoRequest]):
         options = config[self.pictures]
         if options.output_type not in ("video", "both"):
             return []
-        problem = ending_problem(f".{options.container}")
-        return [f"--container is {options.container}: {problem}"] if problem else []
+        problem = ending_problem(options.video_ending, options.codec)
+        name = "container" if options.codec is None else "codec"
+        return [f"--{name} is {getattr(options, name)}: {problem}"] if problem else []
 
     def _file_problems(self, config: Config) -> list[str]:
         from library.checkpoints.kinds import check_slot
@@ -372,8 +382,15 @@ class VideoScript(LatentScript[VideoRequest]):
 
         options, found = config[self.pictures], []
         if options.output_type in ("video", "both"):
-            notice = encoder_of(f".{options.container}").notice
-            found += [notice] if notice else []
+            encoder = encoder_of(options.video_ending, options.codec)
+            found += [encoder.notice] if encoder.notice else []
+            if encoder.package != "PyAV" and not config[SessionOptions].no_metadata:
+                found.append("settings are not written into video files by OpenCV; PyAV does: pip install av")
+            if options.video_ending != f".{options.container}":
+                found.append(f"--codec {options.codec}: {options.video_ending[1:]} files, as {options.container} has none")
+        else:
+            names = [name for name in ("codec", "keep_pngs", "container") if name in config.explicit]
+            found += [f"--{name} has no effect: --output_type {options.output_type} writes no video" for name in names]
         return found + self._idle(config)
 
     def _idle(self, config: Config) -> list[str]:
@@ -406,6 +423,11 @@ def unreadable(name: str, path: str) -> str | None:
     is_picture = name not in CLIPS or (Path(path).suffix.lower() in image_extensions() and not Path(path).is_dir())
     found = problems_of(lambda: image_size(path) if is_picture else look_at_video(path))
     return f"--{name}: {found[0]}" if found else None
+
+
+def picture_entries(texts: Mapping[str, str]) -> dict[str, str]:
+    """The texts of a file of latents without those that pictures and videos of the same request do not have."""
+    return {name: text for name, text in texts.items() if ENTRY not in texts or name not in LATENT_ENTRIES}
 
 
 def device_of(options: VideoModelOptions) -> torch.device:
