@@ -10,6 +10,7 @@ from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_TOKENS, equivalen
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import ListedAdapterOptions
 from library.generation.latent_options import DitOptions, LatentPictureOptions
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     SampledRequest,
@@ -84,7 +85,7 @@ class AnimaPromptOptions(LatentPictureOptions):
         )  # fmt: skip
 
 
-GROUPS = (PluginOptions, AnimaModelOptions, ListedAdapterOptions, AnimaPromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, AnimaModelOptions, ListedAdapterOptions, AnimaPromptOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,7 @@ class AnimaRequest(SampledRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
+    **GUIDANCE_LINES,
     **guidance_letters(),
     "fs": LineOption("flow_shift", read_shift),
 }

@@ -15,6 +15,7 @@ from library.core.options import (
 )
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     DTYPE_NAMES,
@@ -133,7 +134,7 @@ class PromptOptions:
         return request_of(FluxRequest, self)
 
 
-GROUPS = (PluginOptions, InferenceModelOptions, EmbeddingOptions, PromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, InferenceModelOptions, EmbeddingOptions, PromptOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,5 +151,6 @@ class FluxRequest(PictureRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
+    **GUIDANCE_LINES,
     **guidance_letters(LineOption("guidance", read_not_negative)),
 }

@@ -11,6 +11,7 @@ from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_STEPS, option
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import ListedAdapterOptions, MergedModelOptions
 from library.generation.latent_options import DitOptions, LatentPictureOptions
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     PictureRequest,
@@ -97,7 +98,7 @@ class HunyuanImagePromptOptions(LatentPictureOptions):
 
 GROUPS = (
     PluginOptions, HunyuanImageModelOptions, ListedAdapterOptions, MergedModelOptions, HunyuanImagePromptOptions,
-    SessionOptions, ConsoleOptions,
+    GuidanceOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 
@@ -118,6 +119,7 @@ class HunyuanImageRequest(PictureRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
+    **GUIDANCE_LINES,
     **guidance_letters(),
     "fs": LineOption("flow_shift", read_shift),
 }

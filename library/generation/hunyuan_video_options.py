@@ -11,6 +11,7 @@ from library.core.options import LARGEST_STEPS, option
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import MergedModelOptions
 from library.generation.llama_clip_options import LlamaClipModelOptions
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import SessionOptions
 from library.generation.video_options import (
     LengthOptions,
@@ -82,11 +83,11 @@ class HunyuanVideoClipOptions(LengthOptions):
 
 GROUPS = (
     PluginOptions, HunyuanVideoModelOptions, OldCompileOptions, HunyuanVideoAdapterOptions, MergedModelOptions,
-    HunyuanVideoClipOptions, StartOptions, SessionOptions, ConsoleOptions,
+    HunyuanVideoClipOptions, StartOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 _LETTERS = ("w", "h", "f", "s", "d", "n", "m", "l", "c", "fs", "i", "v", "st", "e")
 LINE_OPTIONS: Mapping[str, LineOption] = {
-    **{letter: VIDEO_LINES[letter] for letter in _LETTERS},
+    **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, **GUIDANCE_LINES,
     "g": VIDEO_LINES["l"],
 }

@@ -52,9 +52,11 @@ class LuminaPipeline(FlowPipeline[LuminaRequest]):
 
         return velocity
 
-    def combined(self, negative: Tensor, positive: Tensor, request: LuminaRequest) -> Tensor:
+    def combined(
+        self, negative: Tensor, positive: Tensor, request: LuminaRequest, neutral: Tensor | None = None
+    ) -> Tensor:
         """No longer than `renorm_cfg` times the velocity without guidance; 0 = of any length."""
-        velocity = super().combined(negative, positive, request)
+        velocity = super().combined(negative, positive, request, neutral)
         if request.renorm_cfg <= 0:
             return velocity
         axes = tuple(range(1, velocity.ndim))

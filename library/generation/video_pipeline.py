@@ -20,12 +20,12 @@ from library.dataset.media_utils import image_extensions, resize_and_crop
 from library.families.registry import record_of
 from library.generation.control_pictures import open_picture
 from library.generation.flow_pipeline import FlowPipeline
+from library.generation.guidance import step_of
 from library.generation.picture_files import FRAMES_PER_SECOND, read_frames
 from library.generation.sampling_utils import (
     NUM_TRAIN_TIMESTEPS,
     Conditioning,
     computing_on,
-    guided,
     start_noise,
 )
 from library.generation.video_files import read_video
@@ -94,7 +94,7 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
         skipping = skip and self._skipping(request, conditioning, negative)
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-            step = min(int((sigmas - float(sigma)).abs().argmin()), steps - 1)
+            step = step_of(sigmas, sigma)
             if not wanted[step]:
                 return alone(latents, sigma)
             return (skipping if skip and skip.works_at(step, steps) else both)(latents, sigma)
@@ -105,7 +105,7 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
         self, request: VideoRequest, conditioning: Conditioning, negative: Conditioning
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The velocity of a step in which a forward for the negative text leaves blocks out."""
-        skip, scale = request.skip_layers, request.cfg_scale
+        skip, neutral = request.skip_layers, self.neutral(request)
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
             times = torch.full((len(latents),), float(sigma) * NUM_TRAIN_TIMESTEPS, device=latents.device)
@@ -114,9 +114,10 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
                 return self.velocity(latents, times, texts, request, **how).float()
 
             positive, skipped = predict(conditioning), predict(negative, skip_layers=skip.layers)
+            empty = None if neutral is None else predict(neutral)
             if skip.mode == "uncond":
-                return guided(skipped, positive, scale)
-            return guided(predict(negative), positive, scale) + skip.scale * (positive - skipped)
+                return self.combined(skipped, positive, request, empty)
+            return self.combined(predict(negative), positive, request, empty) + skip.scale * (positive - skipped)
 
         return velocity
 
