@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.core.errors import ConfigError
 from library.core.options import option
+from library.generation.file_options import PictureFileOptions
 from library.generation.guidance_options import GUIDANCE_LINES, asks_guidance
 from library.training.sampling_prompts import LineOption, read_number, read_picture_side, read_seed, read_steps
 
@@ -121,16 +122,16 @@ def request_of(request_class: type[Request], settings: Any, names: Mapping[str, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class SessionOptions:
-    """Where prompts come from"""
+class SessionOptions(PictureFileOptions):
+    """Where prompts come from, and how files are written"""
 
     interactive: bool = option(False, help="load the models once and ask for prompts, one per line; an empty line ends")
     from_file: str | None = option(
         None, help="text file with one prompt per line, with options behind it; # begins a comment line"
     )
-    no_metadata: bool = option(False, help="do not write prompt and settings into the picture files")
 
     def __post_init__(self) -> None:
+        self.raise_file_problems()
         if self.interactive and self.from_file:
             raise ConfigError(
                 "--interactive and --from_file are both given; prompts come from one place, leave one out"

@@ -20,8 +20,9 @@ from library.families.registry import record_of
 from library.generation.adapter_files import MergedModelOptions
 from library.generation.guidance_options import GuidanceOptions
 from library.generation.latent_script import LatentScript
+from library.generation.recorded_requests import ENTRY
 from library.generation.requests import SessionOptions
-from library.generation.script import format_problems, free_path, picture_texts
+from library.generation.script import format_problems, free_path
 from library.generation.step_options import SamplerStepOptions, StepOptions
 from library.generation.video_options import (
     CompileOptions,
@@ -69,6 +70,13 @@ class VideoScript(LatentScript[VideoRequest]):
     )  # fmt: skip
     """groups that say fields of a request, where the script has them"""
     size_step = 16
+    size_option = "video_size"
+    option_names = {
+        "steps": "infer_steps", "cfg_scale": "guidance_scale", "frames": "video_length", "pad_mode": "v2v_pad_mode",
+        "one_frame": "one_frame_inference", "control_image_paths": "control_image_path",
+        "control_mask_paths": "control_image_mask_path", "embedded_guidance_scale": "embedded_cfg_scale",
+        "seconds": "video_seconds", "sections": "video_sections",
+    }  # fmt: skip
     kind = "video"
     needs: ClassVar[Mapping[str, str]] = {
         "strength": "video_path", "v2v_pad_mode": "video_path", "cfg_skip_mode": "cfg_apply_ratio",
@@ -233,15 +241,13 @@ class VideoScript(LatentScript[VideoRequest]):
     ) -> Path:
         """Make and write one video: `{YYYYmmdd-HHMMSS-mmm}_{index}_{seed}.mp4`, with `_latent.safetensors` for its
         latents; frames are in a folder of that name. The path of the last of these."""
-        request = self.completed(request, maker)
-        latents, texts = maker.generate(request), {}
-        if not config[SessionOptions].no_metadata:
-            texts = picture_texts(request, **{entry: getattr(request, field) for entry, field in self.texts.items()})
+        asked, request = request, self.completed(request, maker)
+        latents, texts = maker.generate(request), self.request_texts(config, asked, request)
         path = free_path(config[self.pictures].output_dir, video_name(index, request.seed), "")
         if config[self.pictures].output_type in LATENT_OUTPUTS:
             from library.generation.latent_files import save_latents
 
-            told = {} if config[SessionOptions].no_metadata else self.latent_texts(request)
+            told = {**self.latent_texts(request), ENTRY: texts[ENTRY]} if texts else {}
             written = save_latents(latents, path.with_name(f"{path.name}_latent.safetensors"), told)
             if config[self.pictures].output_type == "latent":
                 return written
