@@ -17,6 +17,7 @@ from library.generation.requests import (
     guidance_letters,
     request_of,
 )
+from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import LineOption, read_number
 
@@ -66,7 +67,7 @@ class ChromaPromptOptions(PromptOptions):
         return request_of(ChromaRequest, self)
 
 
-GROUPS = (PluginOptions, ChromaModelOptions, ChromaPromptOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, ChromaModelOptions, ChromaPromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,5 +78,6 @@ class ChromaRequest(PictureRequest):
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
     **GUIDANCE_LINES,
+    **STEP_LINES,
     **guidance_letters(LineOption("guidance", read_number, ignored=_NOT_EMBEDDED)),
 }

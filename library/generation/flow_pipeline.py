@@ -14,10 +14,11 @@ from library.device_utils import to_device
 from library.generation.guidance import by_step, combine, held_at_first
 from library.generation.guidance_options import scheduled_scales
 from library.generation.pipeline import PicturePipeline
-from library.generation.requests import Request, SampledRequest
+from library.generation.requests import Request
 from library.generation.sampling_utils import Conditioning, guided_velocity, on_device, start_noise
 from library.training.inference_samplers.common import noise_of
 from library.training.inference_samplers.flow import flow_sampler, flow_schedule
+from library.training.inference_samplers.sigma_tables import table_sigmas
 
 DEFAULT_SAMPLER = "euler"
 
@@ -36,8 +37,18 @@ class FlowPipeline(PicturePipeline[Request]):
         """Of latents [B, ...] at times [B] on the 0..1000 scale."""
 
     def sigmas(self, request: Request) -> Tensor:
+        """[steps + 1] float32 from 1 to 0: those of the table that the request names, or else of `schedule`."""
+        if request.sigma_table is None:
+            return self.schedule(request)
+        return table_sigmas(request.sigma_table, request.steps, self.shift(request))
+
+    def schedule(self, request: Request) -> Tensor:
         """[steps + 1] float32 from 1 to 0."""
-        return flow_schedule(request.steps)
+        return flow_schedule(request.steps, self.shift(request))
+
+    def shift(self, request: Request) -> float:
+        """How far the steps lie towards noise; 1 = evenly spaced."""
+        return 1.0
 
     def latents(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
         return self.latents_together([request], conditioning, negative)
@@ -50,7 +61,7 @@ class FlowPipeline(PicturePipeline[Request]):
         start = to_device(torch.cat([self.start(one, sigmas) for one in requests]), self.denoiser.device)
         # samplers with noise of their own draw from here
         generators = [torch.Generator("cpu").manual_seed(one.seed + 1) for one in requests]
-        sampler = flow_sampler(request.sampler if isinstance(request, SampledRequest) else self.default_sampler)
+        sampler = flow_sampler(request.sampler or self.default_sampler)
         conditioning, negative = self.brought(conditioning), None if negative is None else self.brought(negative)
         velocity = self.scheduled(request, sigmas, conditioning, negative)
         return sampler(velocity, start, sigmas, noise_of(generators, start))  # sigmas are read as numbers, on the CPU

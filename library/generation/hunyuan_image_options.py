@@ -19,6 +19,7 @@ from library.generation.requests import (
     guidance_letters,
     too_small_problems,
 )
+from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import LineOption, read_shift
 
@@ -98,7 +99,7 @@ class HunyuanImagePromptOptions(LatentPictureOptions):
 
 GROUPS = (
     PluginOptions, HunyuanImageModelOptions, ListedAdapterOptions, MergedModelOptions, HunyuanImagePromptOptions,
-    GuidanceOptions, SessionOptions, ConsoleOptions,
+    SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 
@@ -120,6 +121,7 @@ class HunyuanImageRequest(PictureRequest):
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
     **GUIDANCE_LINES,
+    **STEP_LINES,
     **guidance_letters(),
     "fs": LineOption("flow_shift", read_shift),
 }

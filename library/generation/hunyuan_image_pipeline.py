@@ -27,7 +27,6 @@ from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, Conditioning,
 from library.hunyuan_image_train_utils import ProjectedGuidance, needed_text, predict_velocity
 from library.hunyuan_image_utils import load_encoders, load_hunyuan_image, load_vae, save_hunyuan_image
 from library.strategy_hunyuan_image import HunyuanImageTextEncodingStrategy, HunyuanImageTokenizeStrategy
-from library.training.inference_samplers.flow import flow_schedule
 
 if TYPE_CHECKING:
     from library.hunyuan_image_models import HYImageDiffusionTransformer
@@ -58,8 +57,8 @@ class HunyuanImagePipeline(FlowPipeline[HunyuanImageRequest]):
         scale = request.cfg_scale if request.guidance_scale is None else request.guidance_scale
         return predict_velocity(self.denoiser, latents, times, conditioning, guidance=scale, timesteps_r=next_times)
 
-    def sigmas(self, request: HunyuanImageRequest) -> Tensor:
-        return flow_schedule(request.steps, request.flow_shift)
+    def shift(self, request: HunyuanImageRequest) -> float:
+        return request.flow_shift
 
     def brought(self, conditioning: Conditioning) -> Conditioning:
         """As it is: what both texts do not need is left out before."""

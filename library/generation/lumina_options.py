@@ -28,6 +28,7 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
+from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption, read_not_negative, read_share, read_shift
 
@@ -143,7 +144,7 @@ class LuminaPromptOptions:
         return request_of(LuminaRequest, self, OPTION_NAMES)
 
 
-GROUPS = (PluginOptions, LuminaModelOptions, LuminaPromptOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, LuminaModelOptions, LuminaPromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,7 @@ OPTION_NAMES: Mapping[str, str] = {
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
     **GUIDANCE_LINES,
+    **STEP_LINES,
     **guidance_letters(),
     "ctr": LineOption("cfg_trunc_ratio", read_share),
     "rcfg": LineOption("renorm_cfg", read_not_negative),

@@ -61,6 +61,10 @@ class PictureRequest:
     cfgzerostar_init_steps: int = 0
     cfgzerostar_multiplier: float = 0.0
     perp_neg: float | None = None
+    sampler: str | None = None
+    """None: that of the pipeline"""
+    sigma_table: str | None = None
+    """noise levels of the steps, None: those of the family"""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -101,7 +105,7 @@ class PictureRequest:
 class SampledRequest(PictureRequest):
     """A picture of a family whose sampler can be chosen."""
 
-    sampler: str
+    sampler: str = dataclasses.field()
 
 
 Request = TypeVar("Request", bound=PictureRequest)

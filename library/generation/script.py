@@ -34,6 +34,7 @@ from library.generation.guidance_options import GuidanceOptions, idle_guidance, 
 from library.generation.picture_files import settings_texts, write_picture
 from library.generation.recorded_requests import ENTRY, RecordedSettings, shaping_options
 from library.generation.requests import PictureRequest, Request, SessionOptions
+from library.generation.step_options import SamplerStepOptions, StepOptions
 from library.scripts.command_line import (
     read_command,
     refused_problems,
@@ -305,9 +306,9 @@ class ImageScript(ABC, Generic[Request]):
     def base_request(self, config: Config) -> Request:
         """What the options ask for, before lines of prompts change it."""
         request = config[self.pictures].request
-        if GuidanceOptions not in config:
-            return request
-        return dataclasses.replace(request, **config[GuidanceOptions].request_fields())
+        further = (group for group in (GuidanceOptions, StepOptions, SamplerStepOptions) if group in config)
+        fields = {name: value for group in further for name, value in config[group].request_fields().items()}
+        return dataclasses.replace(request, **fields) if fields else request
 
     def completed(self, request: Request, maker: PictureMaker[Request]) -> Request:
         return with_seed_and_size(request, self.size_step)

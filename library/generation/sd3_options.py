@@ -18,6 +18,7 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
+from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption
 
@@ -110,7 +111,7 @@ class Sd3PromptOptions:
         return request_of(Sd3Request, self)
 
 
-GROUPS = (PluginOptions, Sd3ModelOptions, EmbeddingOptions, Sd3PromptOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, Sd3ModelOptions, EmbeddingOptions, Sd3PromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,5 +122,6 @@ class Sd3Request(PictureRequest):
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
     **GUIDANCE_LINES,
+    **STEP_LINES,
     **guidance_letters(),
 }

@@ -52,13 +52,9 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
         raise ConfigError(f"{record_of(self.family).title} makes no clip from another one (video_path)")
 
     def sigmas(self, request: VideoRequest) -> Tensor:
-        """Those of `schedule`; of a clip that starts from another one the last int(steps * strength) steps."""
-        sigmas = self.schedule(request)
+        """Those of a clip that starts from another one are the last int(steps * strength) steps."""
+        sigmas = super().sigmas(request)
         return sigmas if request.video_path is None else sigmas[len(sigmas) - 1 - kept_steps(request) :]
-
-    def schedule(self, request: VideoRequest) -> Tensor:
-        """[steps + 1] float32 from 1 to 0."""
-        return super().sigmas(request)
 
     def start(self, request: VideoRequest, sigmas: Tensor) -> Tensor:
         noise = self.noise(request)

@@ -23,6 +23,7 @@ from library.generation.latent_script import LatentScript
 from library.generation.recorded_requests import ENTRY
 from library.generation.requests import SessionOptions
 from library.generation.script import format_problems, free_path
+from library.generation.step_options import SamplerStepOptions, StepOptions
 from library.generation.video_options import (
     CompileOptions,
     StartOptions,
@@ -69,7 +70,9 @@ class VideoScript(LatentScript[VideoRequest]):
     models: ClassVar[type[VideoModelOptions]]
     compilation: ClassVar[type[CompileOptions]] = CompileOptions
     request_class: ClassVar[type[VideoRequest]] = VideoRequest
-    request_groups: ClassVar[tuple[type, ...]] = (StartOptions, StepGuidanceOptions, GuidanceOptions)
+    request_groups: ClassVar[tuple[type, ...]] = (
+        StartOptions, StepGuidanceOptions, GuidanceOptions, StepOptions, SamplerStepOptions,
+    )  # fmt: skip
     """groups that say fields of a request, where the script has them"""
     size_step = 16
     size_option = "video_size"

@@ -15,6 +15,7 @@ from library.families.wan_tasks import TASKS
 from library.generation.adapter_files import ListedAdapterOptions, MergedModelOptions
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import DTYPE_NAMES, SampledRequest, SessionOptions
+from library.generation.step_options import STEP_LINES, StepOptions
 from library.generation.video_options import (
     LengthOptions,
     OldCompileOptions,
@@ -27,8 +28,11 @@ from library.generation.video_requests import VIDEO_LINES, VideoRequest
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import MOST_FRAMES, LineOption
 
-SOLVERS = {"unipc": "unipc", "dpm++": "dpmsolver++", "vanilla": "euler"}
-"""names of --sample_solver in the known script -> names of the samplers here"""
+SOLVERS = {
+    "unipc": "unipc", "dpm++": "dpmsolver++", "vanilla": "euler", "dpm++sde": "dpmsolver++_sde", "lcm": "lcm",
+    "er_sde": "er_sde", "dpmpp_3m_sde": "dpmpp_3m_sde",
+}  # fmt: skip
+"""names of --sample_solver, the first three those of the known script -> names of the samplers here"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,11 +239,11 @@ class WanClipOptions(LengthOptions):
 
 GROUPS = (
     PluginOptions, WanModelOptions, OldCompileOptions, WanAdapterOptions, MergedModelOptions, WanClipOptions,
-    StartOptions, StepGuidanceOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
+    StartOptions, StepGuidanceOptions, StepOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 _NO_MASKS = dataclasses.replace(VIDEO_LINES["cim"], ignored="control pictures are seen whole")
 _LETTERS = ("w", "h", "f", "d", "s", "l", "c", "fs", "i", "ei", "cn", "n", "ci", "of", "m", "v", "st")
 LINE_OPTIONS: Mapping[str, LineOption] = {
-    **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, **GUIDANCE_LINES, "g": VIDEO_LINES["l"], "cim": _NO_MASKS,
+    **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, **GUIDANCE_LINES, **STEP_LINES, "g": VIDEO_LINES["l"], "cim": _NO_MASKS,
 }  # fmt: skip

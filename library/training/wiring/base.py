@@ -511,7 +511,7 @@ class FlowFamily(ModelFamily):
 
     gives_features = True
 
-    timestep_modes: ClassVar[Sequence[str]]
+    timestep_modes: ClassVar[Sequence[str]] = timestep_samplers.MODES
     """the modes of --timestep_sampling that the family has"""
     denoiser_kinds: ClassVar[Sequence[str]]
     """kinds of file (checkpoint_kinds) that --pretrained_model_name_or_path may be"""

@@ -9,9 +9,13 @@ import torch
 
 from library.core.errors import ConfigError
 from library.core.options import Config
+from library.core.registry import import_target
+from library.families.registry import record_of
 from library.training import loss_weights
+from library.training.idle_options import ignored
 from library.training.loss_weights import LossWeightOptions
 from library.training.objective import DdpmObjective, FlowMatchingObjective
+from library.training.parser_common import parse_command
 from library.training.timestep_samplers import TimestepOptions
 
 TIMES = [0.0, 0.00005, 0.1, 0.35, 0.5, 0.75, 1.0]
@@ -101,3 +105,9 @@ def test_what_has_no_effect_is_listed():
 def test_what_cannot_be_is_refused(values, told):
     with pytest.raises(ConfigError, match=told):
         LossWeightOptions(**values)
+
+
+def test_a_run_lists_them():
+    config = parse_command(["--loss_weighting=cosmap", "--detail_inv_t_min=2", "--weight_cap_ratio=2"], "sdxl", "network").config
+    told = [item.written for item in ignored(config, import_target(record_of("sdxl").family)(config))]
+    assert "--detail_inv_t_min" in told and "--weight_cap_ratio" in told

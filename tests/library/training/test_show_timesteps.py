@@ -45,6 +45,15 @@ def test_families_of_pictures_show_theirs(capsys, family):
     assert sum(shares(shown(capsys, family)).values()) == pytest.approx(100, abs=0.5)
 
 
+@pytest.mark.parametrize("family", ["flux", "sd3", "anima", "hunyuan_image", "lumina", "hunyuan_video", "chroma"])
+def test_every_family_has_every_law(capsys, family):
+    """Those that only other trainers know; of SD3 the shift is that of --training_shift."""
+    shift = "--training_shift=1" if family == "sd3" else "--discrete_flow_shift=1"
+    plain = shares(shown(capsys, family, "--timestep_sampling=logit_normal", shift))
+    assert sum(plain.values()) == pytest.approx(100, abs=0.5) and plain[0] < 0.2 and plain[500] == pytest.approx(4, abs=0.2)
+    assert sum(shares(shown(capsys, family, "--timestep_sampling=krea2_shift")).values()) == pytest.approx(100, abs=0.5)
+
+
 def test_the_resolution_counts_where_the_law_hangs_on_it(capsys):
     small, large = (
         shares(shown(capsys, "flux", "--timestep_sampling=flux_shift", f"--show_timesteps_resolution={size}"))
@@ -64,7 +73,9 @@ def test_the_picture_is_a_png_in_the_output_folder(tmp_path, caplog):
 
 def test_what_is_wrong_is_told(capsys):
     with pytest.raises(ConfigError, match="flux2_shift"):
-        shown(capsys, "anima", "--timestep_sampling=flux2_shift")
+        shown(capsys, "anima", "--timestep_sampling=flux2_shft")
+    with pytest.raises(ConfigError, match="SD3 draws whole timesteps"):
+        shown(capsys, "sd3", "--timestep_sampling=uniform")
     with pytest.raises(ConfigError, match="whole timesteps"):
         shown(capsys, "sd", "--timestep_sampling=sigmoid")
 
