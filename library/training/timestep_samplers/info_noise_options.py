@@ -108,7 +108,8 @@ def problems_of(config: Config, *, weighs: bool) -> list[str]:
             f"--num_timestep_buckets is {times.num_timestep_buckets}: its parts are those of a fixed law; leave it out"
         )
     told = {name: (getattr(weights, name), *_WEIGHS) for name in OTHER_WEIGHTS}
-    told |= {"loss_weight": (weights.loss_weight, *_WEIGHS)}
+    scheme = weights.loss_weighting
+    told |= {"loss_weight": (weights.loss_weight, *_WEIGHS), "loss_weighting": (scheme != "none" and scheme, *_WEIGHS)}
     told |= {"weighting_scheme": (times.weighting_scheme if weighs else None, *_WEIGHS)}
     if NoiseOptions in config:
         told |= {name: (getattr(config[NoiseOptions], name, None), *_NOISES) for name in OTHER_NOISE}

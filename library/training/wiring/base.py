@@ -70,7 +70,7 @@ def ignored_by_flow(model: str) -> dict[str, str]:
         "multires_noise_iterations": noise,
         "multires_noise_discount": noise,
         "zero_terminal_snr": table,
-        "min_snr_gamma": table,
+        "min_snr_gamma": f"{table}; --loss_weighting min_snr weighs as it does",
         "scale_v_pred_loss_like_noise_pred": table,
         "v_pred_like_loss": table,
         "debiased_estimation_loss": table,
@@ -91,8 +91,6 @@ def foreign_to_ddpm(model: str) -> dict[str, str]:
         "sigma_table",
         "preserve_distribution_shape",
         "num_timestep_buckets",
-        "show_timesteps",
-        "show_timesteps_resolution",
     )
     own = f"{reason}; a sampler of your own can be given by its path"
     return {"timestep_sampling": own, **dict.fromkeys(names, reason)}
@@ -513,7 +511,7 @@ class FlowFamily(ModelFamily):
 
     gives_features = True
 
-    timestep_modes: ClassVar[Sequence[str]]
+    timestep_modes: ClassVar[Sequence[str]] = timestep_samplers.MODES
     """the modes of --timestep_sampling that the family has"""
     denoiser_kinds: ClassVar[Sequence[str]]
     """kinds of file (checkpoint_kinds) that --pretrained_model_name_or_path may be"""
