@@ -23,8 +23,8 @@ def tokenize_rows(tokenizer: Any, texts: Sequence[str], num_rows: int, *, is_wei
     """Ids [B, num_rows, 77] and their weights [B, num_rows, 77] (all 1 unless `is_weighted` reads them from the
     texts)."""
     if not is_weighted and texts:
-        added = len(tokenizer.added_tokens_encoder)
-        rows = torch.stack([_known_rows(tokenizer, added, text, num_rows) for text in texts])
+        vocabulary = len(tokenizer)
+        rows = torch.stack([_known_rows(tokenizer, vocabulary, text, num_rows) for text in texts])
         return rows, torch.ones(rows.shape)
     ids, weights = [], []
     for text in texts:
@@ -65,16 +65,16 @@ def tokenize_prompt_rows(tokenizer: Any, prompt: str, num_rows: int) -> tuple[Te
 
 def _ids(tokenizer: Any, text: str) -> Sequence[int]:
     """Ids of a text without begin and end, all of them."""
-    return _known_ids(tokenizer, len(tokenizer.added_tokens_encoder), text) if text else ()
+    return _known_ids(tokenizer, len(tokenizer), text) if text else ()
 
 
 @lru_cache(maxsize=KNOWN_TEXTS)
-def _known_ids(tokenizer: Any, added: int, text: str) -> tuple[int, ...]:
-    """Captions come again in every epoch; a tokenizer with more `added` words than before reads them anew."""
+def _known_ids(tokenizer: Any, vocabulary: int, text: str) -> tuple[int, ...]:
+    """Captions come again in every epoch; a tokenizer whose `vocabulary` has grown reads them anew."""
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 @lru_cache(maxsize=KNOWN_TEXTS)
-def _known_rows(tokenizer: Any, added: int, text: str, num_rows: int) -> Tensor:
+def _known_rows(tokenizer: Any, vocabulary: int, text: str, num_rows: int) -> Tensor:
     """Ids [num_rows, 77] of a text, which nobody writes to."""
     return torch.tensor(_rows(tokenizer, _ids(tokenizer, text), num_rows))

@@ -34,6 +34,20 @@ def keyed_random(seed: int, purpose: str, *keys: int | str) -> random.Random:
     return random.Random(key_seed(seed, purpose, *keys))
 
 
+class LateRandom:
+    """The generator of `keyed_random`, seeded when the first number is asked for: a sample that draws nothing does not
+    wait for it."""
+
+    def __init__(self, seed: int, purpose: str, *keys: int | str) -> None:
+        self._key = (seed, purpose, *keys)
+        self._generator: random.Random | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if self._generator is None:
+            self._generator = keyed_random(*self._key)
+        return getattr(self._generator, name)
+
+
 def keyed_generator(
     seed: int, purpose: str, *keys: int | str, device: torch.device | str = "cpu"
 ) -> torch.Generator:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from library.core.errors import ConfigError
-from library.core.keyed_random import keyed_random
+from library.core.keyed_random import LateRandom
 from library.dataset.architectures import DataArchitecture
 from library.dataset.batch import CONDITIONING_IMAGES, Batch, numbered
 from library.dataset.bucket import BucketAssignment, assign_buckets, effective_limits
@@ -191,6 +191,7 @@ class Dataset:
             crop_top_left=geometry.top_left(flipped),
             target_size_hw=(geometry.bucket[1], geometry.bucket[0]),
             flipped=flipped,
+            is_reg=item.is_reg,
             custom_attributes=dict(item.subset.custom_attributes),
             facts=item.facts,
         )
@@ -246,7 +247,7 @@ class Dataset:
 
     def _text(self, item: ImageItem, request: BatchRequest, position: int) -> tuple[str, Conditioning | None]:
         """The caption that is used, and its cached outputs when there are some."""
-        rng = keyed_random(self.seed, "caption", request.step, position)
+        rng = LateRandom(self.seed, "caption", request.step, position)
         caching = self.strategies.text_encoder_outputs_caching if self.strategies is not None else None
         if item.text_encoder_outputs is not None or item.text_encoder_outputs_npz is not None:
             if request.is_training and is_dropped(item.subset, rng, request.epoch):

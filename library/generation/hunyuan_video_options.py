@@ -11,7 +11,9 @@ from library.core.options import LARGEST_STEPS, option
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import MergedModelOptions
 from library.generation.llama_clip_options import LlamaClipModelOptions
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import SessionOptions
+from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.generation.video_options import (
     LengthOptions,
     OldCompileOptions,
@@ -82,11 +84,11 @@ class HunyuanVideoClipOptions(LengthOptions):
 
 GROUPS = (
     PluginOptions, HunyuanVideoModelOptions, OldCompileOptions, HunyuanVideoAdapterOptions, MergedModelOptions,
-    HunyuanVideoClipOptions, StartOptions, SessionOptions, ConsoleOptions,
+    HunyuanVideoClipOptions, StartOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 _LETTERS = ("w", "h", "f", "s", "d", "n", "m", "l", "c", "fs", "i", "v", "st", "e")
 LINE_OPTIONS: Mapping[str, LineOption] = {
-    **{letter: VIDEO_LINES[letter] for letter in _LETTERS},
+    **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, **GUIDANCE_LINES, **STEP_LINES,
     "g": VIDEO_LINES["l"],
 }

@@ -18,6 +18,7 @@ from library.generation.adapter_files import LayerFilter, ListedAdapterOptions
 from library.generation.requests import DTYPE_NAMES, dtype_problem, too_small_problems
 from library.generation.video_requests import (
     CFG_SKIP_MODES,
+    CODEC_ENDINGS,
     LATENT_OUTPUTS,
     PAD_MODES,
     SLG_MODES,
@@ -226,6 +227,12 @@ class ClipOptions:
     container: str = option(
         "mp4", choices=("mp4", "mov", "mkv", "avi", "webm"), help="kind of the video file; mkv and webm need PyAV"
     )
+    codec: str | None = option(
+        None, choices=tuple(CODEC_ENDINGS),
+        help="nearly without loss as H.264, H.265 or ProRes 422 HQ, through PyAV; when not given H.264 of 4 Mbit/s, or"
+        " what the machine has. prores makes mkv of mp4",
+    )  # fmt: skip
+    keep_pngs: bool = option(False, help="write the frames as pictures beside the video, in a folder of its name")
 
     def clip_problems(self) -> list[str]:
         """What is out of range or contradicts itself."""
@@ -247,6 +254,12 @@ class ClipOptions:
     @property
     def output_dir(self) -> str | None:
         return self.save_path
+
+    @property
+    def video_ending(self) -> str:
+        """That of --container; where mp4 cannot hold the codec, the one that is written instead."""
+        known = CODEC_ENDINGS.get(self.codec or "", ())
+        return known[0] if known and self.container == "mp4" and ".mp4" not in known else f".{self.container}"
 
     def request_fields(self) -> dict[str, Any]:
         """Fields of a VideoRequest that these options say."""

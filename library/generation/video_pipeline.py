@@ -20,12 +20,12 @@ from library.dataset.media_utils import image_extensions, resize_and_crop
 from library.families.registry import record_of
 from library.generation.control_pictures import open_picture
 from library.generation.flow_pipeline import FlowPipeline
+from library.generation.guidance import step_of
 from library.generation.picture_files import FRAMES_PER_SECOND, read_frames
 from library.generation.sampling_utils import (
     NUM_TRAIN_TIMESTEPS,
     Conditioning,
     computing_on,
-    guided,
     start_noise,
 )
 from library.generation.video_files import read_video
@@ -52,13 +52,9 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
         raise ConfigError(f"{record_of(self.family).title} makes no clip from another one (video_path)")
 
     def sigmas(self, request: VideoRequest) -> Tensor:
-        """Those of `schedule`; of a clip that starts from another one the last int(steps * strength) steps."""
-        sigmas = self.schedule(request)
+        """Those of a clip that starts from another one are the last int(steps * strength) steps."""
+        sigmas = super().sigmas(request)
         return sigmas if request.video_path is None else sigmas[len(sigmas) - 1 - kept_steps(request) :]
-
-    def schedule(self, request: VideoRequest) -> Tensor:
-        """[steps + 1] float32 from 1 to 0."""
-        return super().sigmas(request)
 
     def start(self, request: VideoRequest, sigmas: Tensor) -> Tensor:
         noise = self.noise(request)
@@ -94,7 +90,7 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
         skipping = skip and self._skipping(request, conditioning, negative)
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-            step = min(int((sigmas - float(sigma)).abs().argmin()), steps - 1)
+            step = step_of(sigmas, sigma)
             if not wanted[step]:
                 return alone(latents, sigma)
             return (skipping if skip and skip.works_at(step, steps) else both)(latents, sigma)
@@ -105,7 +101,7 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
         self, request: VideoRequest, conditioning: Conditioning, negative: Conditioning
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The velocity of a step in which a forward for the negative text leaves blocks out."""
-        skip, scale = request.skip_layers, request.cfg_scale
+        skip, neutral = request.skip_layers, self.neutral(request)
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
             times = torch.full((len(latents),), float(sigma) * NUM_TRAIN_TIMESTEPS, device=latents.device)
@@ -114,9 +110,10 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
                 return self.velocity(latents, times, texts, request, **how).float()
 
             positive, skipped = predict(conditioning), predict(negative, skip_layers=skip.layers)
+            empty = None if neutral is None else predict(neutral)
             if skip.mode == "uncond":
-                return guided(skipped, positive, scale)
-            return guided(predict(negative), positive, scale) + skip.scale * (positive - skipped)
+                return self.combined(skipped, positive, request, empty)
+            return self.combined(predict(negative), positive, request, empty) + skip.scale * (positive - skipped)
 
         return velocity
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from library.generation.requests import COMMON_LINE_OPTIONS, PictureRequest, guidance_letters
 from library.training.sampling_prompts import (
@@ -16,10 +18,17 @@ from library.training.sampling_prompts import (
     read_text,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 VIDEO_OUTPUT_TYPES = ("video", "images", "latent", "both", "latent_images")
 """what is written: the clip, its frames as pictures, its latents; `both` = latents and clip"""
 LATENT_OUTPUTS = frozenset({"latent", "both", "latent_images"})
 FRAME_OUTPUTS = frozenset({"images", "latent_images"})
+CODEC_ENDINGS = {
+    "h264": (".mp4", ".mov", ".mkv"), "h265": (".mp4", ".mov", ".mkv"), "prores": (".mkv", ".mov"),
+}  # fmt: skip
+"""names of --codec -> files that hold it, that in the place of others first"""
 PAD_MODES = ("front", "end")
 CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 SLG_MODES = ("original", "uncond")
@@ -69,6 +78,16 @@ class VideoRequest(PictureRequest):
     cfg_skip_mode: str = "none"
     cfg_apply_ratio: float | None = None
     skip_layers: SkipLayers | None = None
+
+    def at_scale(self, scale: float | None) -> Self:
+        """A schedule says which steps are guided, in the place of `cfg_skip_mode`."""
+        return dataclasses.replace(super().at_scale(scale), cfg_skip_mode="none")
+
+    @property
+    def made_steps(self) -> int | None:
+        if self.video_path is None or self.steps is None:
+            return self.steps
+        return int(self.steps * self.strength)
 
 
 def guided_steps(mode: str, ratio: float | None, steps: int) -> list[bool]:

@@ -13,7 +13,9 @@ from library.core.options import LARGEST_STEPS, equivalent_option, ignored_optio
 from library.core.plugins import PluginOptions
 from library.families.wan_tasks import TASKS
 from library.generation.adapter_files import ListedAdapterOptions, MergedModelOptions
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import DTYPE_NAMES, SampledRequest, SessionOptions
+from library.generation.step_options import STEP_LINES, StepOptions
 from library.generation.video_options import (
     LengthOptions,
     OldCompileOptions,
@@ -26,8 +28,11 @@ from library.generation.video_requests import VIDEO_LINES, VideoRequest
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import MOST_FRAMES, LineOption
 
-SOLVERS = {"unipc": "unipc", "dpm++": "dpmsolver++", "vanilla": "euler"}
-"""names of --sample_solver in the known script -> names of the samplers here"""
+SOLVERS = {
+    "unipc": "unipc", "dpm++": "dpmsolver++", "vanilla": "euler", "dpm++sde": "dpmsolver++_sde", "lcm": "lcm",
+    "er_sde": "er_sde", "dpmpp_3m_sde": "dpmpp_3m_sde",
+}  # fmt: skip
+"""names of --sample_solver, the first three those of the known script -> names of the samplers here"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +45,15 @@ class WanRequest(VideoRequest, SampledRequest):
 
     @property
     def negative_text(self) -> str | None:
-        scales = (self.cfg_scale, self.cfg_scale_high_noise)
-        return None if all(scale in (None, 1.0) for scale in scales) else self.negative_prompt or ""
+        return self.negative_prompt or "" if self.is_guided else None
+
+    @property
+    def is_guided(self) -> bool:
+        return super().is_guided or self.cfg_scale_high_noise not in (None, 1.0)
+
+    def at_scale(self, scale: float | None) -> WanRequest:
+        made = super().at_scale(scale)
+        return made if scale is None else dataclasses.replace(made, cfg_scale_high_noise=None)
 
 
 def parse_one_frame(text: str, option: str, controls: int = 0) -> tuple[tuple[int, ...], int]:
@@ -227,11 +239,11 @@ class WanClipOptions(LengthOptions):
 
 GROUPS = (
     PluginOptions, WanModelOptions, OldCompileOptions, WanAdapterOptions, MergedModelOptions, WanClipOptions,
-    StartOptions, StepGuidanceOptions, SessionOptions, ConsoleOptions,
+    StartOptions, StepGuidanceOptions, StepOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 _NO_MASKS = dataclasses.replace(VIDEO_LINES["cim"], ignored="control pictures are seen whole")
 _LETTERS = ("w", "h", "f", "d", "s", "l", "c", "fs", "i", "ei", "cn", "n", "ci", "of", "m", "v", "st")
 LINE_OPTIONS: Mapping[str, LineOption] = {
-    **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, "g": VIDEO_LINES["l"], "cim": _NO_MASKS,
+    **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, **GUIDANCE_LINES, **STEP_LINES, "g": VIDEO_LINES["l"], "cim": _NO_MASKS,
 }  # fmt: skip

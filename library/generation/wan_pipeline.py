@@ -70,8 +70,11 @@ class WanPipeline(VideoPipeline):
 
     def schedule(self, request: WanRequest) -> Tensor:
         first = LARGEST_SIGMA if request.sampler == "unipc" else 1.0
-        shift = request.flow_shift or self.task.flow_shift(request.width, request.height)
-        return shift_sigmas(torch.linspace(first, 0, request.steps + 1, dtype=torch.float64), shift).float()
+        times = torch.linspace(first, 0, request.steps + 1, dtype=torch.float64)
+        return shift_sigmas(times, self.shift(request)).float()
+
+    def shift(self, request: WanRequest) -> float:
+        return request.flow_shift or self.task.flow_shift(request.width, request.height)
 
     def guided(
         self, request: WanRequest, conditioning: Conditioning, negative: Conditioning | None

@@ -48,6 +48,7 @@ class AdditionalNetwork(nn.Module):
             module.step_state = self.step_state
             is_denoiser = targets.encoder_of(module.lora_name) is None
             (self.unet_loras if is_denoiser else self.text_encoder_loras).append(module)
+        self._choosing = [m for m in self.loras if type(m).on_step_draws is not AdapterModule.on_step_draws]
         self.train_t5xxl = bool(settings.get("train_t5xxl", False))
         self.block_lr_weight = block_factors(targets, settings)
         self.set_loraplus_lr_ratio(
@@ -77,6 +78,8 @@ class AdditionalNetwork(nn.Module):
             self.text_encoder_loras = []
         if not apply_unet:
             self.unet_loras = []
+        applied = set(self.loras)
+        self._choosing = [module for module in self._choosing if module in applied]
         for module in self.loras:
             module.apply_to()
             self.add_module(module.lora_name, module)
@@ -103,7 +106,7 @@ class AdditionalNetwork(nn.Module):
         """Key the dropouts of the coming micro-batch; row i of a layer's input belongs to sample i."""
         self.step_state.draws = draws
         self.step_state.times = None
-        for module in self.loras:
+        for module in self._choosing:
             module.on_step_draws()
 
     def set_step_times(self, times: torch.Tensor | None) -> None:

@@ -107,6 +107,8 @@ class LossReader(Hook):
 def _losses_of(pending: list[_Pending], runtime: Runtime) -> list[StepLoss]:
     """Mean losses over the ranks, and the other logged values, with one copy from the device for all steps."""
     device = pending[0].loss_sum.device
+    if device.type == "cpu" and runtime.num_processes == 1:  # nothing to copy and nothing to add
+        return [_alone(p) for p in pending]
     counts = torch.tensor([float(p.count) for p in pending], device=device)
     local = torch.stack([torch.stack([p.loss_sum for p in pending]), counts], dim=1)  # [steps, 2]
     together = runtime.sum_over_ranks(local)  # [steps, 2]
@@ -130,6 +132,13 @@ def _losses_of(pending: list[_Pending], runtime: Runtime) -> list[StepLoss]:
         )
         for i, p in enumerate(pending)
     ]
+
+
+def _alone(pending: _Pending) -> StepLoss:
+    """A step of one process on the CPU."""
+    loss = _ratio(float(pending.loss_sum), pending.count)
+    logs = {name: float(value) for name, value in pending.logs.items()}
+    return StepLoss(pending.step, pending.epoch, loss, loss, pending.files, logs)
 
 
 def _ratio(total: float, count: float) -> float:

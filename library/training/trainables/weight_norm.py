@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from library.training.hooks.base import Hook
@@ -26,7 +27,7 @@ class WeightNormHook(Hook):
         self.max_norm = max_norm
         self._logs: Logs = {}
 
-    @property
+    @cached_property
     def _is_idle(self) -> bool:
         return not self.max_norm and not hasattr(self.trainable.network, "update_norms")
 

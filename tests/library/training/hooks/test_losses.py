@@ -1,12 +1,13 @@
 """Losses are read in groups and reach their listeners complete, in order, once."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from library.training.hooks.base import Hook, HookList
-from library.training.hooks.losses import LossReader, learning_rates
+from library.training.hooks.losses import LossReader, _losses_of, _Pending, learning_rates
 from library.training.loop import fit
 from library.training.run import StepOutput
 from library.training.step import merge_outputs
@@ -54,6 +55,12 @@ def test_logs_hold_the_rate_that_the_step_used_and_what_hooks_add():
     assert all(entry["extra/tensor"] == 0.5 for entry in logs)
 
 
+def test_one_process_on_the_cpu_reads_what_several_would():
+    pending = [_Pending(1, 1, torch.tensor(0.7), 2, ("a",), {"rate": 0.1, "extra": torch.tensor(0.3)})]
+    alone = _losses_of(pending, SimpleNamespace(num_processes=1))
+    assert alone == _losses_of(pending, SimpleNamespace(num_processes=2, sum_over_ranks=torch.Tensor.clone))
+
+
 def test_epochs_are_counted_from_one():
     collector = Collector()
     fit(small_run([LossReader(every=1), collector], steps=6, data=LineData(per_epoch=4)))
@@ -97,3 +104,17 @@ def test_states_of_two_hooks_of_one_class_are_apart():
 
     first, second, third = Counting(1), Counting(2), Named(3)
     assert HookList([first, second, third]).by_key() == {"Counting": first, "Counting 2": second, "chosen": third}
+
+
+def test_what_a_hook_has_not_filled_is_passed_over_and_own_and_inherited_methods_are_called():
+    class Ending(Hook):
+        def on_step_end(self, run, output):
+            return "filled"
+
+    class Child(Ending):
+        pass
+
+    own = Hook()
+    own.on_step_end = lambda run, output: "own"
+    assert HookList([Hook(), Child(), own]).on_step_end(None, None) == ["filled", "own"]
+    assert HookList([Hook()]).extra_trainable_params() == [[]]
