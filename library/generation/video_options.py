@@ -325,7 +325,7 @@ class LongClipOptions:
     riflex_index: int = option(
         0, least=0, most=MOST_FREQUENCIES,
         help="RifleX: which frequency of time, counted from 1, is slowed down for clips that are longer than those of the"
-        " training (HunyuanVideo 4, Wan 6); 0 = none",
+        " training; the page of the script says which; 0 = none",
     )  # fmt: skip
 
     def request_fields(self) -> dict[str, Any]:
