@@ -59,6 +59,8 @@ class WanScript(VideoScript):
             "dit_high_noise",
         ),
     }  # fmt: skip
+    option_names = {**VideoScript.option_names, "cfg_scale_high_noise": "guidance_scale_high_noise"}
+    recorded_with = {"cfg_scale": "cfg_scale_high_noise"}
     texts = {"flow-shift": "flow_shift", "sampler": "sampler", "scale-high-noise": "cfg_scale_high_noise"}
 
     # -- the task ------------------------------------------------------------------------------------------------------
