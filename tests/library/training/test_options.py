@@ -67,6 +67,7 @@ OWN_OF_ALL = {
     "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
     "plugins", "loss_weight", "hook", "textual_inversion_embeddings", "sigma_table", "show_timesteps_resolution",
     "dynamo_cache_size_limit", "vram_budget", "fp8_fast", "quantize_base", "quantize_text_encoder", "offload_optimizer",
+    "progress", "no_progress", "log_every", "loss_curve_steps", "log_metrics", "emit_events",
 }
 VIDEO = ("hunyuan_video_network", "wan_network", "framepack_network", "hunyuan_video_full")
 """scripts of the known video trainer, whose shared options work in every script"""
