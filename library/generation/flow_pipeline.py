@@ -102,7 +102,8 @@ class FlowPipeline(PicturePipeline[Request]):
         scale = request.cfg_scale
         negative = negative if scale != 1.0 else None
         return guided_velocity(
-            predict, conditioning, negative, scale, made_one, neutral=self.neutral(request), apart=self.split_uncond
+            predict, conditioning, negative, scale, made_one, neutral=self.neutral(request),
+            apart=self.split_uncond or (negative is not None and negative.keys() != conditioning.keys()),
         )
 
     def neutral(self, request: Request) -> Conditioning | None:

@@ -16,6 +16,7 @@ from library.generation.requests import SessionOptions
 from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.generation.video_options import (
     LengthOptions,
+    LongClipOptions,
     OldCompileOptions,
     StartOptions,
     VideoAdapterOptions,
@@ -84,10 +85,10 @@ class HunyuanVideoClipOptions(LengthOptions):
 
 GROUPS = (
     PluginOptions, HunyuanVideoModelOptions, OldCompileOptions, HunyuanVideoAdapterOptions, MergedModelOptions,
-    HunyuanVideoClipOptions, StartOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
+    HunyuanVideoClipOptions, StartOptions, LongClipOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
-_LETTERS = ("w", "h", "f", "s", "d", "n", "m", "l", "c", "fs", "i", "v", "st", "e")
+_LETTERS = ("w", "h", "f", "s", "d", "n", "m", "l", "c", "fs", "i", "v", "st", "nm", "vn", "in", "ri", "e")
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, **GUIDANCE_LINES, **STEP_LINES,
     "g": VIDEO_LINES["l"],

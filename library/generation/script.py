@@ -277,6 +277,8 @@ class ImageScript(ABC, Generic[Request]):
     """text entries of the picture files beside those that all have -> fields of the request"""
     option_names: ClassVar[Mapping[str, str]] = {}
     """fields of the request -> options of other names, where they hold what a prompt line can say"""
+    recorded_with: ClassVar[Mapping[str, str]] = {}
+    """fields -> another field whose default hangs on whether the option of the first is given, recorded with it"""
     size_option: ClassVar[str | None] = None
     """option of height and width, where one has both"""
 
@@ -475,7 +477,8 @@ class ImageScript(ABC, Generic[Request]):
         letters = (letter.field for letter in self.line_options.values() if not letter.ignored)
         fields = {"prompt", *letters} - {"seed"}
         changed = {name: getattr(asked, name) for name in fields if getattr(asked, name) != getattr(base, name)}
-        options |= self.as_options({**changed, "seed": made.seed}, asked)
+        beside = {name: getattr(asked, name) for field, name in self.recorded_with.items() if field in changed}
+        options |= self.as_options({**changed, **beside, "seed": made.seed}, asked)
         line = {name: value for name, value in changed.items() if self._option_of(name) is None}
         given = {name: value for name, value in options.items() if value is not None}
         settings = RecordedSettings(self.script_file, given, line)

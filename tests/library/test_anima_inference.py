@@ -14,6 +14,7 @@ from library.core.errors import CheckpointError, ConfigError
 from library.generation import anima_inference
 from library.generation.recorded_requests import ENTRY
 from library.safetensors_utils import load_safetensors, save_file_atomic
+from tests.library.generation.made_again import check_made_again, lines_file
 from tests.tiny_anima import build_tiny_anima
 
 ROOT = Path(__file__).parents[2]
@@ -348,3 +349,9 @@ def test_a_file_under_the_names_of_comfyui_is_the_same_adapter(tiny, adapters, t
         picture(tiny, tmp_path, "--lora_weight", str(tmp_path / f"{name}.safetensors")) for name in ("own", "comfy")
     )
     assert own == comfy != picture(tiny, tmp_path)
+
+
+def test_files_are_made_again_of_what_they_tell(tiny, tmp_path):
+    lines = lines_file(tmp_path, "a cat", "a dog --g 1 --fs 2 --h 48 --s 1")
+    made = anima_inference.run(arguments(tiny, tmp_path / "first", lines, prompt=()))
+    check_made_again(anima_inference.run, made, "save_path")

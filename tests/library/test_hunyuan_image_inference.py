@@ -21,6 +21,7 @@ from library.safetensors_utils import save_file_atomic
 from library.strategy_hunyuan_image import HunyuanImageTextEncodingStrategy, HunyuanImageTokenizeStrategy
 from library.tiny_models.hunyuan_image_tiny import TinyHunyuanImage, build_tiny_hunyuan_image
 from networks.files.lora_conversion import to_dotted
+from tests.library.generation.made_again import check_made_again, lines_file
 
 QUOTED = 'a sign "open"'
 
@@ -261,3 +262,9 @@ def test_layers_that_another_package_does_not_find_are_told(tiny, adapter, tmp_p
     assert picture(tiny, tmp_path, "--lora_weight", str(comfy)) == ours
     picture(tiny, tmp_path, "--lora_weight", str(comfy), "--lycoris")
     assert "lycoris.kohya finds 1 of its 2 layers" in caplog.text
+
+
+def test_files_are_made_again_of_what_they_tell(tiny, tmp_path):
+    lines = lines_file(tmp_path, "a cat", "a dog --l 2 --n blue --s 1 --w 64")
+    made = hunyuan_image_inference.run(arguments(tiny, tmp_path / "first", lines, prompt=()))
+    check_made_again(hunyuan_image_inference.run, made, "save_path")

@@ -15,6 +15,7 @@ from library.core.errors import ConfigError
 from library.generation import sdxl_inference
 from library.generation.recorded_requests import ENTRY
 from library.safetensors_utils import load_safetensors, save_file_atomic
+from tests.library.generation.made_again import check_made_again, lines_file
 from tests.tiny import write_clip_tokenizer
 from tests.tiny_sd import build_tiny_sd
 
@@ -258,3 +259,9 @@ def test_the_same_picture_as_diffusers(tmp_path):
     assert ((latents - expected).norm() / expected.norm()).item() < 1e-4
     theirs = reference(**given, latents=noise.clone(), output_type="pil").images[0]
     assert largest_difference(pipeline.decode(latents).tobytes(), theirs.tobytes()) <= 1
+
+
+def test_files_are_made_again_of_what_they_tell(tiny, tmp_path):
+    lines = lines_file(tmp_path, "a cat", "a dog --p2 blue --s 1 --l 2 --d 4")
+    made = sdxl_inference.run(arguments(tiny, tmp_path / "first", lines))
+    check_made_again(sdxl_inference.run, made, "output_dir")

@@ -32,7 +32,10 @@ ONSET = 0.002
 """share of the largest information from which on a part counts, where the gate finds its pivot itself"""
 SMALLEST = 1e-30
 IN_REACH = 1e-4
-"""probability that a part must have under the law of the warm-up for the renewal to wait for it"""
+"""probability under the law of the warm-up from which on a part is drawn at all"""
+WAITED_FOR = 0.9
+"""share of the law's draws whose parts, the likeliest first, have enough losses before the first renewal; rarer parts
+borrow from those beside them"""
 GRID = 200_000
 VERSION = 2
 PURPOSE = "timesteps: InfoNoise"
@@ -51,6 +54,7 @@ class InfoNoise:
         self.means = torch.zeros(count, dtype=torch.float64)  # [K]
         self.cdf: Tensor | None = None  # [K + 1], from 0 to 1
         self.in_reach = torch.ones(count, dtype=torch.bool)  # [K]
+        self.waited_for = torch.ones(count, dtype=torch.bool)  # [K]
         self.renewals, self.degraded, self.last_status = 0, 0, "not_refreshed_yet"
         self._has_new = torch.zeros(count, dtype=torch.bool)
         self._has_warned = False
@@ -61,12 +65,15 @@ class InfoNoise:
 
     def know_law(self, law: TimestepSampler, shapes: Iterable[Sequence[int]], objective: Objective) -> None:
         """Which parts the law of the warm-up reaches, for latents of any of these shapes [C, ..., h, w]."""
-        reached = torch.zeros_like(self.in_reach)
+        reached, waited_for = torch.zeros_like(self.in_reach), torch.zeros_like(self.in_reach)
         for shape in shapes:
             times = law.sample((GRID, *shape), EvenDraws(0, 0, tuple(range(GRID))))
             ratios = log_ratios(times_as_timesteps(times, objective), objective)
-            reached |= torch.bincount(self._parts(ratios), minlength=len(reached)) / GRID >= IN_REACH
-        self.in_reach = reached
+            shares = torch.bincount(self._parts(ratios), minlength=len(reached)) / GRID
+            reached |= shares >= IN_REACH
+            likeliest = shares.sort(descending=True, stable=True)
+            waited_for[likeliest.indices[likeliest.values.cumsum(0) - likeliest.values < WAITED_FOR]] = True
+        self.in_reach, self.waited_for = reached, waited_for & reached
 
     def _parts(self, log_ratios: Tensor) -> Tensor:
         return torch.searchsorted(self.edges[1:-1], log_ratios.double(), right=True)
@@ -96,10 +103,11 @@ class InfoNoise:
         return self.last_status
 
     def _missing(self) -> int:
-        """Parts within reach that have too few losses; the reach of a law that reaches nothing is all."""
-        wanted = self.in_reach if self.in_reach.any() else torch.ones_like(self.in_reach)
-        counts = torch.tensor([len(losses) for losses in self.losses])
-        return int((wanted & (counts < self.options.infonoise_N_min)).sum())
+        """Parts that are waited for and have too few losses."""
+        return int((self.waited_for & (self._counts() < self.options.infonoise_N_min)).sum())
+
+    def _counts(self) -> Tensor:
+        return torch.tensor([len(losses) for losses in self.losses])
 
     def _warn(self, step: int) -> None:
         if step >= 2 * self.warm_up and not self._has_warned:
@@ -107,20 +115,32 @@ class InfoNoise:
             logger.warning(
                 "InfoNoise still waits at step %d: %d of %d parts have fewer than --infonoise_N_min %d losses; noise levels"
                 " are drawn as in the warm-up. Lower it, or --infonoise_K, or train longer",
-                step, self._missing(), int(self.in_reach.sum()), self.options.infonoise_N_min,
+                step, self._missing(), int(self.waited_for.sum()), self.options.infonoise_N_min,
             )
 
     def _renew_means(self) -> None:
-        """Parts with new losses go towards their mean; the others, whose losses are of an older model, change as those
-        did on the whole."""
+        """Parts with new losses go towards their mean; those without, whose losses are of an older model, change as the
+        others did on the whole."""
         beta, old = self.options.infonoise_beta, self.means.clone()
-        newest = torch.tensor([sum(losses) / len(losses) if losses else 0.0 for losses in self.losses], dtype=torch.float64)
-        new = self._has_new
+        is_rare = self.in_reach & (self._counts() < self.options.infonoise_N_min)
+        new = self._has_new | is_rare
+        newest = torch.tensor(
+            [self._mean_around(k) if one else 0.0 for k, one in enumerate(new.tolist())], dtype=torch.float64
+        )
         self.means[new] = (1 - beta) * old[new] + beta * newest[new]
         both = new & (old > 0)
         if both.any():
             self.means[~new] *= (self.means[both] / old[both]).median()
         self._has_new = torch.zeros_like(new)
+
+    def _mean_around(self, part: int) -> float:
+        """Of the losses of a part and of as many parts on both sides as are needed for enough of them."""
+        for width in range(len(self.losses)):
+            near = self.losses[max(0, part - width) : part + width + 1]
+            if sum(map(len, near)) >= self.options.infonoise_N_min:
+                break
+        found = [loss for losses in near for loss in losses]
+        return sum(found) / len(found) if found else 0.0
 
     def _renew_density(self) -> str:
         information = self.means / (self.sigmas**2 + SMALLEST)
@@ -129,7 +149,7 @@ class InfoNoise:
             return "mse_collapsed"
         pivot = self.options.infonoise_gate_pivot_c or float(self.sigmas[information / largest >= ONSET][-1])
         gate = self.sigmas**GATE_POWER / (self.sigmas**GATE_POWER + pivot**GATE_POWER)
-        shares = (information * gate).clamp(min=0)
+        shares = (information * gate).clamp(min=0) * self.in_reach
         width = self.edges[1] - self.edges[0]
         total = shares.sum() * width
         if total < SMALLEST:

@@ -34,7 +34,7 @@ class InfoNoiseOptions:
     infonoise_B: int = option(256, help="newest losses that are kept of each part, 32 or more")
     infonoise_beta: float = option(0.9, help="weight of the newer mean of a part at a renewal, 0.1 to 0.999")
     infonoise_N_min: int = option(
-        50, help="losses that each part within reach of the other options must have before the first renewal"
+        50, help="losses that the likeliest parts must have before the first renewal; rarer ones borrow from those beside them"
     )
     infonoise_gate_pivot_c: float = option(
         0.15, help="sigma / (1 - sigma) below which levels are drawn less and less, 0 to 10; 0 = found from the losses"

@@ -93,7 +93,17 @@ def test_parts_that_the_law_does_not_reach_do_not_hold_it_up() -> None:
     inner = torch.ones(len(share), dtype=torch.bool)
     inner[[0, -1]] = False  # these take what lies beyond as well
     assert torch.equal(sampler.info.in_reach[inner], (share >= 1e-4)[inner])
-    assert learned(sampler, best_error, steps=300).is_ready
+    assert 10 < int(sampler.info.waited_for.sum()) < 20 and (sampler.info.in_reach | ~sampler.info.waited_for).all()
+    few = learned(sampler, best_error, steps=10, batch=400)
+    assert few.is_ready and min(map(len, few.losses)) == 0
+    assert ((few.cdf.diff() > 0) == few.in_reach).all()
+
+
+def test_a_rare_part_borrows_from_those_beside_it() -> None:
+    info = made(infonoise_N_min=4).info
+    for part, losses in ((10, [1.0, 1.0]), (11, [2.0]), (12, [6.0, 6.0, 6.0]), (14, [9.0] * 4)):
+        info.losses[part].extend(losses)
+    assert info._mean_around(11) == 22 / 6 and info._mean_around(14) == 9.0 and info._mean_around(13) == 54 / 7
 
 
 def test_it_draws_as_the_law_until_then_and_tells_when_that_takes_long(caplog: pytest.LogCaptureFixture) -> None:
