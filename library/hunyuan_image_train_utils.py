@@ -79,13 +79,15 @@ class ProjectedGuidance:
     step: int = 0
     running: Tensor | None = None
 
-    def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """The guided velocity of this step, [B, ...] float32."""
+    def __call__(self, positive: Tensor, negative: Tensor, plain: Tensor | None = None) -> Tensor:
+        """The guided velocity of this step, [B, ...] float32. `plain`: what plain guidance makes of it, where that has
+        another form."""
         difference = positive - negative
         self.running = difference if self.running is None else difference + APG_MOMENTUM * self.running
         is_plain, self.step = self.step <= self.start, self.step + 1
         if is_plain:
-            return with_spread(negative + self.scale * difference, positive, self.rescale)
+            made = negative + self.scale * difference if plain is None else plain
+            return with_spread(made, positive, self.rescale)
         axes = tuple(range(1, positive.ndim))
         norm = self.running.square().sum(dim=axes, keepdim=True).sqrt()
         bounded = self.running * (APG_NORM / norm.clamp_min(APG_NORM))

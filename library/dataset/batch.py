@@ -48,6 +48,8 @@ class Batch:
     latents: torch.Tensor | None = None  # [B, C, h, w] or [B, C, F, h, w]
     noise: torch.Tensor | None = None
     """of the step, as many numbers as the latents have, where a loader worker has drawn it beforehand"""
+    are_reg: list[bool] = field(default_factory=list)
+    """which samples are regularisation images; none when empty"""
     latent_seeds: list[int] = field(default_factory=list)
     """for live encoding: the seed of each sample's posterior draw, the same that its cache would have used"""
     facts: list[SampleFacts] = field(default_factory=list)
@@ -99,7 +101,7 @@ class Batch:
 
         names = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "request"}
         places = {name: tuple(listed(list(getattr(self.request, name)))) for name in ("items", "positions")}
-        of_samples = ("image_keys", "captions", "flippeds", "custom_attributes", "latent_seeds", "facts")
+        of_samples = ("image_keys", "captions", "flippeds", "custom_attributes", "are_reg", "latent_seeds", "facts")
         return dataclasses.replace(
             self,
             request=dataclasses.replace(self.request, **places),

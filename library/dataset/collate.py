@@ -29,6 +29,7 @@ class Sample:
     crop_top_left: tuple[int, int]
     target_size_hw: tuple[int, int]
     flipped: bool
+    is_reg: bool = False
     custom_attributes: dict[str, object] = field(default_factory=dict)
     image: torch.Tensor | None = None  # [3, H, W] or [3, F, H, W]
     latents: torch.Tensor | None = None  # [C, h, w] or [C, F, h, w]
@@ -70,6 +71,7 @@ def collate(
         flippeds=[sample.flipped for sample in samples],
         network_multipliers=torch.full((len(samples),), network_multiplier, dtype=torch.float32),
         custom_attributes=[sample.custom_attributes for sample in samples],
+        are_reg=[sample.is_reg for sample in samples],
         images=_stack([sample.image for sample in samples]),
         latents=_stack([sample.latents for sample in samples]),
         latent_seeds=[sample.latent_seed for sample in samples if sample.latent_seed is not None],

@@ -191,6 +191,7 @@ class Dataset:
             crop_top_left=geometry.top_left(flipped),
             target_size_hw=(geometry.bucket[1], geometry.bucket[0]),
             flipped=flipped,
+            is_reg=item.is_reg,
             custom_attributes=dict(item.subset.custom_attributes),
             facts=item.facts,
         )

@@ -10,6 +10,7 @@ from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_TOKENS, equivalen
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import ListedAdapterOptions
 from library.generation.latent_options import DitOptions, LatentPictureOptions
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     SampledRequest,
@@ -17,6 +18,7 @@ from library.generation.requests import (
     guidance_letters,
     too_small_problems,
 )
+from library.generation.step_options import STEP_LINES, StepOptions
 from library.training.inference_samplers import FLOW_SAMPLER_NAMES, SAMPLER_HELP, check_flow_sampler
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import LineOption, read_shift
@@ -84,7 +86,7 @@ class AnimaPromptOptions(LatentPictureOptions):
         )  # fmt: skip
 
 
-GROUPS = (PluginOptions, AnimaModelOptions, ListedAdapterOptions, AnimaPromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, AnimaModelOptions, ListedAdapterOptions, AnimaPromptOptions, StepOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,8 @@ class AnimaRequest(SampledRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
+    **GUIDANCE_LINES,
+    **STEP_LINES,
     **guidance_letters(),
     "fs": LineOption("flow_shift", read_shift),
 }

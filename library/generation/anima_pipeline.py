@@ -24,7 +24,6 @@ from library.generation.flow_pipeline import FlowPipeline
 from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import Conditioning
 from library.strategy_anima import AnimaTextEncodingStrategy, AnimaTokenizeStrategy
-from library.training.inference_samplers.flow import flow_schedule
 
 if TYPE_CHECKING:
     from library.anima_models import Anima
@@ -41,8 +40,8 @@ class AnimaPipeline(FlowPipeline[AnimaRequest]):
     def velocity(self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: AnimaRequest) -> Tensor:
         return predict_velocity(self.denoiser, latents, times, conditioning)
 
-    def sigmas(self, request: AnimaRequest) -> Tensor:
-        return flow_schedule(request.steps, request.flow_shift)
+    def shift(self, request: AnimaRequest) -> float:
+        return request.flow_shift
 
 
 def device_of(options: AnimaModelOptions) -> torch.device:

@@ -9,6 +9,7 @@ from library.core.errors import ConfigError
 from library.core.options import LARGEST_STEPS, LARGEST_TOKENS, equivalent_option, ignored_option, option
 from library.core.plugins import PluginOptions
 from library.generation.flux_options import MODEL_TYPES, STEPS_DEV, InferenceModelOptions, PromptOptions
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     PictureRequest,
@@ -16,6 +17,7 @@ from library.generation.requests import (
     guidance_letters,
     request_of,
 )
+from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import LineOption, read_number
 
@@ -65,7 +67,7 @@ class ChromaPromptOptions(PromptOptions):
         return request_of(ChromaRequest, self)
 
 
-GROUPS = (PluginOptions, ChromaModelOptions, ChromaPromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, ChromaModelOptions, ChromaPromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,5 +77,7 @@ class ChromaRequest(PictureRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
+    **GUIDANCE_LINES,
+    **STEP_LINES,
     **guidance_letters(LineOption("guidance", read_number, ignored=_NOT_EMBEDDED)),
 }

@@ -15,7 +15,7 @@ from library.flux_utils import load_ae, load_t5xxl
 from library.generation.adapters import load_with_adapters
 from library.generation.chroma_options import ChromaModelOptions, ChromaRequest
 from library.generation.flow_pipeline import FlowPipeline
-from library.generation.flux_pipeline import computing_of, dtype_of, sigmas_of_tokens
+from library.generation.flux_pipeline import computing_of, dtype_of, shift_of_tokens, sigmas_of_tokens
 from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import Conditioning
 from library.strategy_chroma import ChromaTextEncodingStrategy, ChromaTokenizeStrategy
@@ -32,8 +32,11 @@ class ChromaPipeline(FlowPipeline[ChromaRequest]):
     def velocity(self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: ChromaRequest) -> Tensor:
         return predict_velocity(self.denoiser, latents, times, conditioning)
 
-    def sigmas(self, request: ChromaRequest) -> Tensor:
+    def schedule(self, request: ChromaRequest) -> Tensor:
         return sigmas_of_tokens(self, request)
+
+    def shift(self, request: ChromaRequest) -> float:
+        return shift_of_tokens(self, request)
 
 
 def load_pipeline(options: ChromaModelOptions) -> PictureMaker[ChromaRequest]:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from library.device_utils import to_device
+from library.generation.guidance import by_step, combine, held_at_first
+from library.generation.guidance_options import scheduled_scales
 from library.generation.pipeline import PicturePipeline
-from library.generation.requests import Request, SampledRequest
-from library.generation.sampling_utils import Conditioning, guided, guided_velocity, on_device, start_noise
+from library.generation.requests import Request
+from library.generation.sampling_utils import Conditioning, guided_velocity, on_device, start_noise
 from library.training.inference_samplers.common import noise_of
 from library.training.inference_samplers.flow import flow_sampler, flow_schedule
+from library.training.inference_samplers.sigma_tables import table_sigmas
 
 DEFAULT_SAMPLER = "euler"
 
@@ -34,8 +37,18 @@ class FlowPipeline(PicturePipeline[Request]):
         """Of latents [B, ...] at times [B] on the 0..1000 scale."""
 
     def sigmas(self, request: Request) -> Tensor:
+        """[steps + 1] float32 from 1 to 0: those of the table that the request names, or else of `schedule`."""
+        if request.sigma_table is None:
+            return self.schedule(request)
+        return table_sigmas(request.sigma_table, request.steps, self.shift(request))
+
+    def schedule(self, request: Request) -> Tensor:
         """[steps + 1] float32 from 1 to 0."""
-        return flow_schedule(request.steps)
+        return flow_schedule(request.steps, self.shift(request))
+
+    def shift(self, request: Request) -> float:
+        """How far the steps lie towards noise; 1 = evenly spaced."""
+        return 1.0
 
     def latents(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
         return self.latents_together([request], conditioning, negative)
@@ -48,9 +61,9 @@ class FlowPipeline(PicturePipeline[Request]):
         start = to_device(torch.cat([self.start(one, sigmas) for one in requests]), self.denoiser.device)
         # samplers with noise of their own draw from here
         generators = [torch.Generator("cpu").manual_seed(one.seed + 1) for one in requests]
-        sampler = flow_sampler(request.sampler if isinstance(request, SampledRequest) else self.default_sampler)
+        sampler = flow_sampler(request.sampler or self.default_sampler)
         conditioning, negative = self.brought(conditioning), None if negative is None else self.brought(negative)
-        velocity = self.guided(request, conditioning, negative)
+        velocity = self.scheduled(request, sigmas, conditioning, negative)
         return sampler(velocity, start, sigmas, noise_of(generators, start))  # sigmas are read as numbers, on the CPU
 
     def brought(self, conditioning: Conditioning) -> Conditioning:
@@ -61,6 +74,19 @@ class FlowPipeline(PicturePipeline[Request]):
         """Latents [1, C, ...] at the first of the `sigmas`, from which the steps go on."""
         return start_noise(request.seed, *self.latent_shape(request))
 
+    def scheduled(
+        self, request: Request, sigmas: Tensor, conditioning: Conditioning, negative: Conditioning | None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """`guided` in the steps and by the scales of `cfg_schedule`, alone in the others; the first steps are held
+        where that is asked for."""
+        if request.cfg_schedule is None:
+            return held_at_first(self.guided(request, conditioning, negative), sigmas, request)
+        steps = len(sigmas) - 1
+        chosen = scheduled_scales(request.cfg_schedule, steps)
+        scales = [chosen.get(step, 1.0) for step in range(1, steps + 1)]
+        choices = {scale: self.guided(request.at_scale(scale), conditioning, negative) for scale in set(scales)}
+        return held_at_first(by_step(sigmas, choices, scales), sigmas, request)
+
     def guided(
         self, request: Request, conditioning: Conditioning, negative: Conditioning | None
     ) -> Callable[[Tensor, Tensor], Tensor]:
@@ -70,13 +96,23 @@ class FlowPipeline(PicturePipeline[Request]):
         def predict(latents: Tensor, times: Tensor, given: Conditioning) -> Tensor:
             return self.velocity(latents, times, given, request)
 
-        def combine(negative_part: Tensor, positive_part: Tensor) -> Tensor:
-            return self.combined(negative_part, positive_part, request)
+        def made_one(*parts: Tensor) -> Tensor:
+            return self.combined(parts[0], parts[1], request, *parts[2:])
 
         scale = request.cfg_scale
         negative = negative if scale != 1.0 else None
-        return guided_velocity(predict, conditioning, negative, scale, combine, apart=self.split_uncond)
+        return guided_velocity(
+            predict, conditioning, negative, scale, made_one, neutral=self.neutral(request),
+            apart=self.split_uncond or (negative is not None and negative.keys() != conditioning.keys()),
+        )
 
-    def combined(self, negative: Tensor, positive: Tensor, request: Request) -> Tensor:
-        """The guided velocity [B, ...], from those of both prompts."""
-        return guided(negative, positive, request.cfg_scale)
+    def neutral(self, request: Request) -> Conditioning | None:
+        """The empty prompt, where a request's guidance counts from it."""
+        found = self.further.get("neutral") if request.perp_neg is not None else None
+        return None if found is None else self.brought(found)
+
+    def combined(
+        self, negative: Tensor, positive: Tensor, request: Request, neutral: Tensor | None = None
+    ) -> Tensor:
+        """The guided velocity [B, ...], from those of both prompts and of an empty one."""
+        return combine(request, negative, positive, neutral)

@@ -15,6 +15,7 @@ from library.core.options import (
 )
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     DTYPE_NAMES,
@@ -25,6 +26,7 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
+from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption, read_not_negative
 
@@ -133,7 +135,7 @@ class PromptOptions:
         return request_of(FluxRequest, self)
 
 
-GROUPS = (PluginOptions, InferenceModelOptions, EmbeddingOptions, PromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, InferenceModelOptions, EmbeddingOptions, PromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,5 +152,7 @@ class FluxRequest(PictureRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
+    **GUIDANCE_LINES,
+    **STEP_LINES,
     **guidance_letters(LineOption("guidance", read_not_negative)),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from library.checkpoints.loading import Transform
 from library.dataset.strategies import StrategySet
 from library.dataset.text_cache_io import TEXT_LAYOUTS
 from library.device_utils import get_preferred_device
-from library.flux_train_utils import get_schedule, predict_velocity
+from library.flux_train_utils import BASE_SHIFT, MAX_SHIFT, get_lin_function, get_schedule, predict_velocity
 from library.flux_utils import load_ae, load_clip_l, load_flux, load_t5xxl
 from library.generation.adapters import load_with_adapters
 from library.generation.flow_pipeline import FlowPipeline
@@ -46,14 +47,26 @@ class FluxPipeline(FlowPipeline[FluxRequest]):
             control=self.control,
         )
 
-    def sigmas(self, request: FluxRequest) -> Tensor:
+    def schedule(self, request: FluxRequest) -> Tensor:
         return sigmas_of_tokens(self, request, shift=not self.is_schnell)
+
+    def shift(self, request: FluxRequest) -> float:
+        return 1.0 if self.is_schnell else shift_of_tokens(self, request)
+
+
+def tokens_of(pipeline: FlowPipeline[Any], request: PictureRequest) -> int:
+    height, width = (side // pipeline.latent_spec.patch for side in pipeline.latent_shape(request)[-2:])
+    return height * width
 
 
 def sigmas_of_tokens(pipeline: FlowPipeline[Any], request: PictureRequest, shift: bool = True) -> Tensor:
     """[steps + 1] from 1 to 0, moved towards noise by the number of tokens of the picture."""
-    height, width = (side // pipeline.latent_spec.patch for side in pipeline.latent_shape(request)[-2:])
-    return torch.tensor(get_schedule(request.steps, height * width, shift=shift))
+    return torch.tensor(get_schedule(request.steps, tokens_of(pipeline, request), shift=shift))
+
+
+def shift_of_tokens(pipeline: FlowPipeline[Any], request: PictureRequest) -> float:
+    """How far `sigmas_of_tokens` moves evenly spaced times."""
+    return math.exp(get_lin_function(y1=BASE_SHIFT, y2=MAX_SHIFT)(tokens_of(pipeline, request)))
 
 
 def load_pipeline(options: InferenceModelOptions) -> PictureMaker[FluxRequest]:

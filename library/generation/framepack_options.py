@@ -13,6 +13,7 @@ from library.core.plugins import PluginOptions
 from library.generation.adapter_files import MergedModelOptions
 from library.generation.framepack_requests import MAG_RATIOS, MagCacheSettings
 from library.generation.llama_clip_options import LlamaClipModelOptions
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import SessionOptions, too_small_problems
 from library.generation.video_options import ClipOptions, CompileOptions, VideoAdapterOptions
 from library.generation.video_requests import VIDEO_LINES
@@ -180,7 +181,7 @@ class MagCacheOptions:
 
 GROUPS = (
     PluginOptions, FramePackModelOptions, CompileOptions, VideoAdapterOptions, MergedModelOptions, FramePackClipOptions,
-    OneFrameOptions, MagCacheOptions, SessionOptions, ConsoleOptions,
+    OneFrameOptions, MagCacheOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 
@@ -193,7 +194,7 @@ def read_seconds(text: str) -> float:
 
 _LETTERS = ("w", "h", "s", "d", "n", "m", "l", "c", "fs", "i", "ei", "ci", "cim", "of", "e")
 LINE_OPTIONS: Mapping[str, LineOption] = {
-    **{letter: VIDEO_LINES[letter] for letter in _LETTERS},
+    **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, **GUIDANCE_LINES,
     "g": VIDEO_LINES["l"],
     "f": LineOption("seconds", read_seconds),
     "vs": LineOption("sections", Whole(1, MOST_SECTIONS, 4)),

@@ -22,7 +22,6 @@ from library.generation.sampling_utils import (
     NUM_TRAIN_TIMESTEPS,
     Conditioning,
     computing_on,
-    guided,
     images_of,
     on_device,
     start_noise,
@@ -185,14 +184,16 @@ class FramePackPipeline(VideoPipeline):
         sigmas = section_schedule(request.steps, tokens, request.flow_shift)  # read as numbers: not on the device
         conditioning = {**on_device(text, device), **seen}
         negative = None if negative is None else {**on_device(negative, device), **seen}
-        velocity = self.guided(request, conditioning, negative)
+        velocity = self.scheduled(request, sigmas, conditioning, negative)
         return unipc_clean(lambda latents, sigma: latents - sigma * velocity(latents, sigma), noise, sigmas)
 
     def guided(
         self, request: FramePackRequest, conditioning: Conditioning, negative: Conditioning | None
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """Both texts one after the other, whose guided velocity may have the spread of the positive one."""
-        texts = [conditioning] if negative is None or request.cfg_scale == 1.0 else [negative, conditioning]
+        texts, neutral = [conditioning], self.neutral(request)
+        if negative is not None and request.cfg_scale != 1.0:
+            texts = [negative, conditioning, *([] if neutral is None else [{**conditioning, **neutral}])]
         caches = [MagCache(request.magcache, request.steps) for _ in texts] if request.magcache else [None] * len(texts)
         given = [{**text, "block_cache": cache} for text, cache in zip(texts, caches)]
 
@@ -202,11 +203,12 @@ class FramePackPipeline(VideoPipeline):
             times = torch.full((len(latents),), float(time), device=latents.device)
             scale = self.rope_scale if is_scaled else 1.0
             made = [self.velocity(latents, times, text, request, scale).float() for text in given]
-            if request.magcache and request.magcache.calibrate and caches[-1].step == request.steps:
-                logger.info("--magcache_mag_ratios %s", ",".join(map(str, caches[-1].measured)))
+            own = caches[0 if len(texts) == 1 else 1]  # that of the prompt
+            if request.magcache and request.magcache.calibrate and own.step == request.steps:
+                logger.info("--magcache_mag_ratios %s", ",".join(map(str, own.measured)))
             if len(made) == 1:
                 return made[0]
-            return with_spread(guided(*made, request.cfg_scale), made[1], request.guidance_rescale)
+            return with_spread(self.combined(made[0], made[1], request, *made[2:]), made[1], request.guidance_rescale)
 
         return velocity
 

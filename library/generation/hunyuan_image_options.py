@@ -11,6 +11,7 @@ from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_STEPS, option
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import ListedAdapterOptions, MergedModelOptions
 from library.generation.latent_options import DitOptions, LatentPictureOptions
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     PictureRequest,
@@ -18,6 +19,7 @@ from library.generation.requests import (
     guidance_letters,
     too_small_problems,
 )
+from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import LineOption, read_shift
 
@@ -97,7 +99,7 @@ class HunyuanImagePromptOptions(LatentPictureOptions):
 
 GROUPS = (
     PluginOptions, HunyuanImageModelOptions, ListedAdapterOptions, MergedModelOptions, HunyuanImagePromptOptions,
-    SessionOptions, ConsoleOptions,
+    SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 
@@ -118,6 +120,8 @@ class HunyuanImageRequest(PictureRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
+    **GUIDANCE_LINES,
+    **STEP_LINES,
     **guidance_letters(),
     "fs": LineOption("flow_shift", read_shift),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,14 @@ from library.device_utils import get_preferred_device
 from library.generation.adapter_files import ListedAdapterOptions
 from library.generation.adapters import load_with_adapters, merging
 from library.generation.flow_pipeline import FlowPipeline
+from library.generation.guidance import held_at_first, step_of
+from library.generation.guidance_options import scheduled_scales
 from library.generation.hunyuan_image_options import HunyuanImageModelOptions, HunyuanImageRequest
 from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, Conditioning, on_device
 from library.hunyuan_image_train_utils import ProjectedGuidance, needed_text, predict_velocity
 from library.hunyuan_image_utils import load_encoders, load_hunyuan_image, load_vae, save_hunyuan_image
 from library.strategy_hunyuan_image import HunyuanImageTextEncodingStrategy, HunyuanImageTokenizeStrategy
-from library.training.inference_samplers.flow import flow_schedule
 
 if TYPE_CHECKING:
     from library.hunyuan_image_models import HYImageDiffusionTransformer
@@ -56,8 +57,8 @@ class HunyuanImagePipeline(FlowPipeline[HunyuanImageRequest]):
         scale = request.cfg_scale if request.guidance_scale is None else request.guidance_scale
         return predict_velocity(self.denoiser, latents, times, conditioning, guidance=scale, timesteps_r=next_times)
 
-    def sigmas(self, request: HunyuanImageRequest) -> Tensor:
-        return flow_schedule(request.steps, request.flow_shift)
+    def shift(self, request: HunyuanImageRequest) -> float:
+        return request.flow_shift
 
     def brought(self, conditioning: Conditioning) -> Conditioning:
         """As it is: what both texts do not need is left out before."""
@@ -66,27 +67,46 @@ class HunyuanImagePipeline(FlowPipeline[HunyuanImageRequest]):
     def guided(
         self, request: HunyuanImageRequest, conditioning: Conditioning, negative: Conditioning | None
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """One call for each step, in their order. With guidance both prompts run as one batch, the negative first."""
-        if self.is_distilled or request.cfg_scale == 1.0:
-            negative = None
-        guidance = self._guidance(request, conditioning)
-        given = conditioning if negative is None else joined(negative, conditioning)
-        given = on_device(needed_text(given), self.denoiser.device)
-        rows = 1 if negative is None else 2
-        ends = iter((self.sigmas(request)[1:] * NUM_TRAIN_TIMESTEPS).tolist())
+        """With guidance all prompts run as one batch, the negative one first."""
+        sigmas, guidance = self.sigmas(request), self._guidance(request, conditioning)
+        steps = len(sigmas) - 1
+        if self.is_distilled or negative is None:
+            scales: list[float | None] = [1.0] * steps
+        elif request.cfg_schedule is None:
+            scales = [None] * steps
+        else:
+            chosen = scheduled_scales(request.cfg_schedule, steps)
+            scales = [chosen.get(step, 1.0) for step in range(1, steps + 1)]
+        neutral = self.further.get("neutral") if request.perp_neg is not None else None
+        texts = [text for text in (negative, conditioning, neutral) if text is not None]
+        given = {
+            count: on_device(needed_text(joined(texts) if count > 1 else conditioning), self.denoiser.device)
+            for count in {1 if request.at_scale(scale).cfg_scale == 1.0 else len(texts) for scale in scales}
+        }
+        ends = (sigmas[1:] * NUM_TRAIN_TIMESTEPS).tolist()
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+            step = step_of(sigmas, sigma)
+            own = request.at_scale(scales[step])
+            rows = 1 if own.cfg_scale == 1.0 else len(texts)
             now, end = (
                 torch.full((rows,), time, device=latents.device, dtype=torch.float32)
-                for time in (float(sigma) * NUM_TRAIN_TIMESTEPS, next(ends))
+                for time in (float(sigma) * NUM_TRAIN_TIMESTEPS, ends[step])
             )
-            predicted = self.velocity(torch.cat([latents] * rows), now, given, request, end).float()
-            if negative is None:
+            predicted = self.velocity(torch.cat([latents] * rows), now, given[rows], request, end).float()
+            if rows == 1:
                 return predicted
-            negative_part, positive_part = predicted.chunk(2)
-            return guidance(positive_part, negative_part)
+            other, positive, *empty = predicted.chunk(rows)
+            guidance.step = step
+            return guidance(positive, other, self.combined(other, positive, own, *empty))
 
         return velocity
+
+    def scheduled(
+        self, request: HunyuanImageRequest, sigmas: Tensor, conditioning: Conditioning, negative: Conditioning | None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """The schedule is in `guided`: projected guidance follows all guided steps, whatever their scales."""
+        return held_at_first(self.guided(request, conditioning, negative), sigmas, request)
 
     @staticmethod
     def _guidance(request: HunyuanImageRequest, conditioning: Conditioning) -> ProjectedGuidance:
@@ -95,9 +115,9 @@ class HunyuanImagePipeline(FlowPipeline[HunyuanImageRequest]):
         return ProjectedGuidance(request.cfg_scale, start, request.guidance_rescale, request.guidance_rescale_apg)
 
 
-def joined(negative: Conditioning, positive: Conditioning) -> Conditioning:
-    """The conditioning of two prompts as one batch; what is shorter is padded, and masked there."""
-    return {name: stack_padded([negative[name][0], positive[name][0]]) for name in positive}
+def joined(texts: Sequence[Conditioning]) -> Conditioning:
+    """The conditioning of several prompts as one batch; what is shorter is padded, and masked there."""
+    return {name: stack_padded([text[name][0] for text in texts]) for name in texts[0]}
 
 
 def device_of(options: HunyuanImageModelOptions) -> torch.device:

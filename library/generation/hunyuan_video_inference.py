@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from library.core.errors import AtelierError
 from library.core.options import Config
 from library.generation.hunyuan_video_options import (
     GROUPS,
@@ -37,6 +38,12 @@ class HunyuanVideoScript(LlamaClipScript):
     line_options = LINE_OPTIONS
     vae_kinds = frozenset({"vae_hunyuan_video"})
     texts = {"flow-shift": "flow_shift", "guidance": "embedded_guidance_scale"}
+
+    def frequencies_of_time(self, config: Config) -> int | None:
+        try:
+            return self._params(config).rope_dim_list[0] // 2 if config[self.models].dit else None
+        except (AtelierError, OSError):
+            return None  # `check` tells of the file
 
     def slots(self, config: Config) -> list[tuple[str, set[str]]]:
         return [("dit", {"hunyuan_video"}), *self.encoder_slots]
@@ -85,8 +92,6 @@ class HunyuanVideoScript(LlamaClipScript):
 
     def request_problems(self, config: Config, request: VideoRequest) -> list[str]:
         """A picture for a model that is shown none, and the other way round."""
-        from library.core.errors import AtelierError
-
         found = super().request_problems(config, request)
         if self.is_without_prompts(config):
             return found

@@ -11,9 +11,12 @@ from library.core.options import LARGEST_STEPS, option
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import MergedModelOptions
 from library.generation.llama_clip_options import LlamaClipModelOptions
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import SessionOptions
+from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.generation.video_options import (
     LengthOptions,
+    LongClipOptions,
     OldCompileOptions,
     StartOptions,
     VideoAdapterOptions,
@@ -82,11 +85,11 @@ class HunyuanVideoClipOptions(LengthOptions):
 
 GROUPS = (
     PluginOptions, HunyuanVideoModelOptions, OldCompileOptions, HunyuanVideoAdapterOptions, MergedModelOptions,
-    HunyuanVideoClipOptions, StartOptions, SessionOptions, ConsoleOptions,
+    HunyuanVideoClipOptions, StartOptions, LongClipOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
-_LETTERS = ("w", "h", "f", "s", "d", "n", "m", "l", "c", "fs", "i", "v", "st", "e")
+_LETTERS = ("w", "h", "f", "s", "d", "n", "m", "l", "c", "fs", "i", "v", "st", "nm", "vn", "in", "ri", "e")
 LINE_OPTIONS: Mapping[str, LineOption] = {
-    **{letter: VIDEO_LINES[letter] for letter in _LETTERS},
+    **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, **GUIDANCE_LINES, **STEP_LINES,
     "g": VIDEO_LINES["l"],
 }

@@ -13,7 +13,6 @@ from library.generation.sampling_utils import Conditioning, computing_on
 from library.generation.video_pipeline import VideoPipeline, picture_pixels
 from library.generation.video_requests import VideoRequest
 from library.hunyuan_video_train_utils import predict_velocity
-from library.training.inference_samplers.flow import flow_schedule
 
 FLOW_SHIFT, FLOW_SHIFT_OF_FEW, FEW_STEPS = 7.0, 17.0, 20
 """shift of the times towards noise; with fewer steps it is larger"""
@@ -46,9 +45,9 @@ class HunyuanVideoPipeline(VideoPipeline):
         )  # fmt: skip
         return velocity.view_as(latents)
 
-    def schedule(self, request: VideoRequest) -> Tensor:
+    def shift(self, request: VideoRequest) -> float:
         usual = FLOW_SHIFT_OF_FEW if request.steps < FEW_STEPS else FLOW_SHIFT
-        return flow_schedule(request.steps, usual if request.flow_shift is None else request.flow_shift)
+        return usual if request.flow_shift is None else request.flow_shift
 
     def noise(self, request: VideoRequest) -> Tensor:
         """Drawn frame by frame: the first frames of a seed do not hang on how many there are."""
@@ -69,9 +68,10 @@ class HunyuanVideoPipeline(VideoPipeline):
             return None
         if request.image_path is None:
             raise ConfigError(PICTURE_NEEDED)
-        wanted = (request.image_path, request.width, request.height, request.seed)
+        wanted = (request.image_path, request.width, request.height, request.seed, request.i2_extra_noise)
         if self._first_frame is None or self._first_frame[0] != wanted:
             pixels = picture_pixels(request.image_path, request.width, request.height).to(self.denoiser.device)
             with torch.no_grad(), computing_on(self.vae, pixels.device):
-                self._first_frame = (wanted, self.encode(pixels, request.seed).float())
+                latents = self.encode(pixels, request.seed).float()
+            self._first_frame = (wanted, self.with_extra_noise(latents, request))
         return self._first_frame[1]

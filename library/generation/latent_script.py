@@ -6,7 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.core.options import Config
 from library.generation.adapter_files import MergedModelOptions
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 class LatentScript(ImageScript[Request]):
     """`pictures` has `prompt`, `save_path`, `output_type` and `latent_path`, `adapters` is a ListedAdapterOptions."""
+
+    option_names: ClassVar[Mapping[str, str]] = {"steps": "infer_steps", "cfg_scale": "guidance_scale"}
+    size_option = "image_size"
 
     @abstractmethod
     def load_decoder(self, config: Config) -> tuple[PicturePipeline[Any], torch.device]:
@@ -69,10 +72,11 @@ class LatentScript(ImageScript[Request]):
         pipeline, device = self.load_decoder(config)
         for index, source in enumerate(pictures.latent_path):
             latents, texts = read_latents(source, pipeline.latent_spec)
-            ending = f"_{Path(source).stem.removesuffix('_latent')}.png"
+            ending = f"_{Path(source).stem.removesuffix('_latent')}{config[SessionOptions].picture_ending}"
             texts = {} if config[SessionOptions].no_metadata else texts
             picture = pipeline.decode(latents.to(device))
-            paths.append(write_picture(picture, unused_path(pictures.output_dir, None, index, ending), texts))
+            path = unused_path(pictures.output_dir, None, index, ending)
+            paths.append(write_picture(picture, path, texts, config[SessionOptions].image_quality))
             logger.info("%s", paths[-1])
         return paths
 

@@ -11,6 +11,7 @@ from library.generation.adapter_files import adapter_problems
 from library.generation.lumina_options import (
     GROUPS,
     LINE_OPTIONS,
+    OPTION_NAMES,
     SIZE_STEP,
     LuminaModelOptions,
     LuminaPromptOptions,
@@ -32,6 +33,7 @@ class LuminaScript(ImageScript[LuminaRequest]):
     groups = GROUPS
     line_options = LINE_OPTIONS
     size_step = SIZE_STEP
+    option_names = OPTION_NAMES
     texts = {"flow-shift": "flow_shift", "cfg-trunc-ratio": "cfg_trunc_ratio", "renorm-cfg": "renorm_cfg"}
 
     def check(self, config: Config) -> None:

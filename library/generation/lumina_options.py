@@ -17,6 +17,7 @@ from library.core.options import (
 )
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import AdapterChoice, parse_adapter_argument
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     DTYPE_NAMES,
@@ -27,6 +28,7 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
+from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption, read_not_negative, read_share, read_shift
 
@@ -142,7 +144,7 @@ class LuminaPromptOptions:
         return request_of(LuminaRequest, self, OPTION_NAMES)
 
 
-GROUPS = (PluginOptions, LuminaModelOptions, LuminaPromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, LuminaModelOptions, LuminaPromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +163,8 @@ OPTION_NAMES: Mapping[str, str] = {
 """fields of requests -> options of other names"""
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
+    **GUIDANCE_LINES,
+    **STEP_LINES,
     **guidance_letters(),
     "ctr": LineOption("cfg_trunc_ratio", read_share),
     "rcfg": LineOption("renorm_cfg", read_not_negative),

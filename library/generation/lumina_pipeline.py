@@ -22,7 +22,6 @@ from library.generation.sampling_utils import Conditioning
 from library.lumina_train_utils import predict_velocity
 from library.lumina_utils import load_ae, load_lumina
 from library.strategy_lumina import LuminaTextEncodingStrategy, LuminaTokenizeStrategy
-from library.training.inference_samplers.flow import flow_schedule
 
 
 @dataclass
@@ -37,8 +36,8 @@ class LuminaPipeline(FlowPipeline[LuminaRequest]):
         """Of the sign that other models have: noise - data."""
         return -predict_velocity(self.denoiser, latents, times, conditioning)
 
-    def sigmas(self, request: LuminaRequest) -> Tensor:
-        return flow_schedule(request.steps, request.flow_shift)
+    def shift(self, request: LuminaRequest) -> float:
+        return request.flow_shift
 
     def guided(
         self, request: LuminaRequest, conditioning: Conditioning, negative: Conditioning | None
@@ -52,9 +51,11 @@ class LuminaPipeline(FlowPipeline[LuminaRequest]):
 
         return velocity
 
-    def combined(self, negative: Tensor, positive: Tensor, request: LuminaRequest) -> Tensor:
+    def combined(
+        self, negative: Tensor, positive: Tensor, request: LuminaRequest, neutral: Tensor | None = None
+    ) -> Tensor:
         """No longer than `renorm_cfg` times the velocity without guidance; 0 = of any length."""
-        velocity = super().combined(negative, positive, request)
+        velocity = super().combined(negative, positive, request, neutral)
         if request.renorm_cfg <= 0:
             return velocity
         axes = tuple(range(1, velocity.ndim))

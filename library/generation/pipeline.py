@@ -4,7 +4,7 @@ adds to it."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,6 +43,8 @@ class PicturePipeline(ABC, Generic[Request]):
     """None where latents are wanted alone"""
     control: Control | None = field(default=None, kw_only=True)
     """nets that guide every forward of the denoiser by pictures, in families that have some"""
+    further: Mapping[str, Conditioning] = field(default_factory=dict, kw_only=True)
+    """texts of the request at hand beside the prompt and the negative one (`PictureRequest.further_texts`)"""
 
     family: ClassVar[str]
     """whose record tells the shape of the latents"""
@@ -128,6 +130,7 @@ class PictureMaker(Generic[Request]):
         """Latents of one picture; `request` is complete."""
         self.adapters.set_multipliers(request.multipliers)
         conditioning, negative = self.conditioning(request)
+        self.pipeline.further = self.further(request)
         with self._at_work([self.pipeline.denoiser], self.device, self.denoiser_waits), self.computing():
             return self.pipeline.latents(request, conditioning, negative)
 
@@ -141,6 +144,16 @@ class PictureMaker(Generic[Request]):
             return conditioning, (
                 None if text is None else self._encoded((text,), self.strategies.tokenize.tokenize_negative)
             )
+
+    @torch.no_grad()
+    def further(self, request: Request) -> dict[str, Conditioning]:
+        """That of `further_texts`."""
+        texts = request.further_texts
+        if not texts:
+            return {}
+        with self._at_work(self.text_encoders, self.text_device, self.text_waits):
+            tokenize = self.strategies.tokenize.tokenize_negative
+            return {name: self._encoded((text,), tokenize) for name, text in texts.items()}
 
     def decode(self, latents: Tensor) -> Picture:
         return self.pipeline.decode(latents)

@@ -8,11 +8,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.core.errors import ConfigError
 from library.core.options import option
+from library.generation.file_options import PictureFileOptions
+from library.generation.guidance_options import GUIDANCE_LINES, asks_guidance
 from library.training.sampling_prompts import LineOption, read_number, read_picture_side, read_seed, read_steps
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DTYPE_NAMES: dict[str, str] = {
     "float32": "float32", "fp32": "float32", "float": "float32",
@@ -39,7 +44,8 @@ VIDEO_SAMPLE_NAMES: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PictureRequest:
-    """One picture, as asked for. `multipliers`: strengths of the adapters, None = as loaded."""
+    """One picture, as asked for. `multipliers`: strengths of the adapters, None = as loaded. `cfg_schedule` and what
+    follows are the options of GuidanceOptions."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -50,6 +56,15 @@ class PictureRequest:
     seed: int | None = None
     cfg_scale: float = 1.0
     multipliers: tuple[float, ...] | None = None
+    cfg_schedule: str | None = None
+    cfgzerostar_scaling: bool = False
+    cfgzerostar_init_steps: int = 0
+    cfgzerostar_multiplier: float = 0.0
+    perp_neg: float | None = None
+    sampler: str | None = None
+    """None: that of the pipeline"""
+    sigma_table: str | None = None
+    """noise levels of the steps, None: those of the family"""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -64,14 +79,33 @@ class PictureRequest:
     @property
     def negative_text(self) -> str | None:
         """The text that guidance leads away from; None = one forward per step."""
-        return None if self.cfg_scale == 1.0 else self.negative_prompt or ""
+        return self.negative_prompt or "" if self.is_guided else None
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether some step may be guided away from the negative text."""
+        return self.cfg_scale != 1.0 or (self.cfg_schedule is not None and asks_guidance(self.cfg_schedule))
+
+    @property
+    def further_texts(self) -> dict[str, str]:
+        """Texts that guidance reads beside the prompt and the negative one, by what they are for."""
+        return {"neutral": ""} if self.perp_neg is not None and self.negative_text is not None else {}
+
+    def at_scale(self, scale: float | None) -> Self:
+        """The same for steps of one scale, without a schedule; None = that of the request itself."""
+        return dataclasses.replace(self, cfg_schedule=None, **({} if scale is None else {"cfg_scale": scale}))
+
+    @property
+    def made_steps(self) -> int | None:
+        """How many of the steps are made."""
+        return self.steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampledRequest(PictureRequest):
     """A picture of a family whose sampler can be chosen."""
 
-    sampler: str
+    sampler: str = dataclasses.field()
 
 
 Request = TypeVar("Request", bound=PictureRequest)
@@ -88,16 +122,16 @@ def request_of(request_class: type[Request], settings: Any, names: Mapping[str, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class SessionOptions:
-    """Where prompts come from"""
+class SessionOptions(PictureFileOptions):
+    """Where prompts come from, and how files are written"""
 
     interactive: bool = option(False, help="load the models once and ask for prompts, one per line; an empty line ends")
     from_file: str | None = option(
         None, help="text file with one prompt per line, with options behind it; # begins a comment line"
     )
-    no_metadata: bool = option(False, help="do not write prompt and settings into the picture files")
 
     def __post_init__(self) -> None:
+        self.raise_file_problems()
         if self.interactive and self.from_file:
             raise ConfigError(
                 "--interactive and --from_file are both given; prompts come from one place, leave one out"

@@ -69,17 +69,20 @@ def guided_velocity(
     conditioning: Conditioning,
     negative: Conditioning | None,
     cfg_scale: float,
-    combine: Callable[[Tensor, Tensor], Tensor] | None = None,
+    combine: Callable[..., Tensor] | None = None,
     *,
+    neutral: Conditioning | None = None,
     apart: bool = False,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function (latents [B, C, ...], sigma []) -> velocity, float32. `predict` takes latents, times on the 0..1000
     scale and conditioning. With a negative prompt both run as one batch, negative first, and `combine` makes one
-    velocity of (v_neg, v_pos): `guided` by the scale when None. `apart`: one after the other, in less memory."""
-    texts = [conditioning] if negative is None else [negative, conditioning]
-    if negative is not None and not apart:
-        texts = [one_batch([negative, conditioning])]
-    copies = 2 if negative is not None and not apart else 1
+    velocity of (v_neg, v_pos): `guided` by the scale when None. With a `neutral` one it runs beside them, and `combine`
+    takes (v_neg, v_pos, v_neutral). `apart`: one after the other, in less memory."""
+    texts = [text for text in (negative, conditioning, None if negative is None else neutral) if text is not None]
+    together = len(texts) > 1 and not apart
+    copies, count = len(texts) if together else 1, len(texts)
+    if together:
+        texts = [one_batch(texts)]
     combine = combine or (lambda negative_part, positive_part: guided(negative_part, positive_part, cfg_scale))
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
@@ -87,7 +90,7 @@ def guided_velocity(
         times = torch.full((rows,), float(sigma) * NUM_TRAIN_TIMESTEPS, device=latents.device, dtype=torch.float32)
         given = torch.cat([latents] * copies)
         predicted = torch.cat([predict(given, times, text) for text in texts]).float()
-        return predicted if negative is None else combine(*predicted.chunk(2))
+        return predicted if negative is None else combine(*predicted.chunk(count))
 
     return velocity
 

@@ -25,13 +25,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 from library.core.atomic_file import unwritable_problem
 from library.core.console import utf8_text
 from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems, problems_of
-from library.core.options import Config
+from library.core.options import Config, option_fields
 from library.core.registry import import_target
 from library.core.text_files import read_text
-from library.families.registry import record_of
+from library.families.registry import record_of, records
 from library.generation.adapter_files import EmbeddingOptions, multiplier_problems
+from library.generation.guidance_options import GuidanceOptions, idle_guidance, request_guidance_problems
 from library.generation.picture_files import settings_texts, write_picture
+from library.generation.recorded_requests import ENTRY, RecordedSettings, shaping_options
 from library.generation.requests import PictureRequest, Request, SessionOptions
+from library.generation.step_options import SamplerStepOptions, StepOptions
 from library.scripts.command_line import (
     read_command,
     refused_problems,
@@ -40,7 +43,7 @@ from library.scripts.command_line import (
     tell_equivalent,
     tell_ignored,
 )
-from library.training.parser_common import chosen_variant
+from library.training.parser_common import chosen_variant, early_values
 from library.training.sampling_prompts import DRAWN, LineOption, good_lines, parse_pieces
 
 if TYPE_CHECKING:
@@ -272,6 +275,12 @@ class ImageScript(ABC, Generic[Request]):
     """what is made, in messages"""
     texts: ClassVar[Mapping[str, str]] = {}
     """text entries of the picture files beside those that all have -> fields of the request"""
+    option_names: ClassVar[Mapping[str, str]] = {}
+    """fields of the request -> options of other names, where they hold what a prompt line can say"""
+    recorded_with: ClassVar[Mapping[str, str]] = {}
+    """fields -> another field whose default hangs on whether the option of the first is given, recorded with it"""
+    size_option: ClassVar[str | None] = None
+    """option of height and width, where one has both"""
 
     @abstractmethod
     def check(self, config: Config) -> None:
@@ -298,14 +307,25 @@ class ImageScript(ABC, Generic[Request]):
 
     def base_request(self, config: Config) -> Request:
         """What the options ask for, before lines of prompts change it."""
-        return config[self.pictures].request
+        request = config[self.pictures].request
+        further = (group for group in (GuidanceOptions, StepOptions, SamplerStepOptions) if group in config)
+        fields = {name: value for group in further for name, value in config[group].request_fields().items()}
+        return dataclasses.replace(request, **fields) if fields else request
 
     def completed(self, request: Request, maker: PictureMaker[Request]) -> Request:
         return with_seed_and_size(request, self.size_step)
 
     def chosen(self, argv: Sequence[str] | None) -> ImageScript[Any]:
-        """This one, or that of the variant which an option chooses instead (`FamilyRecord.variant_of`)."""
-        record = record_of(chosen_variant(self.family, argv))
+        """This one, or that of the variant which an option chooses instead (`FamilyRecord.variant_of`), here or in the
+        file of --from_metadata."""
+        from library.generation.recorded_files import settings_of_file
+
+        words = list(sys.argv[1:] if argv is None else argv)
+        path = early_values(argv, ["from_metadata"]).get("from_metadata")
+        if path and Path(path).is_file():
+            recorded = settings_of_file(path, self.script_file, self.as_options).options
+            words = [*(f"--{name}={recorded[name]}" for name in self.variant_options if name in recorded), *words]
+        record = record_of(chosen_variant(self.family, words))
         return import_target(record.image_script) if record.name != self.family and record.image_script else self
 
     def build_parser(self) -> argparse.ArgumentParser:
@@ -319,15 +339,15 @@ class ImageScript(ABC, Generic[Request]):
     def run(self, argv: Sequence[str] | None = None) -> list[Path]:
         """`main` without the handling of errors; returns the files that were written."""
         script = self.chosen(argv)
-        config = read_command(argv, script.build_parser(), script.groups, script.check)
+        config = read_command(argv, script.build_parser(), script.groups, script.check, script.with_recorded)
         tell_equivalent(config)
         tell_ignored(config)
         return script.make_all(config)
 
     def make_all(self, config: Config) -> list[Path]:
-        first, reader = self.base_request(config), self.line_reader(config)
+        first, reader = self.first_request(config), self.line_reader(config)
         requests = planned_requests(config[SessionOptions], first, reader, lambda: self._check_all(config))
-        for line in self.notices(config):
+        for line in [*self.notices(config), *self._idle_guidance(config, first)]:
             logger.info(line)
         adapters = config[self.adapters]
         if adapters.merge_lora_weights and "merge_lora_weights" in config.explicit and not adapters.num_adapters:
@@ -338,6 +358,12 @@ class ImageScript(ABC, Generic[Request]):
         choose_attention(maker.pipeline.denoiser, config)
         self._add_words(maker, config)
         return make_each(requests, lambda request, index: self.make_picture(maker, config, request, index), self.kind)
+
+    def _idle_guidance(self, config: Config, first: Request) -> list[str]:
+        """Lines about options of guidance that change nothing; lines of prompts may yet ask for what they need."""
+        if config[SessionOptions].from_file or config[SessionOptions].interactive:
+            return []
+        return idle_guidance(first, config.explicit)
 
     def _check_all(self, config: Config) -> None:
         from library.generation.attention import attention_of
@@ -404,6 +430,7 @@ class ImageScript(ABC, Generic[Request]):
             width, height = rounded_sides(request, self.size_step)
             too_large = limit() and limit().problem(width, height)
             found = multiplier_problems(request.multipliers, count, merged=merged)
+            found += request_guidance_problems(request)
             found += self.request_problems(config, request)
             return [*found, too_large] if too_large else found
 
@@ -411,14 +438,95 @@ class ImageScript(ABC, Generic[Request]):
 
     def make_picture(self, maker: PictureMaker[Request], config: Config, request: Request, index: int) -> Path:
         """Make and write one picture, or all frames of a clip: `{YYYYmmdd_HHMMSS}_{seed}_{index}.png`."""
-        request = self.completed(request, maker)
+        asked, request = request, self.completed(request, maker)
         latents = maker.generate(request)
-        more = {entry: getattr(request, field) for entry, field in self.texts.items()}
-        texts = {} if config[SessionOptions].no_metadata else picture_texts(request, **more)
-        path = unused_path(config[self.pictures].output_dir, request.seed, index)
+        texts = self.request_texts(config, asked, request)
+        path = unused_path(
+            config[self.pictures].output_dir, request.seed, index, config[SessionOptions].picture_ending
+        )
         return self.write(maker, config, latents, path, texts)
 
     def write(
         self, maker: PictureMaker[Request], config: Config, latents: Tensor, path: Path, texts: Mapping[str, str]
     ) -> Path:
-        return write_picture(maker.decode(latents), path, texts)
+        return write_picture(maker.decode(latents), path, texts, config[SessionOptions].image_quality)
+
+    # -- what files tell -----------------------------------------------------------------------------------------------
+
+    @property
+    def script_file(self) -> str:
+        """Name of the script, by which files tell who has made them."""
+        return record_of(self.family).pictures or self.family
+
+    @property
+    def variant_options(self) -> list[str]:
+        """Options that choose among this family and its variants."""
+        return sorted({record.variant_of[1] for record in records().values() if record.variant_of})
+
+    def request_texts(self, config: Config, asked: Request, made: Request) -> dict[str, str]:
+        """Text entries of a file: the settings of a request as `made`, and all that makes it again from how it was
+        `asked` for."""
+        if config[SessionOptions].no_metadata:
+            return {}
+        more = {entry: getattr(made, field) for entry, field in self.texts.items()}
+        return {**picture_texts(made, **more), ENTRY: self.recorded(config, asked, made).text}
+
+    def recorded(self, config: Config, asked: Request, made: Request) -> RecordedSettings:
+        """The options of the run, changed by what the prompt line says, with the seed that was taken."""
+        base, options = self.base_request(config), shaping_options(config, self.variant_options)
+        letters = (letter.field for letter in self.line_options.values() if not letter.ignored)
+        fields = {"prompt", *letters} - {"seed"}
+        changed = {name: getattr(asked, name) for name in fields if getattr(asked, name) != getattr(base, name)}
+        beside = {name: getattr(asked, name) for field, name in self.recorded_with.items() if field in changed}
+        options |= self.as_options({**changed, **beside, "seed": made.seed}, asked)
+        line = {name: value for name, value in changed.items() if self._option_of(name) is None}
+        given = {name: value for name, value in options.items() if value is not None}
+        settings = RecordedSettings(self.script_file, given, line)
+        return settings.without_folders() if config[SessionOptions].metadata_file_names else settings
+
+    def _option_of(self, field: str) -> str | None:
+        """The option that says a field of the request, where there is one."""
+        is_size = self.size_option is not None and field in ("width", "height")
+        name = self.size_option if is_size else self.option_names.get(field, field)
+        return name if any(name in option_fields(group) for group in self.groups) else None
+
+    def as_options(self, fields: Mapping[str, Any], request: Request | None = None) -> dict[str, Any]:
+        """Options that say fields of a request, as far as there are such. `request`: what has the other side of a size,
+        where only one is among the fields."""
+        found = {}
+        for field, value in fields.items():
+            option = self._option_of(field)
+            if option is not None and option == self.size_option:
+                found[option] = [fields.get(side, getattr(request, side, None)) for side in ("height", "width")]
+            elif option is not None:
+                found[option] = list(value) if isinstance(value, tuple) else value
+        return found
+
+    def with_recorded(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Values of options with those of --from_metadata below them. ConfigError."""
+        from library.generation.recorded_files import option_values
+
+        path = values.get("from_metadata")
+        return option_values(self.settings_of(path), self.groups, values, path) if path else values
+
+    def settings_of(self, path: str) -> RecordedSettings:
+        """Of the file of --from_metadata."""
+        from library.generation.recorded_files import settings_of_file
+
+        return settings_of_file(path, self.script_file, self.as_options)
+
+    def first_request(self, config: Config) -> Request:
+        """`base_request`, with what a prompt line has said of the picture of --from_metadata."""
+        base, path = self.base_request(config), config[SessionOptions].from_metadata
+        if not path:
+            return base
+        settings = self.settings_of(path)
+        logger.info("settings of %s: %s", path, settings.command)
+        unknown = sorted(set(settings.line) - {letter.field for letter in self.line_options.values()})
+        if unknown:
+            raise ConfigError(
+                f"--from_metadata is {path}, whose prompt line has {', '.join(unknown)}; this script has no such"
+                " settings"
+            )
+        line = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.line.items()}
+        return dataclasses.replace(base, **line)

@@ -9,6 +9,7 @@ from library.core.errors import ConfigError, Problems
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, LARGEST_TOKENS, option
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     PictureRequest,
@@ -17,6 +18,7 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
+from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption
 
@@ -109,7 +111,7 @@ class Sd3PromptOptions:
         return request_of(Sd3Request, self)
 
 
-GROUPS = (PluginOptions, Sd3ModelOptions, EmbeddingOptions, Sd3PromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (PluginOptions, Sd3ModelOptions, EmbeddingOptions, Sd3PromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,5 +121,7 @@ class Sd3Request(PictureRequest):
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
+    **GUIDANCE_LINES,
+    **STEP_LINES,
     **guidance_letters(),
 }

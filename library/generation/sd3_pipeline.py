@@ -16,7 +16,7 @@ from library.generation.flow_pipeline import FlowPipeline
 from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import Conditioning
 from library.generation.sd3_options import Sd3ModelOptions, Sd3Request
-from library.sd3_train_utils import predict_velocity, sample_schedule
+from library.sd3_train_utils import SAMPLE_SHIFT, predict_velocity, sample_schedule
 from library.sd3_utils import ENCODER_LOADERS, ENCODER_SLOTS, load_sd3, load_vae_sd3, part_paths
 from library.strategy_sd3 import Sd3TextEncodingStrategy, Sd3TokenizeStrategy
 
@@ -31,8 +31,11 @@ class Sd3Pipeline(FlowPipeline[Sd3Request]):
     def velocity(self, latents: Tensor, times: Tensor, conditioning: Conditioning, request: Sd3Request) -> Tensor:
         return predict_velocity(self.denoiser, latents, times, conditioning)
 
-    def sigmas(self, request: Sd3Request) -> Tensor:
+    def schedule(self, request: Sd3Request) -> Tensor:
         return sample_schedule(request.steps)
+
+    def shift(self, request: Sd3Request) -> float:
+        return SAMPLE_SHIFT
 
 
 def load_pipeline(options: Sd3ModelOptions) -> PictureMaker[Sd3Request]:

@@ -34,6 +34,7 @@ class SdxlScript(ImageScript[SdxlRequest]):
     groups = GROUPS
     line_options = LINE_OPTIONS
     size_step = SIZE_STEP
+    script_file = "sdxl_minimal_inference.py"
     texts = {"prompt2": "prompt2", "sampler": "sampler"}
 
     def check(self, config: Config) -> None:

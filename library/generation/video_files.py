@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from library.core.atomic_file import atomic_path
@@ -23,7 +25,8 @@ from library.core.errors import AtelierError, ConfigError, foreign_errors
 from library.core.write_errors import write_errors_of
 from library.dataset.clips.video_files import has_pyav, reader_of
 from library.generation.image_grid import GridCell, image_grid
-from library.generation.picture_files import write_picture
+from library.generation.picture_files import DEFAULT_QUALITY, comment_texts, write_picture
+from library.generation.video_requests import CODEC_ENDINGS
 
 if TYPE_CHECKING:
     import numpy
@@ -50,6 +53,30 @@ _OPENCV_CODECS: Mapping[str, tuple[str, ...]] = {
 }
 """the same of OpenCV, four letters each. Its .mkv and .webm have a drawn number in them: no two files are equal"""
 VIDEO_ENDINGS = tuple(_PYAV_CODECS)
+COMMENT = "comment"
+"""entry of a video file that holds texts, as JSON: all kinds of files have it"""
+
+
+_OF_FORMAT = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder"})
+"""entries about the file, not what it shows"""
+
+
+@dataclass(frozen=True)
+class Coding:
+    """What a name of --codec asks of an encoder: nearly without loss, at the pace of a file that is kept."""
+
+    encoder: str
+    pixels: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+_SLOW = {"preset": "slow", "crf": "12"}
+CODINGS: Mapping[str, Coding] = {
+    "h264": Coding("libx264", "yuv420p", _SLOW),
+    # Without frames that wait for later ones: builds of the encoder fail now and then where a short clip ends with such
+    "h265": Coding("libx265", "yuv420p", {**_SLOW, "tune": "zerolatency", "x265-params": "log-level=none:pools=none"}),
+    "prores": Coding("prores_ks", "yuv422p10le", {"profile": "3"}),
+}
 H264_CODECS = frozenset({"libx264", "libopenh264", "avc1"})
 
 
@@ -60,11 +87,12 @@ class Encoder:
     package: str
     codec: str
     tried: tuple[str, ...] = ()
+    coding: Coding | None = None
 
     @property
     def notice(self) -> str | None:
         """A line for the log where the file is not what players like best."""
-        if self.codec in H264_CODECS or self.codec.startswith("libvpx-vp9"):
+        if self.coding or self.codec in H264_CODECS or self.codec.startswith("libvpx-vp9"):
             return None
         missing = f" (not there: {', '.join(self.tried)})" if self.tried else ""
         return (
@@ -76,21 +104,24 @@ class Encoder:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def ending_problem(ending: str) -> str | None:
-    """Why files of this ending cannot be written here, or None."""
+def ending_problem(ending: str, codec: str | None = None) -> str | None:
+    """Why files of this ending, with a codec of CODINGS, cannot be written here, or None."""
     if ending.lower() not in VIDEO_ENDINGS:
         return f"video files end in {', '.join(VIDEO_ENDINGS)}, not in '{ending}'"
     try:
-        encoder_of(ending)
+        encoder_of(ending, codec)
     except ConfigError as error:
         return str(error)
     return None
 
 
 @functools.cache
-def encoder_of(ending: str) -> Encoder:
-    """The first encoder that writes two frames into a file of this ending. ConfigError that names those tried."""
+def encoder_of(ending: str, codec: str | None = None) -> Encoder:
+    """The first encoder that writes two frames into a file of this ending; of a codec of CODINGS the one that it names.
+    ConfigError that names those tried."""
     ending, tried = ending.lower(), []
+    if codec is not None:
+        return _asked_encoder(ending, codec)
     ways = [("PyAV", codec, _write_pyav) for codec in _PYAV_CODECS.get(ending, ()) if has_pyav()]
     ways += [("OpenCV", codec, _write_opencv) for codec in _OPENCV_CODECS.get(ending, ())]
     for package, codec, write in ways:
@@ -101,8 +132,23 @@ def encoder_of(ending: str) -> Encoder:
     raise ConfigError(f"no encoder for {ending} files ({known}); PyAV brings one: pip install av, or choose .mp4")
 
 
-def write_video(frames: Sequence[Image.Image], path: Path, fps: float) -> Path:
-    """A video file of RGB frames of one size, shown at `fps` frames per second. Both sides must be even.
+def _asked_encoder(ending: str, codec: str) -> Encoder:
+    coding = CODINGS[codec]
+    if ending not in CODEC_ENDINGS[codec]:
+        raise ConfigError(f"{codec} is written into files that end in {', '.join(CODEC_ENDINGS[codec])}, not {ending}")
+    if not has_pyav():
+        raise ConfigError(f"{codec} is written by PyAV, which is not installed: pip install av")
+    if not _works(_write_pyav, coding.encoder, ending, coding=coding):
+        raise ConfigError(f"PyAV has no {coding.encoder} here, which writes {codec}; choose another codec")
+    return Encoder("PyAV", coding.encoder, coding=coding)
+
+
+def write_video(
+    frames: Sequence[Image.Image], path: Path, fps: float, codec: str | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> Path:
+    """A video file of RGB frames of one size, shown at `fps` frames per second. Both sides must be even. `codec`: one
+    of CODINGS. `texts` are kept as JSON in the comment of the file, where PyAV writes it.
 
     ConfigError without an encoder for the ending, for a rate or a size that no file has; AtelierError when the encoder
     fails.
@@ -113,14 +159,17 @@ def write_video(frames: Sequence[Image.Image], path: Path, fps: float) -> Path:
     problems = shape_problems(pixels, fps)
     if problems:
         raise ConfigError([f"{path.name}: {problem}" for problem in problems])
-    encoder = encoder_of(path.suffix)
+    encoder = encoder_of(path.suffix, codec)
     write = _write_pyav if encoder.package == "PyAV" else _write_opencv
+    more: dict[str, Any] = {"coding": encoder.coding} if encoder.coding else {}
+    if texts and encoder.package == "PyAV":
+        more["texts"] = texts
     with atomic_path(path) as temporary:
         with_ending = temporary.with_name(temporary.name + path.suffix)  # encoders go by the ending
         told = f"{path}: {encoder.codec} of {encoder.package} cannot write it"
         try:
             with foreign_errors(AtelierError, told), write_errors_of(path), quiet_stderr():
-                write(pixels, with_ending, fps, encoder.codec)
+                write(pixels, with_ending, fps, encoder.codec, **more)
             os.replace(with_ending, temporary)
         finally:
             with suppress(OSError):
@@ -142,10 +191,13 @@ def shape_problems(frames: Sequence[numpy.ndarray], fps: float) -> list[str]:
     return found
 
 
-def write_frames(frames: Sequence[Image.Image], folder: Path, texts: Mapping[str, str] | None = None) -> Path:
-    """One PNG for each frame in a folder of their own: `{folder}/{its name}_{number:03d}.png`."""
+def write_frames(
+    frames: Sequence[Image.Image], folder: Path, texts: Mapping[str, str] | None = None, ending: str = ".png",
+    quality: int = DEFAULT_QUALITY,
+) -> Path:
+    """One picture for each frame in a folder of their own: `{folder}/{its name}_{number:03d}.png`."""
     for number, frame in enumerate(frames):
-        write_picture(frame, folder / f"{folder.name}_{number:03d}.png", texts)
+        write_picture(frame, folder / f"{folder.name}_{number:03d}{ending}", texts, quality)
     return folder
 
 
@@ -157,35 +209,52 @@ def contact_sheet(frames: Sequence[Image.Image], fps: float) -> Image.Image:
     return image_grid(shown, min_cell_px=1)
 
 
-def _works(write: Any, codec: str, ending: str) -> bool:
+def _works(write: Any, codec: str, ending: str, **more: Any) -> bool:
     import numpy
 
     with tempfile.TemporaryDirectory() as folder, quiet_stderr():
         target = Path(folder) / f"probe{ending}"
         try:
-            write([numpy.full((32, 48, 3), level, numpy.uint8) for level in (40, 200)], target, 24.0, codec)
+            write([numpy.full((32, 48, 3), level, numpy.uint8) for level in (40, 200)], target, 24.0, codec, **more)
         except Exception:  # each encoder has its own ways to say that it is not there
             return False
         return target.is_file() and target.stat().st_size > 0
 
 
-def _write_pyav(frames: Sequence[numpy.ndarray], path: Path, fps: float, codec: str) -> None:
+def _write_pyav(
+    frames: Sequence[numpy.ndarray], path: Path, fps: float, codec: str, coding: Coding | None = None,
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """One thread and no date, version or drawn number in the file: equal bytes on every machine."""
     import av
 
     rate = Fraction(fps).limit_denominator(1001 * 1000)
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream(codec, rate=rate)
+        if texts:
+            container.metadata[COMMENT] = json.dumps(dict(texts), ensure_ascii=False, sort_keys=True)
+        stream = container.add_stream(codec, rate=rate, options=dict(coding.settings) if coding else {})
         stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        stream.bit_rate = BITS_PER_SECOND
+        if coding:
+            stream.pix_fmt = coding.pixels
+            _tell_colours(stream.codec_context)
+        else:
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            stream.bit_rate = BITS_PER_SECOND
         stream.thread_count = 1
         stream.codec_context.time_base = 1 / rate
         for pixels in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if coding:
+                frame = frame.reformat(format=coding.pixels, dst_colorspace="ITU709", dst_color_range="MPEG")
+            for packet in stream.encode(frame):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
+
+
+def _tell_colours(context: Any) -> None:
+    """BT.709 (1 in all of them), from black at 16 to white at 235."""
+    context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
 
 
 def _write_opencv(frames: Sequence[numpy.ndarray], path: Path, fps: float, codec: str) -> None:
@@ -254,3 +323,16 @@ def read_video(path: str | os.PathLike[str], most: int | None = None) -> list[Im
     if not frames:
         raise ConfigError(f"{path} has no frames that can be read; needed: a file with a video stream")
     return frames
+
+
+def read_video_texts(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts of `write_video` in the comment of a file, and other entries of the file by their names in small
+    letters. ConfigError without PyAV; AtelierError for a file that cannot be read."""
+    if not has_pyav():
+        raise ConfigError(f"{path}: what a video file tells is read by PyAV, which is not installed: pip install av")
+    import av
+
+    with quiet_stderr(), foreign_errors(AtelierError, f"{path} cannot be read as a video"), av.open(str(path)) as file:
+        entries = {name.lower(): text for name, text in file.metadata.items()}
+    comment = entries.pop(COMMENT, "")
+    return {**{name: text for name, text in entries.items() if name not in _OF_FORMAT}, **comment_texts(comment)}

@@ -15,17 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 from library.core.errors import ConfigError
+from library.core.keyed_random import key_seed
 from library.dataset.bucket import centre_offset, cover_size
 from library.dataset.media_utils import image_extensions, resize_and_crop
 from library.families.registry import record_of
 from library.generation.control_pictures import open_picture
 from library.generation.flow_pipeline import FlowPipeline
+from library.generation.guidance import step_of
 from library.generation.picture_files import FRAMES_PER_SECOND, read_frames
 from library.generation.sampling_utils import (
     NUM_TRAIN_TIMESTEPS,
     Conditioning,
     computing_on,
-    guided,
     start_noise,
 )
 from library.generation.video_files import read_video
@@ -52,20 +53,34 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
         raise ConfigError(f"{record_of(self.family).title} makes no clip from another one (video_path)")
 
     def sigmas(self, request: VideoRequest) -> Tensor:
-        """Those of `schedule`; of a clip that starts from another one the last int(steps * strength) steps."""
-        sigmas = self.schedule(request)
-        return sigmas if request.video_path is None else sigmas[len(sigmas) - 1 - kept_steps(request) :]
-
-    def schedule(self, request: VideoRequest) -> Tensor:
-        """[steps + 1] float32 from 1 to 0."""
-        return super().sigmas(request)
+        """Those of a clip that starts from another one are the last ones, as `noise_mode` says."""
+        sigmas = super().sigmas(request)
+        if request.video_path is None:
+            return sigmas
+        if request.noise_mode == "direct":
+            return sigmas[int((sigmas - request.strength).abs().argmin()) :]
+        return sigmas[len(sigmas) - 1 - kept_steps(request) :]
 
     def start(self, request: VideoRequest, sigmas: Tensor) -> Tensor:
         noise = self.noise(request)
         if request.video_path is None:
             return noise
         clip = self.starting_clip(request)
-        return sigmas[0] * noise.to(clip) + (1 - sigmas[0]) * clip
+        more = request.v2_extra_noise if len(sigmas) > 1 else 0.0  # no step would take it away again
+        return (sigmas[0] + more) * noise.to(clip) + (1 - sigmas[0]) * clip
+
+    def latents_together(
+        self, requests: Sequence[VideoRequest], conditioning: Conditioning, negative: Conditioning | None
+    ) -> Tensor:
+        self.denoiser.riflex_index = requests[0].riflex_index
+        return super().latents_together(requests, conditioning, negative)
+
+    def with_extra_noise(self, latents: Tensor, request: VideoRequest) -> Tensor:
+        """Latents of a first frame, or of what stands beside a clip, with `i2_extra_noise`."""
+        if not request.i2_extra_noise:
+            return latents
+        noise = start_noise(key_seed(request.seed, "noise on the first frame"), *latents.shape[1:])
+        return latents + request.i2_extra_noise * noise.to(latents)
 
     def noise(self, request: VideoRequest) -> Tensor:
         return start_noise(request.seed, *self.latent_shape(request))
@@ -94,7 +109,7 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
         skipping = skip and self._skipping(request, conditioning, negative)
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-            step = min(int((sigmas - float(sigma)).abs().argmin()), steps - 1)
+            step = step_of(sigmas, sigma)
             if not wanted[step]:
                 return alone(latents, sigma)
             return (skipping if skip and skip.works_at(step, steps) else both)(latents, sigma)
@@ -105,7 +120,7 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
         self, request: VideoRequest, conditioning: Conditioning, negative: Conditioning
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The velocity of a step in which a forward for the negative text leaves blocks out."""
-        skip, scale = request.skip_layers, request.cfg_scale
+        skip, neutral = request.skip_layers, self.neutral(request)
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
             times = torch.full((len(latents),), float(sigma) * NUM_TRAIN_TIMESTEPS, device=latents.device)
@@ -114,9 +129,10 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
                 return self.velocity(latents, times, texts, request, **how).float()
 
             positive, skipped = predict(conditioning), predict(negative, skip_layers=skip.layers)
+            empty = None if neutral is None else predict(neutral)
             if skip.mode == "uncond":
-                return guided(skipped, positive, scale)
-            return guided(predict(negative), positive, scale) + skip.scale * (positive - skipped)
+                return self.combined(skipped, positive, request, empty)
+            return self.combined(predict(negative), positive, request, empty) + skip.scale * (positive - skipped)
 
         return velocity
 

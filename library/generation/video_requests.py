@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from library.generation.requests import COMMON_LINE_OPTIONS, PictureRequest, guidance_letters
 from library.training.sampling_prompts import (
@@ -16,11 +18,21 @@ from library.training.sampling_prompts import (
     read_text,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 VIDEO_OUTPUT_TYPES = ("video", "images", "latent", "both", "latent_images")
 """what is written: the clip, its frames as pictures, its latents; `both` = latents and clip"""
 LATENT_OUTPUTS = frozenset({"latent", "both", "latent_images"})
 FRAME_OUTPUTS = frozenset({"images", "latent_images"})
+CODEC_ENDINGS = {
+    "h264": (".mp4", ".mov", ".mkv"), "h265": (".mp4", ".mov", ".mkv"), "prores": (".mkv", ".mov"),
+}  # fmt: skip
+"""names of --codec -> files that hold it, that in the place of others first"""
 PAD_MODES = ("front", "end")
+NOISE_MODES = ("traditional", "direct")
+MOST_FREQUENCIES = 128
+"""more than any model has on its axis of time"""
 CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 SLG_MODES = ("original", "uncond")
 
@@ -60,6 +72,15 @@ class VideoRequest(PictureRequest):
     strength: float = 0.8
     pad_mode: str = "end"
     """which end of a `video_path` that is too short is repeated"""
+    noise_mode: str = "traditional"
+    """which steps change a `video_path`: "traditional" the last int(steps * strength), "direct" those from the one on
+    whose noise level is nearest to `strength`"""
+    v2_extra_noise: float = 0.0
+    """of the start's noise once more, on a `video_path`"""
+    i2_extra_noise: float = 0.0
+    """noise on the latents of `image_path`"""
+    riflex_index: int = 0
+    """the temporal frequency, counted from 1, that is slowed down to less than one turn in the clip; 0 = none"""
     control_path: str | None = None
     """clip, or folder of frames, that the frames follow"""
     control_image_paths: tuple[str, ...] = ()
@@ -69,6 +90,16 @@ class VideoRequest(PictureRequest):
     cfg_skip_mode: str = "none"
     cfg_apply_ratio: float | None = None
     skip_layers: SkipLayers | None = None
+
+    def at_scale(self, scale: float | None) -> Self:
+        """A schedule says which steps are guided, in the place of `cfg_skip_mode`."""
+        return dataclasses.replace(super().at_scale(scale), cfg_skip_mode="none")
+
+    @property
+    def made_steps(self) -> int | None:
+        if self.video_path is None or self.steps is None or self.noise_mode == "direct":
+            return self.steps
+        return int(self.steps * self.strength)
 
 
 def guided_steps(mode: str, ratio: float | None, steps: int) -> list[bool]:
@@ -95,6 +126,12 @@ def guided_steps(mode: str, ratio: float | None, steps: int) -> list[bool]:
 
 
 
+def read_noise_mode(text: str) -> str:
+    if text not in NOISE_MODES:
+        raise ValueError(f"{' or '.join(NOISE_MODES)} is needed")
+    return text
+
+
 VIDEO_LINES: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
     **guidance_letters(),
@@ -104,6 +141,10 @@ VIDEO_LINES: Mapping[str, LineOption] = {
     "ei": LineOption("end_image_path", read_text),
     "v": LineOption("video_path", read_text),
     "st": LineOption("strength", read_share),
+    "nm": LineOption("noise_mode", read_noise_mode),
+    "vn": LineOption("v2_extra_noise", read_not_negative),
+    "in": LineOption("i2_extra_noise", read_not_negative),
+    "ri": LineOption("riflex_index", Whole(0, MOST_FREQUENCIES, 4)),
     "cn": LineOption("control_path", read_text),
     "ci": LineOption("control_image_paths", read_text, repeats=True),
     "cim": LineOption("control_mask_paths", read_text, repeats=True),

@@ -18,11 +18,16 @@ from library.core.errors import Problems, problems_of
 from library.core.options import Config
 from library.families.registry import record_of
 from library.generation.adapter_files import MergedModelOptions
+from library.generation.guidance_options import GuidanceOptions
 from library.generation.latent_script import LatentScript
+from library.generation.nag_options import NagOptions
+from library.generation.recorded_requests import ENTRY
 from library.generation.requests import SessionOptions
-from library.generation.script import format_problems, free_path, picture_texts
+from library.generation.script import format_problems, free_path
+from library.generation.step_options import SamplerStepOptions, StepOptions
 from library.generation.video_options import (
     CompileOptions,
+    LongClipOptions,
     StartOptions,
     StepGuidanceOptions,
     VideoAdapterOptions,
@@ -49,6 +54,11 @@ NAMED_FILES: Mapping[str, str] = {
     "control_mask_paths": "control_image_mask_path",
 }  # fmt: skip
 """fields of a request that name files -> their option"""
+LATENT_ENTRIES = frozenset({
+    "seeds", "height", "width", "video_length", "infer_steps", "guidance_scale", "embedded_cfg_scale",
+    "negative_prompt", "video_seconds",
+})  # fmt: skip
+"""entries of files of latents under the names of known scripts, which pictures have under others"""
 GUIDED = (
     "negative_prompt", "split_uncond", "cfg_skip_mode", "cfg_apply_ratio", "slg_mode", "guidance_rescale",
 )  # fmt: skip
@@ -62,12 +72,23 @@ class VideoScript(LatentScript[VideoRequest]):
     models: ClassVar[type[VideoModelOptions]]
     compilation: ClassVar[type[CompileOptions]] = CompileOptions
     request_class: ClassVar[type[VideoRequest]] = VideoRequest
-    request_groups: ClassVar[tuple[type, ...]] = (StartOptions, StepGuidanceOptions)
+    request_groups: ClassVar[tuple[type, ...]] = (
+        StartOptions, LongClipOptions, StepGuidanceOptions, GuidanceOptions, StepOptions,
+        SamplerStepOptions, NagOptions,
+    )  # fmt: skip
     """groups that say fields of a request, where the script has them"""
     size_step = 16
+    size_option = "video_size"
+    option_names = {
+        "steps": "infer_steps", "cfg_scale": "guidance_scale", "frames": "video_length", "pad_mode": "v2v_pad_mode",
+        "one_frame": "one_frame_inference", "control_image_paths": "control_image_path",
+        "control_mask_paths": "control_image_mask_path", "embedded_guidance_scale": "embedded_cfg_scale",
+        "seconds": "video_seconds", "sections": "video_sections",
+    }  # fmt: skip
     kind = "video"
     needs: ClassVar[Mapping[str, str]] = {
-        "strength": "video_path", "v2v_pad_mode": "video_path", "cfg_skip_mode": "cfg_apply_ratio",
+        "strength": "video_path", "v2v_pad_mode": "video_path", "noise_mode": "video_path",
+        "v2_extra_noise": "video_path", "i2_extra_noise": "image_path", "cfg_skip_mode": "cfg_apply_ratio",
         "cfg_apply_ratio": "cfg_skip_mode", "fp8_fast": "fp8_scaled",
         **dict.fromkeys(("slg_layers", "slg_scale", "slg_start", "slg_end"), "slg_mode"), "slg_mode": "slg_layers",
         **{f"compile_{name}": "compile" for name in ("backend", "mode", "dynamic", "fullgraph", "cache_size_limit")},
@@ -111,6 +132,10 @@ class VideoScript(LatentScript[VideoRequest]):
         there."""
         return []
 
+    def frequencies_of_time(self, config: Config) -> int | None:
+        """How many --riflex_index can choose among, from the header of the denoiser; None where that cannot be read."""
+        return None
+
     def build_parser(self) -> argparse.ArgumentParser:
         return script_parser(f"Make videos with {self.title}", self.groups)
 
@@ -144,6 +169,7 @@ class VideoScript(LatentScript[VideoRequest]):
         if isinstance(requests, Sequence):
             for request in requests:
                 maker.conditioning(request)
+                maker.further(request)
             maker.text_encoders = []
             clean_memory_on_device(device)
         waits = self.denoiser_waits(config, device)
@@ -228,15 +254,13 @@ class VideoScript(LatentScript[VideoRequest]):
     ) -> Path:
         """Make and write one video: `{YYYYmmdd-HHMMSS-mmm}_{index}_{seed}.mp4`, with `_latent.safetensors` for its
         latents; frames are in a folder of that name. The path of the last of these."""
-        request = self.completed(request, maker)
-        latents, texts = maker.generate(request), {}
-        if not config[SessionOptions].no_metadata:
-            texts = picture_texts(request, **{entry: getattr(request, field) for entry, field in self.texts.items()})
+        asked, request = request, self.completed(request, maker)
+        latents, texts = maker.generate(request), self.request_texts(config, asked, request)
         path = free_path(config[self.pictures].output_dir, video_name(index, request.seed), "")
         if config[self.pictures].output_type in LATENT_OUTPUTS:
             from library.generation.latent_files import save_latents
 
-            told = {} if config[SessionOptions].no_metadata else self.latent_texts(request)
+            told = {**texts, **self.latent_texts(request)} if texts else {}
             written = save_latents(latents, path.with_name(f"{path.name}_latent.safetensors"), told)
             if config[self.pictures].output_type == "latent":
                 return written
@@ -263,7 +287,7 @@ class VideoScript(LatentScript[VideoRequest]):
             seed = re.split(r"[\s,]", texts.get("seeds", ""))[0] or "0"
             name = f"{video_name(index, seed)}_{Path(source).stem}"
             path = free_path(config[self.pictures].output_dir, name, "")
-            texts = {} if config[SessionOptions].no_metadata else texts
+            texts = {} if config[SessionOptions].no_metadata else picture_entries(texts)
             paths.append(self._write_frames(config, pipeline.decode(latents.to(device)), path, texts))
             logger.info("%s", paths[-1])
         return paths
@@ -274,10 +298,14 @@ class VideoScript(LatentScript[VideoRequest]):
         from library.generation.picture_files import frames_of
         from library.generation.video_files import write_frames, write_video
 
-        options, frames = config[self.pictures], self.kept_frames(config, frames_of(made))
-        if options.output_type in FRAME_OUTPUTS:
-            return write_frames(frames, path, texts)
-        return write_video(frames, path.with_name(f"{path.name}.{options.container}"), options.fps)
+        options, files = config[self.pictures], config[SessionOptions]
+        frames = self.kept_frames(config, frames_of(made))
+        if options.output_type in FRAME_OUTPUTS or options.keep_pngs:
+            folder = write_frames(frames, path, texts, files.picture_ending, files.image_quality)
+            if options.output_type in FRAME_OUTPUTS:
+                return folder
+        video = path.with_name(f"{path.name}{options.video_ending}")
+        return write_video(frames, video, options.fps, options.codec, texts)
 
     def kept_frames(self, config: Config, frames: list[Image.Image]) -> list[Image.Image]:
         """Those of the decoded frames that are written."""
@@ -305,8 +333,9 @@ class VideoScript(LatentScript[VideoRequest]):
         options = config[self.pictures]
         if options.output_type not in ("video", "both"):
             return []
-        problem = ending_problem(f".{options.container}")
-        return [f"--container is {options.container}: {problem}"] if problem else []
+        problem = ending_problem(options.video_ending, options.codec)
+        name = "container" if options.codec is None else "codec"
+        return [f"--{name} is {getattr(options, name)}: {problem}"] if problem else []
 
     def _file_problems(self, config: Config) -> list[str]:
         from library.checkpoints.kinds import check_slot
@@ -344,6 +373,8 @@ class VideoScript(LatentScript[VideoRequest]):
             return []
         named = list(self.named_files(request))
         found = [problem for name, path in named if (problem := unreadable(name, path))]
+        if request.riflex_index and (count := self.frequencies_of_time(config)) and request.riflex_index > count:
+            found.append(f"--riflex_index is {request.riflex_index}; the model has {count} frequencies of time")
         if named and not self._needs_vae(config):
             found.append(f"--{named[0][0]} is encoded by the autoencoder; --vae is not given")
         return found
@@ -364,8 +395,19 @@ class VideoScript(LatentScript[VideoRequest]):
 
         options, found = config[self.pictures], []
         if options.output_type in ("video", "both"):
-            notice = encoder_of(f".{options.container}").notice
-            found += [notice] if notice else []
+            encoder = encoder_of(options.video_ending, options.codec)
+            found += [encoder.notice] if encoder.notice else []
+            if encoder.package != "PyAV" and not config[SessionOptions].no_metadata:
+                found.append("settings are not written into video files by OpenCV; PyAV does: pip install av")
+            if options.video_ending != f".{options.container}":
+                found.append(f"--codec {options.codec}: {options.video_ending[1:]} files, as {options.container} has none")
+        else:
+            names = [name for name in ("codec", "keep_pngs", "container") if name in config.explicit]
+            found += [f"--{name} has no effect: --output_type {options.output_type} writes no video" for name in names]
+        if LongClipOptions in config and config[LongClipOptions].riflex_index:
+            found.append(
+                "--riflex_index slows a frequency down by the number of latent frames (known tools count pixel frames)"
+            )
         return found + self._idle(config)
 
     def _idle(self, config: Config) -> list[str]:
@@ -398,6 +440,11 @@ def unreadable(name: str, path: str) -> str | None:
     is_picture = name not in CLIPS or (Path(path).suffix.lower() in image_extensions() and not Path(path).is_dir())
     found = problems_of(lambda: image_size(path) if is_picture else look_at_video(path))
     return f"--{name}: {found[0]}" if found else None
+
+
+def picture_entries(texts: Mapping[str, str]) -> dict[str, str]:
+    """The texts of a file of latents without those that pictures and videos of the same request do not have."""
+    return {name: text for name, text in texts.items() if ENTRY not in texts or name not in LATENT_ENTRIES}
 
 
 def device_of(options: VideoModelOptions) -> torch.device:

@@ -34,12 +34,13 @@ def read_command(
     parser: argparse.ArgumentParser,
     classes: Sequence[type],
     check: Callable[[Config], None] = lambda config: None,
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values,
 ) -> Config:
     """Every group, with all problems of all groups at once, and the log set up. ConfigError.
 
-    `check` adds what else is wrong where groups could not be read, as far as it does not need them.
+    `complete` may add values to those that were given, by option. `check` adds what else is wrong where groups could not be read, as far as it does not need them.
     """
-    values = vars(parser.parse_args(argv))
+    values = complete(vars(parser.parse_args(argv)))
     problems = Problems()
     for name in PROMPTS & values.keys():
         values[name] = problems.attempt(lambda name=name: values[name] and utf8_text(values[name], f"--{name}"))

@@ -79,6 +79,7 @@ def idle_formulas(config: Config) -> list[Ignored]:
     """Settings that the chosen formulas do not read. Those of noise levels are known to flow families only, so that
     nothing is `explicit` elsewhere."""
     found = losses.idle(config[LossOptions]) + timestep_samplers.idle(config[TimestepOptions], config.explicit)
+    found += loss_weights.idle(config[LossWeightOptions], config.explicit)
     try:
         own = optimizers.idle(config[OptimizerOptions])
         return [*own, *schedulers.idle(config[SchedulerOptions], config[OptimizerOptions]), *found]

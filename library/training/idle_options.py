@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from library.core.options import Config, Ignored, without_effect
 from library.dataset import FOLDER_OPTIONS, DatasetOptions
+from library.training import loss_weights
 from library.training.computing_options import MemoryOptions, PrecisionOptions
 from library.training.formula_checks import idle_formulas
 from library.training.option_groups import (
@@ -47,6 +48,7 @@ def ignored(config: Config, family: ModelFamily | None = None, trainable: Traina
     """Everything without effect, in the order in which the start page shows it; with what family and trainable know."""
     found = [*config.ignored, *(Ignored(f"--{name}", reason) for name, reason in _idle(config)), *idle_formulas(config)]
     if family is not None:
+        found += loss_weights.idle_cap(config, family.objective())
         found += [*family.idle(), *family.attention.idle, *family.idle_text_form(), *_idle_swap(config, family)]
     if trainable is not None and family is not None:
         found += trainable.idle(family)

@@ -61,6 +61,7 @@ class Objective(ABC):
     is_flow: bool
     prediction_type: str
     """"velocity" for flow matching, "epsilon" or "v" for DDPM"""
+    timestep_options: TimestepOptions
 
     @abstractmethod
     def corrupt(
@@ -77,9 +78,23 @@ class Objective(ABC):
     def validation_times(self) -> list[float]:
         """The four fixed noise levels of a validation pass, in the unit of `times`."""
 
+    weighs: bool = False
+    """whether --weighting_scheme weighs the loss"""
+
     def loss_weight(self, sample: NoisyLatents) -> torch.Tensor | None:
         """Weight of the element-wise loss, one per time, applied before the mask; None = 1."""
         return None
+
+    def weights_at(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The same at timesteps of any shape on the 0..1000 scale."""
+        return torch.ones_like(timesteps)
+
+    def whole_levels(self) -> torch.Tensor:
+        """The whole timesteps in the range of the run [N], float64, the cleanest first."""
+        options = self.timestep_options
+        low, high = levels.timestep_range(options.min_timestep, options.max_timestep)
+        first = max(low, 1) if self.is_flow else low  # at 0 a flow model has nothing to learn
+        return torch.arange(first, high + self.is_flow, dtype=torch.float64)
 
     def notices(self) -> list[str]:
         """Lines for the log at start."""
@@ -159,16 +174,17 @@ class FlowMatchingObjective(Objective):
         return [step / levels.NUM_TIMESTEPS for step in steps]
 
     def loss_weight(self, sample: NoisyLatents) -> torch.Tensor | None:
-        return self.weights_at(sample.sigmas) if self.weighs else None
+        return self._weights(sample.sigmas) if self.weighs else None
+
+    def weights_at(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return self._weights(timesteps / levels.NUM_TIMESTEPS) if self.weighs else torch.ones_like(timesteps)
 
     @property
     def weighs(self) -> bool:
         return self.weigh and self.timestep_options.weighting_scheme in ("sigma_sqrt", "cosmap")
 
-    def weights_at(self, sigmas: torch.Tensor) -> torch.Tensor:
+    def _weights(self, sigmas: torch.Tensor) -> torch.Tensor:
         """Weight of the loss at sigmas of any shape."""
-        if not self.weighs:
-            return torch.ones_like(sigmas)
         sigmas = levels.nearest_table_sigmas(sigmas * levels.NUM_TIMESTEPS) if self.by_table else sigmas
         return levels.flow_weights(self.timestep_options.weighting_scheme, sigmas)
 

@@ -38,6 +38,7 @@ PACKAGE_GROUPS: tuple[str, ...] = (
     "library.training.losses:LossOptions",
     "library.training.loss_weights:LossWeightOptions",
     "library.training.timestep_samplers:TimestepOptions",
+    "library.training.timestep_samplers.info_noise_options:InfoNoiseOptions",
     "library.training.inference_samplers:SamplerOptions",
 )
 PATH_OPTIONS: tuple[str, ...] = (
@@ -162,14 +163,14 @@ def import_named_plugins(argv: Sequence[str] | None) -> None:
     """The modules of --plugins, on the command line or in its configuration file, before names are looked up: they may
     register variants, and values of options that only names from outside can have. What is wrong with them is told when
     the options are read."""
-    value = _early_values(argv, ()).get("plugins")
+    value = early_values(argv, ()).get("plugins")
     try:
         import_plugins(convert_value(PluginOptions, "plugins", value) or () if value else ())
     except (ConfigError, ValueError):
         return
 
 
-def _early_values(argv: Sequence[str] | None, names: Iterable[str]) -> dict[str, Any]:
+def early_values(argv: Sequence[str] | None, names: Iterable[str]) -> dict[str, Any]:
     """What the command line, or else its configuration file, says of --plugins and of these options; nothing where one
     of them cannot be read."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -195,7 +196,7 @@ def chosen_variant(family: str, argv: Sequence[str] | None) -> str:
     variants = variants_of(family)
     if not variants:
         return family
-    values = _early_values(argv, dict.fromkeys(record.variant_of[1] for record in variants if record.variant_of))
+    values = early_values(argv, dict.fromkeys(record.variant_of[1] for record in variants if record.variant_of))
     for record in variants:
         _, name, value = record.variant_of
         if values.get(name) == value:

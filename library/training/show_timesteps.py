@@ -14,13 +14,15 @@ from library.core.atomic_file import atomic_path
 from library.core.errors import ConfigError
 from library.core.keyed_random import StepDraws, keyed_generator
 from library.core.options import Config
-from library.training import timestep_samplers
+from library.training import loss_weights, timestep_samplers
 from library.training.checkpoint import CheckpointNames
+from library.training.loss_weights import LossWeightOptions
 from library.training.option_groups import LoopOptions, SavingOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.timesteps import NUM_TIMESTEPS
 
 if TYPE_CHECKING:
+    from library.training.objective import Objective
     from library.training.wiring.base import ModelFamily
 
 logger = logging.getLogger(__name__)
@@ -84,21 +86,20 @@ def drawn(config: Config, family: ModelFamily) -> Shown:
     if hasattr(sampler, "know_epochs"):
         sampler.know_epochs(1, NUM_DRAWS)
     seed = config[LoopOptions].seed or 0
-    sigmas = sampler.sample((NUM_DRAWS, *shape), ManyDraws(seed, 0, tuple(range(NUM_DRAWS))))
-    counts = torch.histc(sigmas.double() * NUM_TIMESTEPS, NUM_TIMESTEPS // PER_LINE, 0, NUM_TIMESTEPS)
-    title = (
-        f"{NUM_DRAWS} noise levels at {width}x{height} (latents {shape[-1]}x{shape[-2]}): --timestep_sampling"
-        f" {options.timestep_sampling}"
-    )
-    return Shown(title, (counts / NUM_DRAWS).tolist(), _weights(objective))
+    times = sampler.sample((NUM_DRAWS, *shape), ManyDraws(seed, 0, tuple(range(NUM_DRAWS)))).double()
+    timesteps = times * NUM_TIMESTEPS if objective.is_flow else times
+    counts = torch.histc(timesteps, NUM_TIMESTEPS // PER_LINE, 0, NUM_TIMESTEPS)
+    is_table = not objective.is_flow and not timestep_samplers.is_own(options.timestep_sampling)
+    law = "whole timesteps, all equally likely" if is_table else f"--timestep_sampling {options.timestep_sampling}"
+    title = f"{NUM_DRAWS} noise levels at {width}x{height} (latents {shape[-1]}x{shape[-2]}): {law}"
+    return Shown(title, (counts / timesteps.numel()).tolist(), _weights(config[LossWeightOptions], objective))
 
 
-def _weights(objective: object) -> list[float] | None:
+def _weights(options: LossWeightOptions, objective: Objective) -> list[float] | None:
     """Mean weight of the loss at the whole timesteps of each part; None where all weigh the same."""
-    if not getattr(objective, "weighs", False):
-        return None
-    weights = objective.weights_at(torch.arange(1, NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS)
-    return weights.view(-1, PER_LINE).mean(dim=1).tolist()
+    steps = torch.arange(NUM_TIMESTEPS, dtype=torch.float64) + objective.is_flow  # 0..999 of a table, 1..1000 of a flow
+    weights = loss_weights.weights_of_levels(options, objective, steps)
+    return None if weights is None else weights.view(-1, PER_LINE).mean(dim=1).tolist()
 
 
 def as_lines(shown: Shown) -> Iterator[str]:

@@ -16,6 +16,7 @@ from library.dataset.batch import Batch, conditioning_rows
 from library.dataset.latent_cache import bucket_of
 from library.dataset.strategies import Conditioning, StrategySet
 from library.device_utils import to_device
+from library.training.hooks.base import is_empty
 from library.training.objective import NoisyLatents, Objective
 from library.training.run import DiTOutput, Models, StepOutput
 
@@ -53,6 +54,7 @@ class TrainStep:
     def __post_init__(self) -> None:
         self._process_batch = replacement_of(self.hooks, "process_batch")
         self._compute_loss = replacement_of(self.hooks, "compute_loss")
+        self._watchers = [hook for hook in self.hooks if not is_empty(hook, "on_prediction")]
 
     def __call__(self, batch: Batch, times: torch.Tensor | None = None) -> StepOutput:
         """Loss of one batch. `times` ([B], or one per frame or token) fixes the noise level in the objective's unit
@@ -122,6 +124,8 @@ class TrainStep:
     def loss_of(self, output: DiTOutput, sample: NoisyLatents, batch: Batch) -> tuple[torch.Tensor, Logs]:
         """Losses per sample [B], and values for the log; by the hook that replaces `compute_loss`, where there is
         one."""
+        for hook in self._watchers if batch.request.is_training else ():
+            hook.on_prediction(self, output, sample, batch)
         if self._compute_loss is None:
             return self.compute_loss(output, sample, batch)
         found = self._compute_loss(self, output, sample, batch)

@@ -71,6 +71,7 @@ from library.training.state import check_hook_weights, local_state_folder, resum
 from library.training.state_files import read_train_state
 from library.training.step import TrainStep, check_replacements
 from library.training.stopping import command_going_on, exit_code_of_signal
+from library.training.timestep_samplers import info_noise_options
 from library.training.trainables.base import Trainable
 from library.training.wiring.base import ModelFamily
 
@@ -290,6 +291,7 @@ class Trainer:
         for message in checks.collect(self.config, self.family, self.trainable):
             problems.add(message)
         problems.attempt(lambda: check_replacements(self.added_hooks))
+        problems.attempt(lambda: info_noise_options.check_hooks(self.config, self.added_hooks))
         for hook in self.added_hooks:
             problems.attempt(lambda hook=hook: hook.check(self.config, self.family, self.trainable))
             for line in names_never_called(type(hook)) if is_main_process() else ():

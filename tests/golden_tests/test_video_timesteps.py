@@ -90,7 +90,7 @@ def test_weights(case):
     torch.testing.assert_close(timesteps.flow_weights(scheme, used), expected, rtol=2e-5, atol=0)
     objective = FlowMatchingObjective(TimestepOptions(weighting_scheme=scheme), weigh=True, by_table=True)
     between = times % 1 != 0.5  # of two that are as near, rounding of times / 1000 decides
-    torch.testing.assert_close(objective.weights_at(times / 1000)[between], expected[between], rtol=2e-5, atol=0)
+    torch.testing.assert_close(objective.weights_at(times)[between], expected[between], rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("case", behaviour_cases(FILE, "pools"))

@@ -18,6 +18,7 @@ from library.generation.chroma_options import ChromaModelOptions, ChromaRequest
 from library.generation.sampling_utils import start_noise
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models.chroma_tiny import TinyChroma, build_tiny_chroma
+from tests.library.generation.made_again import check_made_again, lines_file
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +137,9 @@ def test_wrong_files_are_named_with_the_way_out(tiny: TinyChroma, tmp_path: Path
         flux_inference.run([f"--ckpt_path={tiny.chroma}"])
     with pytest.raises(ConfigError, match="--model_type is flux; needed for Chroma"):
         ChromaModelOptions(model_type="flux")
+
+
+def test_files_are_made_again_of_what_they_tell(tiny, tmp_path):
+    lines = lines_file(tmp_path, "a cat", "a dog --s 1 --l 2 --n blue")
+    made = flux_inference.run(arguments(tiny, tmp_path / "first", lines))
+    check_made_again(flux_inference.run, made, "output_dir")

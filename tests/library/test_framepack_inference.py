@@ -20,6 +20,7 @@ from library.generation.framepack_requests import FramePackRequest
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models import build_tiny
 from library.tiny_models.framepack_tiny import build_tiny_framepack
+from tests.library.generation.made_again import check_made_again, lines_file
 from tests.tiny import video_words
 
 SMALL = ("--video_size", "32", "32", "--latent_window_size=2", "--infer_steps=3")
@@ -200,3 +201,9 @@ def test_what_is_missing_or_wrong_is_told_at_once(tiny, pictures, tmp_path, monk
     told = "\n".join(caught.value.problems)
     for part in ("none.png", "other.png", "--sample_solver is dpm++", "--image_encoder is no"):
         assert part in told, part
+
+
+def test_files_are_made_again_of_what_they_tell(tiny, tmp_path):
+    lines = lines_file(tmp_path, "a cat --vs 1 --s 1 --d 3 --mct 0.3")
+    made = run(tiny, tmp_path / "first", lines, prompt="")
+    check_made_again(framepack_inference.run, made, "save_path")

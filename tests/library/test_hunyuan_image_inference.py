@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 
 from library.core.errors import ConfigError
 from library.generation import hunyuan_image_inference
+from library.generation.recorded_requests import ENTRY
 from library.hunyuan_image_train_utils import ProjectedGuidance
 from library.hunyuan_image_utils import load_encoders, load_hunyuan_image, load_vae
 from library.safetensors_utils import save_file_atomic
 from library.strategy_hunyuan_image import HunyuanImageTextEncodingStrategy, HunyuanImageTokenizeStrategy
 from library.tiny_models.hunyuan_image_tiny import TinyHunyuanImage, build_tiny_hunyuan_image
 from networks.files.lora_conversion import to_dotted
+from tests.library.generation.made_again import check_made_again, lines_file
 
 QUOTED = 'a sign "open"'
 
@@ -70,7 +72,8 @@ def test_a_picture_with_its_settings(tiny, tmp_path) -> None:
     (path,) = hunyuan_image_inference.run(arguments(tiny, tmp_path))
     with Image.open(path) as image:
         assert image.size == (96, 64)
-        assert image.text == {
+        texts = dict(image.text)
+        assert texts.pop(ENTRY) and texts == {
             "prompt": "a red cat", "negative-prompt": "", "seed": "5", "steps": "2", "scale": "3.5",
             "flow-shift": "5.0",
         }  # fmt: skip
@@ -259,3 +262,9 @@ def test_layers_that_another_package_does_not_find_are_told(tiny, adapter, tmp_p
     assert picture(tiny, tmp_path, "--lora_weight", str(comfy)) == ours
     picture(tiny, tmp_path, "--lora_weight", str(comfy), "--lycoris")
     assert "lycoris.kohya finds 1 of its 2 layers" in caplog.text
+
+
+def test_files_are_made_again_of_what_they_tell(tiny, tmp_path):
+    lines = lines_file(tmp_path, "a cat", "a dog --l 2 --n blue --s 1 --w 64")
+    made = hunyuan_image_inference.run(arguments(tiny, tmp_path / "first", lines, prompt=()))
+    check_made_again(hunyuan_image_inference.run, made, "save_path")

@@ -17,6 +17,7 @@ from library.generation import hunyuan_video_inference
 from library.hunyuan_video_utils import load_hunyuan_video
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models.hunyuan_video_tiny import build_tiny_hunyuan_video
+from tests.library.generation.made_again import check_made_again, lines_file
 from tests.tiny import video_words
 
 SIZE = ("--video_size", "32", "48")
@@ -167,3 +168,8 @@ def test_what_is_missing_or_wrong_is_told_at_once(tiny, tmp_path, monkeypatch):
         run(tiny, tmp_path, "--compile_args", "inductor", "fast", "auto", "False")
     with pytest.raises(ConfigError, match="--blocks_to_swap"):
         run(tiny, tmp_path, "--blocks_to_swap=9")
+
+
+def test_files_are_made_again_of_what_they_tell(tiny, tmp_path):
+    made = run(tiny, tmp_path / "first", lines_file(tmp_path, "a cat", "a dog --w 32 --s 1 --f 1 --fs 2"))
+    check_made_again(hunyuan_video_inference.run, made, "save_path")

@@ -19,6 +19,7 @@ from library.generation.sampling_utils import start_noise
 from library.lumina_utils import LAYOUTS, load_lumina
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models.lumina_tiny import TinyLumina, build_tiny_lumina
+from tests.library.generation.made_again import check_made_again, lines_file
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +213,9 @@ def test_the_steps_are_those_of_the_pipeline_of_diffusers(tiny: TinyLumina) -> N
         cfg_normalization=False, output_type="latent", **dict(zip(names, values, strict=True)),
     ).images  # fmt: skip
     torch.testing.assert_close(mine, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_files_are_made_again_of_what_they_tell(tiny, tmp_path):
+    lines = lines_file(tmp_path, "a cat", "a dog --s 2 --l 2 --ctr 0.5 --fs 3")
+    made = lumina_inference.run(arguments(tiny, tmp_path / "first", lines))
+    check_made_again(lumina_inference.run, made, "output_dir")

@@ -99,7 +99,7 @@ SHARE = re.compile(r"ratio|dropout|discount|split$|quantile|strength|_rate$|top_
 NO_SHARE = {
     "learning_rate": "a rate of learning", "save_n_epoch_ratio": "how many files", "split_unit": "a rank",
     "noise_offset_random_strength": "a switch", "magcache_threshold": "an error that adds up",
-    "rope_scaling_timestep_threshold": "a timestep",
+    "rope_scaling_timestep_threshold": "a timestep", "weight_cap_ratio": "how many times as much",
 }  # fmt: skip
 """names that are like those of shares -> what they are"""
 

@@ -9,14 +9,16 @@ import pytest
 from library.core.errors import ConfigError
 from library.core.registry import Registry, import_target
 from library.training.adapters import NETWORKS
-from library.training.inference_samplers import INFERENCE_SAMPLERS
+from library.training.inference_samplers import INFERENCE_SAMPLERS, SIGMA_TABLES
 from library.training.loss_weights import LOSS_WEIGHTS
 from library.training.losses import LOSSES
 from library.training.optimizers import OPTIMIZERS
 from library.training.schedulers import SCHEDULERS
 from library.training.timestep_samplers import TIMESTEP_SAMPLERS
 
-TABLES = (OPTIMIZERS, SCHEDULERS, LOSSES, LOSS_WEIGHTS, TIMESTEP_SAMPLERS, INFERENCE_SAMPLERS, NETWORKS)
+TABLES = (
+    OPTIMIZERS, SCHEDULERS, LOSSES, LOSS_WEIGHTS, TIMESTEP_SAMPLERS, INFERENCE_SAMPLERS, SIGMA_TABLES, NETWORKS,
+)  # fmt: skip
 
 
 def table(**targets: str) -> Registry:
@@ -181,7 +183,7 @@ def test_the_page_names_every_group_of_entry_points():
 
     tables = [
         library.LOSSES, library.LOSS_WEIGHTS, library.TIMESTEP_SAMPLERS, library.INFERENCE_SAMPLERS, library.SCHEDULERS,
-        library.OPTIMIZERS, NETWORKS, TRAINABLES, HOOKS,
+        library.OPTIMIZERS, NETWORKS, TRAINABLES, HOOKS, SIGMA_TABLES,
     ]  # fmt: skip
     text = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
     listed = re.findall(r"`atelier\.(\w+)`", text[text.index("The groups are") :])

@@ -13,6 +13,7 @@ from library.generation import sd3_inference
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models.sd3_tiny import TinySd3, build_tiny_sd3
 from tests.families import CASES
+from tests.library.generation.made_again import check_made_again, lines_file
 from tests.runs.conftest import Work, draw_pictures, sample_pictures
 
 
@@ -153,3 +154,9 @@ def test_wrong_files_are_named_before_anything_is_loaded(tiny, adapter, tmp_path
         {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.zeros(4, 8)}, tmp_path / "flux.safetensors"
     )
     assert "FLUX.1 or Chroma" in told("--lora_weights", f"{tmp_path / 'flux.safetensors'}")
+
+
+def test_files_are_made_again_of_what_they_tell(tiny, tmp_path):
+    lines = lines_file(tmp_path, "a cat", "a dog --s 1 --l 2 --w 48")
+    made = sd3_inference.run(arguments(tiny, tmp_path / "first", lines))
+    check_made_again(sd3_inference.run, made, "output_dir")

@@ -13,7 +13,9 @@ from PIL import Image
 
 from library.core.errors import ConfigError
 from library.generation import sdxl_inference
+from library.generation.recorded_requests import ENTRY
 from library.safetensors_utils import load_safetensors, save_file_atomic
+from tests.library.generation.made_again import check_made_again, lines_file
 from tests.tiny import write_clip_tokenizer
 from tests.tiny_sd import build_tiny_sd
 
@@ -73,7 +75,8 @@ def test_a_picture_with_its_settings(tiny, tmp_path):
     assert path.name.endswith("_5_00.png") and list(path.parent.iterdir()) == [path]
     with Image.open(path) as image:
         assert image.size == (64, 48)
-        assert image.text == {
+        texts = dict(image.text)
+        assert texts.pop(ENTRY) and texts == {
             "prompt": "a red cat", "negative-prompt": "", "seed": "5", "steps": "2", "scale": "7.0",
             "prompt2": "the dog", "sampler": "euler",
         }  # fmt: skip
@@ -256,3 +259,9 @@ def test_the_same_picture_as_diffusers(tmp_path):
     assert ((latents - expected).norm() / expected.norm()).item() < 1e-4
     theirs = reference(**given, latents=noise.clone(), output_type="pil").images[0]
     assert largest_difference(pipeline.decode(latents).tobytes(), theirs.tobytes()) <= 1
+
+
+def test_files_are_made_again_of_what_they_tell(tiny, tmp_path):
+    lines = lines_file(tmp_path, "a cat", "a dog --p2 blue --s 1 --l 2 --d 4")
+    made = sdxl_inference.run(arguments(tiny, tmp_path / "first", lines))
+    check_made_again(sdxl_inference.run, made, "output_dir")

@@ -17,6 +17,7 @@ from library.core.errors import ConfigError
 from library.generation import wan_inference
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models.wan_tiny import build_tiny_wan
+from tests.library.generation.made_again import check_made_again, lines_file
 from tests.tiny import video_words
 
 SIZE = ("--video_size", "32", "48")
@@ -165,3 +166,8 @@ def test_what_does_not_fit_is_told_at_once(tiny, pair, adapter, tmp_path, monkey
     told = "\n".join(caught.value.problems)
     for part in ("--one_frame_inference is 'target=1'", "--timestep_boundary is 2000", "--ckpt_dir is none"):
         assert part in told, part
+
+
+def test_files_are_made_again_of_what_they_tell(tiny, tmp_path):
+    made = run(tiny, tmp_path / "first", lines_file(tmp_path, "a cat", "a dog --w 32 --s 1 --f 1 --fs 2 --l 1"))
+    check_made_again(wan_inference.run, made, "save_path")

@@ -57,11 +57,20 @@ CHANNELS = 3
 
 @dataclass(frozen=True)
 class Made:
-    """A finished picture. `stage`: 0 or 1 in highres fix, else None."""
+    """A finished picture. `stage`: 0 or 1 in highres fix, else None. It was number `place` of `together` pictures,
+    which its last bits may depend on."""
 
     request: ImageRequest
     image: Image.Image
     stage: int | None = None
+    place: int = 0
+    together: int = 1
+
+
+def _made(requests: Sequence[ImageRequest], images: Sequence[Image.Image], stage: int | None = None) -> list[Made]:
+    """Of a batch."""
+    numbered = enumerate(zip(requests, images))
+    return [Made(request, image, stage, place, len(requests)) for place, (request, image) in numbered]
 
 
 @dataclass
@@ -117,7 +126,7 @@ class PictureBatches:
         scale = options.highres_fix_scale
         if scale is None:
             images = self._decoded(self._latents(requests, rows, parts, self._source_latents(requests)))
-            yield [Made(request, image) for request, image in zip(requests, images)]
+            yield _made(requests, images)
             return
         small = [first_stage(request, scale, options.highres_fix_steps) for request in requests]
         latents = self._latents(small, rows, parts, self._source_latents(small))
@@ -125,13 +134,13 @@ class PictureBatches:
             self._decoded(latents) if options.highres_fix_save_1st or not options.highres_fix_latents_upscaling else []
         )
         if options.highres_fix_save_1st:
-            yield [Made(request, image, 0) for request, image in zip(small, images)]
+            yield _made(small, images, 0)
         source = self._enlarged(latents, images, requests[0])
         # another seed, as the noise of the first stage would shine through
         second = [dataclasses.replace(request, seed=request.seed + 1, gradual_latent=None) for request in requests]
         guides = Guides() if options.highres_fix_disable_control_net else self.guides
         images = self._decoded(self._latents(second, rows, parts, source, guides))
-        yield [Made(request, image, 1) for request, image in zip(requests, images)]
+        yield _made(requests, images, 1)
 
     # -- latents -------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from library.core.options import (
     refused_option,
 )
 from library.core.plugins import PluginOptions
+from library.generation.file_options import PictureFileOptions
 from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS
 from library.training.inference_samplers import DEFAULT_SAMPLER, SAMPLER_HELP, SAMPLER_NAMES, check_sampler
 from library.training.sampling_prompts import DRAWN
@@ -340,11 +341,11 @@ class GenerationPromptOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationPictureOptions:
+class GenerationPictureOptions(PictureFileOptions):
     """Pictures"""
 
     outdir: str = option("outputs", help="folder of the pictures; made when missing")
-    sequential_file_name: bool = option(False, help="number the files: im_000001.png")
+    sequential_file_name: bool = option(False, help="number the files: im_000001")
     use_original_file_name: bool = option(False, help="name the files after those of --image_path")
     W: int | None = option(
         None, help="width in pixels; 512, SDXL 1024, or that of --image_path when not given", most=LARGEST_PICTURE_SIDE
@@ -387,6 +388,7 @@ class GenerationPictureOptions:
             original_width_negative=1,
             crop_top=0, crop_left=0,
         )
+        problems += problems_of(self.raise_file_problems)
         problems += problems_of(lambda: check_sampler(self.sampler, "--sampler"))
         if self.steps > 1000:
             problems.append(f"--steps is {self.steps}; the noise schedule has 1000, needed: as many or fewer")

@@ -35,11 +35,13 @@ _SEED_PIECE = re.compile(r"\s--[dD]\s+([-\d,\s]+?)(?=\s--[A-Za-z]|$)")
 @dataclass(frozen=True)
 class PromptLine:
     """A prompt with its options as written. `where` names its place in messages; `source`: the picture of --image_path
-    that it belongs to, where it came from one."""
+    that it belongs to, where it came from one; `raw`: the line before its choices were drawn, where `text` is one
+    after."""
 
     text: str
     where: str
     source: int | None = None
+    raw: str | None = None
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class Planner:
         if scale <= 1 and (prompt.negative_prompt or negative_scale is not None):
             self._tell(f"the scale is {scale:g}, which switches guidance off; negative prompts have no effect")
         return ImageRequest(
-            prompt=prompt.prompt, negative_prompt=prompt.negative_prompt or "", raw_prompt=line.text, seed=seed,
+            prompt=prompt.prompt, negative_prompt=prompt.negative_prompt or "", raw_prompt=_first(line.raw, line.text), seed=seed,
             number=self.number,
             index=index, file_name=self._file_name(prompt, line), width=width, height=height,
             steps=_first(prompt.sample_steps, self.pictures.steps), scale=scale,

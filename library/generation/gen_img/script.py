@@ -26,6 +26,7 @@ from library.generation.gen_img.options import (
     GenerationSourceOptions,
 )
 from library.generation.gen_img.plan import Planner, PromptLine, batches, first_stage, round_of
+from library.generation.gen_img.recorded import place_of, raw_prompt, recorded_of, with_recorded
 from library.generation.gen_img.sources import (
     checked,
     lines_of_pictures,
@@ -37,6 +38,7 @@ from library.generation.gen_img.sources import (
     written_lines,
 )
 from library.generation.picture_files import write_picture
+from library.generation.recorded_requests import ENTRY
 from library.generation.script import Failures, format_problems, free_path
 from library.scripts.command_line import read_command, refused_problems, run_to_exit, script_parser, tell_equivalent
 from library.training.inference_samplers import sampler_notices
@@ -51,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 CLASSES = (*GENERATION_CLASSES, ConsoleOptions)
 DEFAULT_SIZES = {"sd": 512, "sdxl": 1024}
+KNOWN_ENDINGS = {"png", "webp", "jpg", "jpeg"}
+"""of names in prompt lines, in the place of which the ending of --image_format stands"""
 SDXL_ONLY = (
     "original_height",
     "original_width",
@@ -77,7 +81,7 @@ def main(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> None:
 
 def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
     """`main` without the handling of errors; returns the files that were written."""
-    config = read_command(argv, build_parser(sdxl=sdxl), CLASSES)
+    config = read_command(argv, build_parser(sdxl=sdxl), CLASSES, complete=with_recorded)
     problems = Problems()
     for problem in all_problems(config):
         problems.add(problem)
@@ -98,11 +102,14 @@ def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
     choose_attention(maker.unet, config)
     add_pictures(maker, config)
     files, failures = PictureFiles(config), Failures()
-    size = config[GenerationPromptOptions].batch_size
+    size, place = config[GenerationPromptOptions].batch_size, place_of(config)
     for requests in groups_of(config, planner, lines or [], maker, failures):
         for batch in batches(requests, size):
             started = time.perf_counter()
-            make_batch(maker, files, batch, failures)
+            if place is None:
+                make_batch(maker, files, batch, failures)
+            else:
+                make_at_place(maker, files, batch[0], place, size, failures)
             logger.info("%d pictures in %.1f s", len(batch), time.perf_counter() - started)
     failures.raise_if_any(len(files.written))
     return files.written
@@ -126,6 +133,16 @@ def make_batch(maker: PictureBatches, files: PictureFiles, batch: Sequence[Image
     for made in together:
         with failures.told(f"picture {made.request.number}"):
             files.write(made)
+
+
+def make_at_place(
+    maker: PictureBatches, files: PictureFiles, request: ImageRequest, place: int, size: int, failures: Failures
+) -> None:
+    """Make and write one picture at its place in a batch of copies: its last bits depend on both, not on the others."""
+    with failures.told(f"picture {request.number}"):
+        for made in maker.generate([request] * size):
+            if made.place == place:
+                files.write(made)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
@@ -219,7 +236,7 @@ def known_lines(config: Config) -> list[PromptLine]:
     """The prompts that are known at start: not those that are typed or that a module gives. ConfigError when there are
     none."""
     options, sources = config[GenerationPromptOptions], config[GenerationSourceOptions]
-    lines = written_lines(options)
+    lines = written_lines(options, raw_prompt(config))
     if lines or options.interactive:
         return lines
     if options.from_module:
@@ -398,7 +415,7 @@ class PictureFiles:
     """Names and writes the pictures of a run."""
 
     def __init__(self, config: Config) -> None:
-        self.options = config[GenerationPictureOptions]
+        self.config, self.options = config, config[GenerationPictureOptions]
         self.sampler = self.options.sampler
         self.is_sdxl = config[GenerationModelOptions].sdxl
         path = config[GenerationSourceOptions].image_path
@@ -408,10 +425,15 @@ class PictureFiles:
 
     def write(self, made: Made) -> Path:
         path = self.path_of(made)
-        write_picture(made.image, path, picture_texts(made.request, self.sampler, self.is_sdxl))
+        texts = {} if self.options.no_metadata else self._texts(made)
+        write_picture(made.image, path, texts, self.options.image_quality)
         logger.info("%s: %dx%d, %d steps, seed %d", path, *made.image.size, made.request.steps, made.request.seed)
         self.written.append(path)
         return path
+
+    def _texts(self, made: Made) -> dict[str, str]:
+        settings = recorded_of(self.config, made)
+        return {**picture_texts(made.request, self.sampler, self.is_sdxl), ENTRY: settings.text}
 
     def path_of(self, made: Made) -> Path:
         """`im_{YYYYmmddHHMMSS}_{stage}{number}_{seed}.png`, with a number where another call of the same second has
@@ -421,18 +443,20 @@ class PictureFiles:
             return self._free(folder / name)
         stage = "" if made.stage is None else str(made.stage)
         number, seed = made.request.number, made.request.seed
-        return free_path(folder, f"im_{time.strftime('%Y%m%d%H%M%S')}_{stage}{number:03d}_{seed}")
+        name = f"im_{time.strftime('%Y%m%d%H%M%S')}_{stage}{number:03d}_{seed}"
+        return free_path(folder, name, self.options.picture_ending)
 
     def _asked_name(self, made: Made) -> str | None:
         request, stage = made.request, "" if made.stage is None else str(made.stage)
+        ending = f"{'_1st' if made.stage == 0 else ''}{self.options.picture_ending}"
         if request.file_name is not None:
-            stem, dot, ending = request.file_name.rpartition(".")
-            stem = stem if dot and ending.lower() == "png" else request.file_name
-            return f"{stem}{'_1st' if made.stage == 0 else ''}.png"
+            stem, dot, given = request.file_name.rpartition(".")
+            stem = stem if dot and given.lower() in KNOWN_ENDINGS else request.file_name
+            return f"{stem}{ending}"
         if self.options.use_original_file_name and request.source is not None:
-            return f"{self.sources[request.source].stem}{'_1st' if made.stage == 0 else ''}.png"
+            return f"{self.sources[request.source].stem}{ending}"
         if self.options.sequential_file_name:
-            return f"im_{stage}{request.number + 1:06d}.png"
+            return f"im_{stage}{request.number + 1:06d}{self.options.picture_ending}"
         return None
 
     def _free(self, path: Path) -> Path:

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 
-def written_lines(options: GenerationPromptOptions) -> list[PromptLine]:
-    """The prompts of --prompt or --from_file. ConfigError when the file cannot be read or has none."""
+def written_lines(options: GenerationPromptOptions, raw: str | None = None) -> list[PromptLine]:
+    """The prompts of --prompt or --from_file. ConfigError when the file cannot be read or has none. `raw`: how the one
+    of --prompt was written, where its choices are drawn already."""
     if options.prompt is not None:
-        return [PromptLine(options.prompt, "--prompt")]
+        return [PromptLine(options.prompt, "--prompt", raw=raw)]
     if not options.from_file:
         return []
     text = read_text(options.from_file, f"--from_file is {options.from_file}, which")
@@ -120,9 +121,10 @@ def open_picture(path: Path, mode: str, option: str) -> Image.Image:
 def _texts_of(file: Path) -> dict[str, str]:
     """The text entries of a picture file. ConfigError when it cannot be read."""
     from library.dataset.media_utils import opened_image
+    from library.generation.picture_files import image_texts
 
     with opened_image(file) as image:
-        return dict(getattr(image, "text", {}))
+        return image_texts(image)
 
 
 def lines_of_pictures(files: list[Path]) -> list[PromptLine]:
@@ -136,8 +138,12 @@ def lines_of_pictures(files: list[Path]) -> list[PromptLine]:
         if prompt is None:
             problems.add(f"there is no prompt, and {file} holds none either; give --prompt")
             continue
-        braces = str.maketrans({"{": "\\{", "}": "\\}"})  # a finished prompt has no choices left
-        line = prompt.translate(braces) + (f" --n {negative.translate(braces)}" if negative else "")
-        lines.append(PromptLine(line, str(file), number))
+        lines.append(PromptLine(finished_line(prompt, negative), str(file), number))
     problems.raise_if_any()
     return lines
+
+
+def finished_line(prompt: str, negative: str | None) -> str:
+    """The line of a finished prompt, in which no choices are left."""
+    braces = str.maketrans({"{": "\\{", "}": "\\}"})
+    return prompt.translate(braces) + (f" --n {negative.translate(braces)}" if negative else "")

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
     from library.core.options import Config
     from library.dataset.batch import Batch
+    from library.training.objective import NoisyLatents
     from library.training.protocols import Logs, LossBody, ParamGroup, Plain, StateValue, StepBody
-    from library.training.run import Run, StepOutput
+    from library.training.run import DiTOutput, Run, StepOutput
+    from library.training.step import TrainStep
     from library.training.trainables.base import Trainable
     from library.training.wiring.base import ModelFamily
 
@@ -73,6 +75,9 @@ class Hook:
 
     def on_step_start(self, run: Run, batch: Batch) -> None:
         """Before each micro-batch."""
+
+    def on_prediction(self, step: TrainStep, output: DiTOutput, sample: NoisyLatents, batch: Batch) -> None:
+        """After each forward of training, before the loss is made of it; `output` is to be looked at, not changed."""
 
     def on_gradients_ready(self, run: Run) -> None:
         """After gradients are summed over ranks, before the optimizer step; clipping is done before this."""
@@ -140,7 +145,8 @@ IN_EACH_STEP = ("on_step_start", "on_gradients_ready", "on_post_optimizer_step",
 """methods that are called so often that those which a hook has not filled are passed over"""
 
 
-def _is_empty(hook: Hook, name: str) -> bool:
+def is_empty(hook: Hook, name: str) -> bool:
+    """Whether a hook has left this method as it is here."""
     return getattr(getattr(hook, name), "__func__", None) is getattr(Hook, name)
 
 
@@ -156,7 +162,7 @@ class HookList:
     def __getattr__(self, name: str):
         if not hasattr(Hook, name):
             raise AttributeError(name)
-        called = [hook for hook in self.hooks if not (name in IN_EACH_STEP and _is_empty(hook, name))]
+        called = [hook for hook in self.hooks if not (name in IN_EACH_STEP and is_empty(hook, name))]
 
         def call_all(*args: object) -> list[object]:
             return [getattr(hook, name)(*args) for hook in called]

@@ -13,12 +13,14 @@ from library.training.hooks.ema import EmaHook
 from library.training.hooks.events import EventHook
 from library.training.hooks.finish import FinishHook
 from library.training.hooks.finite import NonFiniteGuard
+from library.training.hooks.info_noise import InfoNoiseHook
 from library.training.hooks.logging import LoggingHook
 from library.training.hooks.loss_curve import LossCurveHook
 from library.training.hooks.losses import LossReader
 from library.training.hooks.sample import SampleHook
 from library.training.hooks.validation import ValidationHook
 from library.training.option_groups import EmaOptions, HubOptions, ProgressOptions
+from library.training.timestep_samplers.info_noise_options import InfoNoiseOptions, is_enabled
 
 if TYPE_CHECKING:
     from library.dataset.strategies import Texts
@@ -44,6 +46,7 @@ def standard_hooks(
         *of_trainable,
         *([EmaHook(trainable.modules, config[EmaOptions])] if config[EmaOptions].ema else []),
         *own,
+        *([InfoNoiseHook(config[InfoNoiseOptions])] if is_enabled(config) else []),
         LossReader(),
         ValidationHook(runtime.seed if seed is None else seed),
         CheckpointHook(metadata, uploader_of(config[HubOptions])),

@@ -57,6 +57,8 @@ _add("dpmsolver++", "dpmsolver:dpmsolver_pp", "linspace_inner", flow="alpha")
 _add("dpmsolver++_sde", "dpmsolver:dpmsolver_pp_sde", "linspace_inner", flow="alpha")
 _add("dpmsingle", "dpmsolver:dpmsingle", "linspace_inner")
 _add("unipc", "unipc:unipc", "linspace_inner", flow="alpha")
+_add("dpmpp_3m_sde", "dpmsolver:dpmsolver_pp_3m_sde", "linspace_inner", flow="alpha")
+_add("lcm", "ancestral:lcm", "linspace_inner", flow="alpha")
 _add("er_sde", "er_sde:er_sde", "linspace_inner", flow="alpha")
 
 SAMPLER_NAMES = tuple(INFERENCE_SAMPLERS.names())
@@ -64,6 +66,13 @@ SAMPLER_NAMES = tuple(INFERENCE_SAMPLERS.names())
 FLOW_SAMPLER_NAMES = tuple(entry.name for entry in INFERENCE_SAMPLERS if entry.info.get("flow"))
 """those of them that flow models have"""
 SAMPLER_HELP = ", or a path package.module:function"
+
+SIGMA_TABLES: Registry[Callable] = Registry(
+    "sigma table", option="sigma_table", group="sigma_tables", takes=("num_steps", "shift"),
+    wanted="a function of (num_steps, shift) that gives the noise levels of the steps, from 1 down, and 0 behind them",
+)
+for _name in ("simple", "sgm_uniform", "karras", "beta"):
+    SIGMA_TABLES.add(_name, f"library.training.inference_samplers.sigma_tables:{_name}")
 CLIPPED_ELSEWHERE = ("ddim", "ddpm", "heun")
 
 
@@ -87,6 +96,16 @@ def check_flow_sampler(name: str, what: str) -> None:
             f"{what} is '{name}', a sampler of SD models; flow models have {', '.join(FLOW_SAMPLER_NAMES)}{hint}"
         )
     check_sampler(name, what)
+
+
+def check_sigma_table(name: str | None, what: str) -> None:
+    """ConfigError when there is no table of noise levels of this name, or one from outside does not keep the contract;
+    None passes."""
+    problem = None if name is None else SIGMA_TABLES.problem(name, what)
+    if problem is not None:
+        raise ConfigError(problem)
+    if name is not None and SIGMA_TABLES.entry(name, what).is_outside:
+        SIGMA_TABLES.resolve(name, what)
 
 
 def check_sampler(name: str, what: str) -> None:

@@ -70,6 +70,41 @@ def dpmsolver_pp_sde(
     return latents
 
 
+def dpmsolver_pp_3m_sde(
+    denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None, *,
+    alpha: Alpha = alpha_ve, eta: float = 1.0, s_noise: float = 1.0,
+) -> torch.Tensor:
+    """Multistep of the stochastic equation of order three: x = (t/s) e^(-h eta) x + alpha_t ((1 - e^-g) D + phi_2 D' -
+    phi_3 D'') with g = h (1 + eta), h the growth of log(alpha / sigma), and noise of t sqrt(1 - e^(-2 h eta)) s_noise.
+
+    D' and D'' are differences of the last three estimates of the data. One noise tensor per step but the last, which
+    gives D: each step's noise is drawn for itself, as its share of a Brownian path is independent of the others.
+    """
+    noise = needed(noise, "dpmpp_3m_sde") if eta and s_noise else None
+    older: list[tuple[float, torch.Tensor]] = []  # (h of the step that led away from it, D), newest first
+    for index, sigma, following in steps_of(sigmas):
+        clean = latents - sigma * denoise(latents, sigmas[index])
+        if following <= 0:
+            return clean
+        h = log_snr(following, alpha) - log_snr(sigma, alpha)
+        growth = h * (1 + eta)
+        phi_2 = math.expm1(-growth) / growth + 1
+        change = -math.expm1(-growth) * clean
+        if older:
+            first = (clean - older[0][1]) * (h / older[0][0])
+            if len(older) > 1:
+                near, far = older[0][0] / h, older[1][0] / h
+                bend = (first - (older[0][1] - older[1][1]) / far) / (near + far)
+                change = change + phi_2 * (first + near * bend) - (phi_2 / growth - 0.5) * bend
+            else:
+                change = change + phi_2 * first
+        latents = following / sigma * math.exp(-h * eta) * latents + alpha(following) * change
+        if noise is not None:
+            latents = latents + following * math.sqrt(-math.expm1(-2 * h * eta)) * s_noise * noise()
+        older = [(h, clean), *older][:2]
+    return latents
+
+
 def dpmsingle(
     denoise: Denoise, latents: torch.Tensor, sigmas: torch.Tensor, noise: NextNoise | None = None
 ) -> torch.Tensor:

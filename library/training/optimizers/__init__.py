@@ -51,6 +51,13 @@ for _name in (
     "StableAdamW", "Tiger", "Yogi",
 ):  # fmt: skip
     OPTIMIZERS.add(_name, f"pytorch_optimizer:{_name}", package="pytorch-optimizer")
+_OWN = "library.training.optimizers."
+OPTIMIZERS.add("Automagic", _OWN + "automagic:Automagic")
+OPTIMIZERS.add("Automagic_v2", _OWN + "automagic:AutomagicV2")
+OPTIMIZERS.add("SOAP_sf", _OWN + "soap_schedule_free:SOAPScheduleFree", package="pytorch-optimizer")
+OPTIMIZERS.add(
+    "Prodigy_plus_schedulefree", "prodigyplus:ProdigyPlusScheduleFree", package="prodigy-plus-schedule-free"
+)
 
 PACKAGES = {
     "lion_pytorch": "lion-pytorch", "prodigyplus": "prodigy-plus-schedule-free",
@@ -59,6 +66,8 @@ PACKAGES = {
 }
 """import name -> name to install, where they differ"""
 ADAFACTOR = "transformers.optimization.Adafactor"
+MOVES_RATES = tuple(_OWN + f"automagic.{name}" for name in ("Automagic", "AutomagicV2"))
+"""classes that move the rates of their weights themselves, from --learning_rate on"""
 UNUSABLE = {
     "torch.optim.LBFGS": "it evaluates the loss several times per step",
     "torch.optim.SparseAdam": "it takes sparse gradients only",
@@ -142,6 +151,18 @@ class OptimizerChoice:
         return name.endswith("schedulefree") or name.startswith("schedulefree")
 
     @property
+    def moves_own_rates(self) -> bool:
+        return self.class_path in MOVES_RATES
+
+    @property
+    def no_schedule(self) -> str | None:
+        """Why --lr_scheduler is not read; None where it is, and for Adafactor with relative_step, which has one of its
+        own."""
+        if self.moves_own_rates:
+            return f"{self.name} moves its learning rates itself"
+        return f"{self.name} has no learning rate schedule" if self.named_schedule_free else None
+
+    @property
     def is_adafactor(self) -> bool:
         return self.class_path == ADAFACTOR
 
@@ -223,6 +244,14 @@ def _nearest(choice: OptimizerChoice) -> str:
     )
 
 
+def _lacks_package(choice: OptimizerChoice, package: str) -> str:
+    return (
+        f"--optimizer_type {choice.name} needs the package {package}, which is not installed;"
+        f" install it with: pip install {package}, or all of these packages with: pip install -e .[optimizers]"
+        f"{_nearest(choice)}"
+    )
+
+
 def optimizer_class(choice: OptimizerChoice) -> type:
     """Import the class. ConfigError with the nearest name, or with the package to install."""
     module_name, _, class_name = choice.class_path.rpartition(".")
@@ -230,14 +259,13 @@ def optimizer_class(choice: OptimizerChoice) -> type:
     if choice.class_path in UNUSABLE:
         raise ConfigError(f"--optimizer_type {choice.name} cannot be used here: {UNUSABLE[choice.class_path]}")
     if importlib.util.find_spec(top) is None:
-        package = choice.package or PACKAGES.get(top, top)
-        raise ConfigError(
-            f"--optimizer_type {choice.name} needs the package {package}, which is not installed;"
-            f" install it with: pip install {package}, or all of these packages with: pip install -e .[optimizers]"
-            f"{_nearest(choice)}"
-        )
+        raise ConfigError(_lacks_package(choice, choice.package or PACKAGES.get(top, top)))
     try:
         module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if choice.package and PACKAGES.get(error.name or "", error.name) == choice.package:
+            raise ConfigError(_lacks_package(choice, choice.package)) from error
+        raise ConfigError(f"--optimizer_type {choice.name}: {module_name} cannot be imported ({error})") from error
     except Exception as error:  # whatever a module of the user's raises
         raise ConfigError(f"--optimizer_type {choice.name}: {module_name} cannot be imported ({error})") from error
     found = getattr(module, class_name, None)
@@ -393,7 +421,13 @@ def build(
     if switches_weights(optimizer):
         optimizer.train()
     args_text = ",".join(f"{key}={value}" for key, value in choice.recorded.items())
-    return OptimizerBuild(optimizer, choice, f"{cls.__module__}.{cls.__qualname__}", args_text, log_lines(choice))
+    notices = log_lines(choice)
+    if any(group.get("weight_decay") == 0 for group in groups) and not getattr(optimizer, "defaults", {}).get("weight_decay"):
+        notices.append(
+            f"excludes_weight_decay has no effect: weight_decay of {choice.name} is 0; --optimizer_args weight_decay=0.01"
+            " sets it"
+        )
+    return OptimizerBuild(optimizer, choice, f"{cls.__module__}.{cls.__qualname__}", args_text, notices)
 
 
 def _fused_argument(choice: OptimizerChoice, groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
@@ -448,6 +482,9 @@ def warnings_of(
             names = tuple(n for n, values in rates.items() if any(v != options.learning_rate for v in values))
             flags = " and ".join(f"--{name}" for name in names)
             found.append(Warned(names, f"{flags}: {choice.name} uses one rate for all groups, that of the first group"))
+    if choice.moves_own_rates and (largest := choice.kwargs.get("max_lr", 1e-3)) < options.learning_rate:
+        text = f"--learning_rate is {options.learning_rate}, above max_lr {largest}; {choice.name} starts at 1e-6"
+        found.append(Warned(("learning_rate",), text))
     if choice.is_adafactor and not choice.finds_own_rate:
         if options.max_grad_norm != 0:
             found.append(

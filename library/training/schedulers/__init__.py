@@ -43,14 +43,20 @@ SCHEDULERS: Registry[type] = Registry(
 --lr_scheduler_args, None = any."""
 _CURVES = "library.training.schedulers.curves:"
 SCHEDULERS.add("constant", _CURVES + "constant", uses=("lr_warmup_steps",), args=())
+SCHEDULERS.add("none", _CURVES + "constant", uses=(), args=())
 SCHEDULERS.add("constant_with_warmup", _CURVES + "constant", uses=("lr_warmup_steps",), args=())
 SCHEDULERS.add("linear", _CURVES + "linear", uses=("lr_warmup_steps",), args=())
-SCHEDULERS.add("cosine", _CURVES + "cosine", uses=("lr_warmup_steps",), args=())
+SCHEDULERS.add("cosine", _CURVES + "cosine", uses=("lr_warmup_steps",), args=("eta_min",))
 SCHEDULERS.add(
     "cosine_with_restarts",
     _CURVES + "cosine_with_restarts",
     uses=("lr_warmup_steps", "lr_scheduler_num_cycles"),
     args=(),
+)
+SCHEDULERS.add("cosine_with_warmup", _CURVES + "cosine_to_rate", uses=("lr_warmup_steps",), args=("eta_min",))
+SCHEDULERS.add(
+    "cosine_with_warm_restarts", _CURVES + "cosine_with_longer_arcs", uses=("lr_warmup_steps",),
+    args=("T_0", "T_mult", "eta_min"),
 )
 SCHEDULERS.add("polynomial", _CURVES + "polynomial", uses=("lr_warmup_steps", "lr_scheduler_power"), args=("lr_end",))
 SCHEDULERS.add("inverse_sqrt", _CURVES + "inverse_sqrt", uses=("lr_warmup_steps", "lr_scheduler_timescale"), args=())
@@ -228,10 +234,10 @@ class CurveSettings:
 
 
 def name_in_use(options: SchedulerOptions, optimizer: OptimizerOptions) -> str:
-    """The schedule that will act: "none" for a schedule-free optimizer, `adafactor:<rate shown before the first step>`,
+    """The schedule that will act: "none" for an optimizer that follows none, `adafactor:<rate shown before the first step>`,
     the class of --lr_scheduler_type, or the name."""
     choice = choose(optimizer)
-    if choice.named_schedule_free:
+    if choice.no_schedule:
         return "none"
     if choice.finds_own_rate:
         return f"adafactor:{optimizer.learning_rate if options.first_rate is None else options.first_rate}"
@@ -252,7 +258,7 @@ def check(options: SchedulerOptions, optimizer: OptimizerOptions, max_train_step
     `max_train_steps` is given as soon as it is known; without it the curve is tried on a run of 1000 steps.
     """
     choice = choose(optimizer)
-    if choice.named_schedule_free or choice.finds_own_rate:
+    if choice.no_schedule or choice.finds_own_rate:
         return  # the schedule is not used; see `notices`
     problems = Problems()
     if options.lr_scheduler_type:
@@ -265,7 +271,7 @@ def check(options: SchedulerOptions, optimizer: OptimizerOptions, max_train_step
         if not problems.messages and entry.name != "adafactor":
             _try_curve(options, optimizer, max_train_steps, problems)
     name = options.lr_scheduler_type or options.curve
-    own_length = bool(options.lr_scheduler_type) or name in ("adafactor", "piecewise_constant")
+    own_length = bool(options.lr_scheduler_type) or name in ("none", "adafactor", "piecewise_constant")
     if own_length and _has_warmup(options):
         problems.add(
             f"--lr_warmup_steps is {options.lr_warmup_steps}; {name} has no warm-up of this kind, leave it out"
@@ -368,8 +374,8 @@ def idle(options: SchedulerOptions, optimizer: OptimizerOptions) -> list[Ignored
     """Settings that the schedule of this run does not read."""
     choice, default = choose(optimizer), SchedulerOptions()
     given = [n for n in default.__dataclass_fields__ if str(getattr(options, n)) != str(getattr(default, n))]
-    if choice.named_schedule_free:
-        unused, reason = given, f"{choice.name} has no learning rate schedule"
+    if choice.no_schedule:
+        unused, reason = given, choice.no_schedule
     elif choice.finds_own_rate:
         unused, reason = given, f"{choice.name} with relative_step follows its own schedule"
     elif options.lr_scheduler_type:

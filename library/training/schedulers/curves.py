@@ -17,6 +17,7 @@ Curve = Callable[[int], float]
 
 POLYNOMIAL_END = 1e-7
 INVERSE_SQRT_TIMESCALE = 10_000
+ETA_MIN = 1e-6
 
 
 def constant(settings: CurveSettings) -> Curve:
@@ -30,8 +31,33 @@ def linear(settings: CurveSettings) -> Curve:
 
 
 def cosine(settings: CurveSettings) -> Curve:
-    """k / W, then 0.5 (1 + cos(pi p))."""
-    return _after_warmup(settings, lambda k: _half_cosine(_progress(settings, k)))
+    """k / W, then m + (1 - m) 0.5 (1 + cos(pi p)), m = eta_min / rate, 0 when not given."""
+    return _cosine_to(settings, _lowest(settings, "eta_min", 0.0))
+
+
+def cosine_to_rate(settings: CurveSettings) -> Curve:
+    """The same with eta_min 1e-6 when not given."""
+    return _cosine_to(settings, _lowest(settings, "eta_min", ETA_MIN))
+
+
+def cosine_with_longer_arcs(settings: CurveSettings) -> Curve:
+    """k / W, then arcs m + (1 - m) 0.5 (1 + cos(pi k' / T)) of T_0, T_0 T_mult, T_0 T_mult^2, ... steps.
+
+    k' counts from the start of each arc; T_0 is 500, T_mult 2 and eta_min 1e-6 when not given. Source: arXiv
+    1608.03983.
+    """
+    first, factor = _whole(settings, "T_0", 500), _whole(settings, "T_mult", 2)
+    lowest = _lowest(settings, "eta_min", ETA_MIN)
+
+    def multiplier(k: int) -> float:
+        place, length = k - settings.warmup, first
+        if factor == 1:
+            place %= length
+        while place >= length:
+            place, length = place - length, length * factor
+        return lowest + (1 - lowest) * _half_cosine(place / length)
+
+    return _after_warmup(settings, multiplier)
 
 
 def cosine_with_restarts(settings: CurveSettings) -> Curve:
@@ -132,12 +158,7 @@ def rex(settings: CurveSettings) -> Curve:
         raise ConfigError(
             f"rex_alpha and rex_beta in --lr_scheduler_args are {alpha} and {beta}; alpha > 0 and beta >= 0 are needed"
         )
-    lowest = 0.01 if "min_lr" not in settings.args else _number(settings, "min_lr", 0.0) / (settings.rate or 1.0)
-    if not 0 <= lowest <= 1:
-        raise ConfigError(
-            f"min_lr in --lr_scheduler_args is {settings.args['min_lr']}; 0 to --learning_rate {settings.rate} is "
-            "needed"
-        )
+    lowest = 0.01 if "min_lr" not in settings.args else _lowest(settings, "min_lr", 0.0)
 
     def multiplier(k: int) -> float:
         if k < settings.warmup:
@@ -150,6 +171,22 @@ def rex(settings: CurveSettings) -> Curve:
 
 def _after_warmup(settings: CurveSettings, curve: Curve) -> Curve:
     return lambda k: k / settings.warmup if k < settings.warmup else curve(k)
+
+
+def _cosine_to(settings: CurveSettings, lowest: float) -> Curve:
+    return _after_warmup(
+        settings, lambda k: lowest + (1 - lowest) * _half_cosine(_progress(settings, k))
+    )
+
+
+def _lowest(settings: CurveSettings, key: str, default: float) -> float:
+    """A rate of --lr_scheduler_args as a share of --learning_rate; a default is the whole rate at most."""
+    rate = _number(settings, key, default)
+    if key in settings.args and not 0 <= rate <= (settings.rate or 1.0):
+        raise ConfigError(
+            f"{key} in --lr_scheduler_args is {settings.args[key]}; 0 to --learning_rate {settings.rate} is needed"
+        )
+    return min(1.0, rate / (settings.rate or 1.0))
 
 
 def _progress(settings: CurveSettings, k: int) -> float:
@@ -174,6 +211,13 @@ def _ramp_type(settings: CurveSettings, key: str, default: str) -> str:
     value = settings.args.get(key, default)
     if value not in RAMP_TYPES:
         raise ConfigError(f"{key} in --lr_scheduler_args is '{value}'; known: {', '.join(RAMP_TYPES)}")
+    return value
+
+
+def _whole(settings: CurveSettings, key: str, default: int) -> int:
+    value = settings.args.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{key} in --lr_scheduler_args is {shortened(value)}; a whole number of 1 or more is needed")
     return value
 
 

@@ -36,16 +36,25 @@ class FixedRates:
         return [group["lr"] for group in self.optimizer.param_groups]
 
 
+class OwnRates(FixedRates):
+    """For optimizers that move their rates themselves: the log shows the mean rate of each group's first weights."""
+
+    def get_last_lr(self) -> list[float]:
+        return [self.optimizer.group_rate(group) for group in self.optimizer.param_groups]
+
+
 def build_scheduler(
     options: SchedulerOptions, optimizer: OptimizerBuild, make_curve: Callable[[], Callable[[int], float]], *,
     learning_rate: float
 ) -> LrSchedule:
-    """A torch scheduler, or one of our two stand-ins that have no state. `make_curve` gives the multipliers of
+    """A torch scheduler, or one of our stand-ins that have no state. `make_curve` gives the multipliers of
     --lr_scheduler."""
     if optimizer.schedule_free:
         if not optimizer.choice.named_schedule_free:  # the name did not tell at start; see schedulers.notices
             logger.warning("%s is schedule-free: --lr_scheduler and its options have no effect", optimizer.choice.name)
         return FixedRates(optimizer.optimizer)
+    if optimizer.choice.moves_own_rates:
+        return OwnRates(optimizer.optimizer)
     if optimizer.choice.finds_own_rate:
         return AdafactorRates(optimizer.optimizer, learning_rate if options.first_rate is None else options.first_rate)
     if options.lr_scheduler_type:

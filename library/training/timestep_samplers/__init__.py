@@ -10,7 +10,16 @@ from library.core.errors import ConfigError, Problems, did_you_mean, foreign_err
 from library.core.options import LARGEST_SIDE, Ignored, count_or_none, option, without_effect
 from library.core.registry import Registry, is_path
 from library.dataset import parse_resolution
-from library.training.timestep_samplers.modes import DENSITY_MODES, FLOW_MODES, MIXTURES, SIGMA_TABLES, SIGMOID_MODES
+from library.training.timestep_samplers.modes import (
+    DENSITY_MODES,
+    FLOW_MODES,
+    FREE_NORMAL_MODES,
+    MIXED_WITH_UNIFORM,
+    SHIFT_MODES,
+    SIGMA_TABLES,
+    SIGMOID_MODES,
+    parts_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -30,6 +39,8 @@ TIMESTEP_SAMPLERS: Registry[type] = Registry(
 for _name in FLOW_MODES:
     TIMESTEP_SAMPLERS.add(_name, "library.training.timestep_samplers.baseline:FlowTimestepSampler")
 
+MODE_SCALES = (-1.0, 1.75)
+"""for which the formula of mode falls from 1 to 0; the upper one is 2 / (pi - 2), rounded down"""
 SHOWN_AS = ("image", "console")
 MODES = tuple(TIMESTEP_SAMPLERS.names())
 """those of the project"""
@@ -70,7 +81,13 @@ class TimestepOptions:
     )
     logit_std: float = option(1.0, help="standard deviation of logit_normal and logsnr")
     mode_scale: float = option(1.29, help="scale of the density mode")
-    discrete_flow_shift: float = option(3.0, help="shift of the modes sigma and shift; 1 = none")
+    discrete_flow_shift: float = option(
+        3.0, help="shift of the modes sigma, shift and logit_normal; logit_normal_low takes 1 / shift; 1 = none"
+    )
+    timestep_schedule_shift: float = option(1.0, help="a further shift, of what a mode without a table draws; 1 = none")
+    timestep_mix_low_prob: float = option(
+        0.0, help="share of the samples that mixed_uniform_low and mixed_uniform_logit do not draw evenly, 0 to 1"
+    )
     sigma_table: str = option(
         "rising", choices=SIGMA_TABLES,
         help="how mode sigma reads its table of 1000 levels: rising, a larger number of the density is a noisier"
@@ -113,7 +130,7 @@ class TimestepOptions:
                 f"--weighting_scheme is '{self.weighting_scheme}'"
                 f"{did_you_mean(self.weighting_scheme, WEIGHTING_SCHEMES) or '.'} Known: {', '.join(WEIGHTING_SCHEMES)}"
             )
-        for name in ("sigmoid_scale", "discrete_flow_shift"):
+        for name in ("sigmoid_scale", "discrete_flow_shift", "timestep_schedule_shift"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 problems.add(f"--{name} is {value}; a number above 0 is needed")
@@ -122,6 +139,16 @@ class TimestepOptions:
         for name in ("logit_mean", "mode_scale"):
             if not math.isfinite(getattr(self, name)):
                 problems.add(f"--{name} is {getattr(self, name)}; a finite number is needed")
+        if not 0 <= self.timestep_mix_low_prob <= 1:
+            problems.add(
+                f"--timestep_mix_low_prob is {self.timestep_mix_low_prob}; a share from 0 to 1 is needed, e.g. 0.3"
+            )
+        lowest, highest = MODE_SCALES
+        if self.timestep_sampling == "mode" and not lowest <= self.mode_scale <= highest:
+            problems.add(
+                f"--mode_scale is {self.mode_scale}; --timestep_sampling mode needs {lowest:g} to {highest:g}, outside of"
+                " which its formula turns back"
+            )
         low = 0 if self.min_timestep is None else self.min_timestep
         high = 1000 if self.max_timestep is None else self.max_timestep
         if not 0 <= low < high <= 1000:
@@ -144,6 +171,11 @@ def build(options: TimestepOptions, *, is_flow: bool = True) -> TimestepSampler:
 def notices(options: TimestepOptions) -> list[str]:
     """Lines for the log at start: where numbers differ from what people know."""
     lines = []
+    if options.timestep_sampling in MIXED_WITH_UNIFORM and not options.timestep_mix_low_prob:
+        lines.append(
+            f"--timestep_sampling {options.timestep_sampling} is uniform with a --timestep_mix_low_prob of 0, its default;"
+            " 0.3, say, takes three tenths of the samples from its other law"
+        )
     is_whole = options.timestep_sampling == "whole"
     if options.sigma_table == "falling":  # families whose known trainers do the same, but for the range
         if options.timestep_sampling == "sigma" and is_limited(options):
@@ -178,14 +210,16 @@ def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> li
     mode, scheme, default = options.timestep_sampling, options.weighting_scheme, TimestepOptions()
     if mode not in MODES:
         return []  # a sampler from outside may read them all
-    parts = [part for _, part, _ in MIXTURES.get(mode, ((1.0, mode, {}),))]
+    parts = [part for _, part, _ in parts_of(mode, options.timestep_mix_low_prob)]
     falls = mode == "sigma" and options.sigma_table == "falling"
     used = {
         "sigmoid_scale": bool(SIGMOID_MODES.intersection(parts)),
-        "discrete_flow_shift": mode == "shift" or (mode in DENSITY_MODES and not falls),
+        "discrete_flow_shift": bool(SHIFT_MODES.intersection(parts)) or (mode in DENSITY_MODES and not falls),
         "logit_mean": _is_free("logit_mean", mode) or (mode in DENSITY_MODES and scheme == "logit_normal"),
         "logit_std": _is_free("logit_std", mode) or (mode in DENSITY_MODES and scheme == "logit_normal"),
-        "mode_scale": mode in DENSITY_MODES and scheme == "mode",
+        "mode_scale": mode == "mode" or (mode in DENSITY_MODES and scheme == "mode"),
+        "timestep_schedule_shift": mode not in DENSITY_MODES,
+        "timestep_mix_low_prob": mode in MIXED_WITH_UNIFORM,
     }
     plain = {name: getattr(default, name) for name in used} | ({"discrete_flow_shift": 1.0} if falls else {})
     changed = [
@@ -204,9 +238,9 @@ def idle(options: TimestepOptions, explicit: Container[str] | None = None) -> li
 
 
 def _is_free(name: str, mode: str) -> bool:
-    """Whether a mode has a part of log-SNRs whose `name` the option says."""
+    """Whether a mode has a part with a normal law whose `name` the option says."""
     return any(
-        part == "logsnr" and name not in fixed for _, part, fixed in MIXTURES.get(mode, ((1.0, mode, {}),))
+        part in FREE_NORMAL_MODES and name not in fixed for _, part, fixed in parts_of(mode, 1.0)
     )
 
 

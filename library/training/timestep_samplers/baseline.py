@@ -10,7 +10,7 @@ import torch
 from library.core.keyed_random import StepDraws, keyed_generator
 from library.training import timesteps
 from library.training.timestep_samplers.laws import law_of, sigmas_from_uniform, stratified
-from library.training.timestep_samplers.modes import DENSITY_MODES, MIXTURES, SIGMOID_MODES
+from library.training.timestep_samplers.modes import DENSITY_MODES, FREE_NORMAL_MODES, MIXED_MODES, SIGMOID_MODES
 
 if TYPE_CHECKING:
     from library.training.timestep_samplers import TimestepOptions
@@ -20,7 +20,7 @@ PURPOSE = "timesteps"
 
 def draws_normal(mode: str) -> bool:
     """Whether a mode starts from standard normal numbers (else from uniform ones)."""
-    return mode in SIGMOID_MODES or mode == "logsnr"
+    return mode in SIGMOID_MODES or mode in FREE_NORMAL_MODES
 
 
 def sigmas_from_draws(options: TimestepOptions, numbers: torch.Tensor, latent_hw: tuple[int, int]) -> torch.Tensor:
@@ -68,7 +68,7 @@ class FlowTimestepSampler:
         options, latent_hw = self.options, (int(latent_shape[-2]), int(latent_shape[-1]))
         mode = options.timestep_sampling
         if mode not in DENSITY_MODES and (
-            mode in MIXTURES or options.num_timestep_buckets or options.preserve_distribution_shape
+            mode in MIXED_MODES or options.num_timestep_buckets or options.preserve_distribution_shape
         ):
             u = self._from_pool(draws) if options.num_timestep_buckets else draws.uniform(PURPOSE)
             return sigmas_from_uniform(options, u, draws.uniform(f"{PURPOSE}: part"), latent_hw).float()

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from library.training import timesteps
-from library.training.timestep_samplers.modes import MIXTURES, SIGMOID_MODES
+from library.training.timestep_samplers.modes import FREE_NORMAL_MODES, SHIFT_MODES, SIGMOID_MODES, parts_of
 
 if TYPE_CHECKING:
     from library.training.timestep_samplers import TimestepOptions
 
 FURTHEST = 1e-300
 """smallest share of a normal law of which a quantile is taken"""
+HALVINGS = 60
+"""of 0..1, in which the inverse of a law without a formula for it lies"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,20 @@ def _normal_between(u: Tensor, first: Tensor, last: Tensor) -> Tensor:
 
 
 def law_of(mode: str, options: TimestepOptions, latent_hw: tuple[int, int]) -> Law:
-    """The law of a mode that draws from one number (no mixture, no table) for latents of this height and width."""
+    """The law of a mode that draws from one number (no mixture, no table) for latents of this height and width, with
+    the shift of --timestep_schedule_shift behind it."""
+    law, shift = _plain_law(mode, options, latent_hw), options.timestep_schedule_shift
+    if shift == 1:
+        return law
+    return Law(
+        law.from_normal, lambda numbers: timesteps.shift_sigmas(law.sigmas(numbers), shift),
+        lambda sigmas: law.numbers(timesteps.shift_sigmas(sigmas, 1 / shift)),
+    )  # fmt: skip
+
+
+def _plain_law(mode: str, options: TimestepOptions, latent_hw: tuple[int, int]) -> Law:
+    if mode == "mode":
+        return _mode_law(options.mode_scale)
     if mode == "logsnr":
         mean, std = options.logit_mean, max(options.logit_std, 1e-12)
         return Law(
@@ -82,10 +97,16 @@ def law_of(mode: str, options: TimestepOptions, latent_hw: tuple[int, int]) -> L
             False, lambda u: timesteps.ideogram4_sigmas(u, latent_hw),
             lambda sigmas: _share((torch.logit(sigmas) - timesteps.ideogram4_mean(latent_hw)) / 1.5),
         )  # fmt: skip
-    if mode == "shift":
-        shift = options.discrete_flow_shift
+    if mode in SHIFT_MODES:
+        shift = 1 / options.discrete_flow_shift if mode == "logit_normal_low" else options.discrete_flow_shift
     else:
         shift = timesteps.shift_of_mode(mode, latent_hw) if mode in timesteps.MU_LINES else 1.0
+    if mode in FREE_NORMAL_MODES:  # logit_normal and logit_normal_low
+        mean, std = options.logit_mean, options.logit_std
+        return Law(
+            True, lambda z: timesteps.shift_sigmas(torch.sigmoid(mean + std * z), shift),
+            lambda sigmas: (torch.logit(timesteps.shift_sigmas(sigmas, 1 / shift).clamp(0, 1)) - mean) / max(std, 1e-12),
+        )  # fmt: skip
     if mode in SIGMOID_MODES:
         scale = options.sigmoid_scale
         return Law(
@@ -99,9 +120,26 @@ def law_of(mode: str, options: TimestepOptions, latent_hw: tuple[int, int]) -> L
     )  # fmt: skip
 
 
+def _mode_law(scale: float) -> Law:
+    """1 - u - scale * (cos^2(pi u / 2) - 1 + u), falling for the scales that `TimestepOptions` takes with it."""
+
+    def sigmas(u: Tensor) -> Tensor:
+        return timesteps.density("mode", u, logit_mean=0.0, logit_std=1.0, mode_scale=scale)
+
+    def numbers(wanted: Tensor) -> Tensor:
+        low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            is_above = sigmas(middle) > wanted
+            low, high = torch.where(is_above, middle, low), torch.where(is_above, high, middle)
+        return (low + high) / 2
+
+    return Law(False, sigmas, numbers)
+
+
 def laws_of(options: TimestepOptions, latent_hw: tuple[int, int]) -> list[tuple[float, Law]]:
     """(share, law) of each part of the chosen mode; one of share 1 where it is no mixture."""
-    parts = MIXTURES.get(options.timestep_sampling, ((1.0, options.timestep_sampling, {}),))
+    parts = parts_of(options.timestep_sampling, options.timestep_mix_low_prob)
     return [(share, law_of(mode, replace(options, **fixed), latent_hw)) for share, mode, fixed in parts]
 
 

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
 TOKEN_LENGTH = 512
 RATE_PATTERNS = {
     "llm_adapter_lr": r"llm_adapter\..*",
@@ -111,7 +110,6 @@ class AnimaFamily(FlowFamily):
     """The wiring of Anima."""
 
     record = FAMILY
-    timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("anima", "cosmos")
     denoiser_writer = "library.anima_utils:save_anima"
     options = AnimaOptions

@@ -30,6 +30,7 @@ from library.training.sampling_prompts import (
     SamplePrompt,
     with_defaults,
 )
+from library.training.timestep_samplers import info_noise_options
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ def ignored_by_flow(model: str) -> dict[str, str]:
         "multires_noise_iterations": noise,
         "multires_noise_discount": noise,
         "zero_terminal_snr": table,
-        "min_snr_gamma": table,
+        "min_snr_gamma": f"{table}; --loss_weighting min_snr weighs as it does",
         "scale_v_pred_loss_like_noise_pred": table,
         "v_pred_like_loss": table,
         "debiased_estimation_loss": table,
@@ -90,8 +91,6 @@ def foreign_to_ddpm(model: str) -> dict[str, str]:
         "sigma_table",
         "preserve_distribution_shape",
         "num_timestep_buckets",
-        "show_timesteps",
-        "show_timesteps_resolution",
     )
     own = f"{reason}; a sampler of your own can be given by its path"
     return {"timestep_sampling": own, **dict.fromkeys(names, reason)}
@@ -189,6 +188,10 @@ class ModelFamily(ABC):
     def check_timesteps(self) -> None:
         """Raise ConfigError when the family has not the chosen way of drawing noise levels."""
         timestep_samplers.check_table(self.config[timestep_samplers.TimestepOptions])
+        self._check_info_noise()
+
+    def _check_info_noise(self) -> None:
+        info_noise_options.check(self.config, weighs=getattr(self.objective(), "weighs", False))
 
     @abstractmethod
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
@@ -309,7 +312,12 @@ class ModelFamily(ABC):
     def timestep_sampler(self, objective: Objective) -> TimestepSampler:
         """What draws the noise levels of training, in the unit of the objective."""
         options = self.config[timestep_samplers.TimestepOptions]
-        return timestep_samplers.build(options, is_flow=objective.is_flow)
+        law = timestep_samplers.build(options, is_flow=objective.is_flow)
+        if not info_noise_options.is_enabled(self.config):
+            return law
+        from library.training.timestep_samplers.info_noise import InfoNoise, InfoNoiseSampler
+
+        return InfoNoiseSampler(law, InfoNoise(self.config[info_noise_options.InfoNoiseOptions]), options, objective)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """From what the cache stores, [B, C, h, w] or [B, C, F, h, w], to what the denoiser sees; of any rank, [B, C,
@@ -503,7 +511,7 @@ class FlowFamily(ModelFamily):
 
     gives_features = True
 
-    timestep_modes: ClassVar[Sequence[str]]
+    timestep_modes: ClassVar[Sequence[str]] = timestep_samplers.MODES
     """the modes of --timestep_sampling that the family has"""
     denoiser_kinds: ClassVar[Sequence[str]]
     """kinds of file (checkpoint_kinds) that --pretrained_model_name_or_path may be"""
@@ -525,6 +533,7 @@ class FlowFamily(ModelFamily):
 
     def check_timesteps(self) -> None:
         timestep_samplers.check(self.config[timestep_samplers.TimestepOptions], self.timestep_modes)
+        self._check_info_noise()
 
     def part_problems(self, part: str) -> list[str]:
         found = self._slot_problems(part)

@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 MODEL_TYPES = ("flux", "chroma")
 """what --model_type chooses: this family or a variant"""
 PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
-TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
 SPLIT_MODE_BLOCKS = 18
 """what the old --split_mode amounts to"""
 TOKEN_LENGTH_DEV, TOKEN_LENGTH_SCHNELL = 512, 256
@@ -114,7 +113,6 @@ class FluxFamily(FlowFamily):
     further_options = (FluxControlOptions,)
 
     record = FAMILY
-    timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("flux",)
     denoiser_writer = "library.flux_utils:save_flow_model"
     options = FluxOptions

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
-TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
 
 _SD_MODELS = "it belongs to Stable Diffusion; HunyuanImage has no such variant"
 _STILL = "the text encoders of HunyuanImage are never trained"
@@ -84,7 +83,6 @@ class HunyuanImageFamily(FlowFamily):
     """The wiring of HunyuanImage 2.1."""
 
     record = FAMILY
-    timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("hunyuan_image",)
     denoiser_writer = "library.hunyuan_image_utils:save_hunyuan_image"
     options = HunyuanImageOptions

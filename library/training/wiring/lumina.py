@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from library.training.run import DiTOutput, Models
 
 PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
-TIMESTEP_MODES = ("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift", "logsnr")
 TOKEN_LENGTH = 256
 
 _SD_MODELS = "it belongs to Stable Diffusion; Lumina-Image 2.0 has no such variant"
@@ -88,7 +87,6 @@ class LuminaFamily(FlowFamily):
     """The wiring of Lumina-Image 2.0."""
 
     record = FAMILY
-    timestep_modes = TIMESTEP_MODES
     denoiser_kinds = ("lumina2",)
     denoiser_writer = "library.lumina_utils:save_lumina"
     options = LuminaOptions

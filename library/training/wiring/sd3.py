@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 TOKEN_LENGTH = 256
 _SD_MODELS = "it belongs to Stable Diffusion 1 and 2; SD3 has no such variant"
 _TIMES = "SD3 draws whole timesteps by --weighting_scheme and --training_shift"
+_OF_SHARED_FILES = frozenset({"sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift"})
+"""laws that front ends write into the files of all families alike; the known script of SD3 reads none of them"""
+LAWS = tuple(mode for mode in timestep_samplers.MODES if mode not in _OF_SHARED_FILES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,7 @@ class Sd3Family(FlowFamily):
     """The wiring of SD3 medium, SD3.5 medium and large."""
 
     record = FAMILY
-    timestep_modes = ("whole",)
+    timestep_modes = LAWS
     denoiser_kinds = FAMILY.kinds
     options = Sd3Options
     defaults = {"timestep_sampling": "whole", "discrete_flow_shift": 1.0}
@@ -118,11 +121,11 @@ class Sd3Family(FlowFamily):
     }  # fmt: skip
     refused = {"weighted_captions": "SD3 has no way to weigh words"}
     foreign = {
-        "timestep_sampling": f"{_TIMES}; a sampler of your own can be given by its path",
+        "timestep_sampling": f"{_TIMES}; beside that it has {', '.join(LAWS)}, and a sampler of your own by its path",
         "sigmoid_scale": _TIMES,
         "discrete_flow_shift": "SD3 has --training_shift",
     }
-    read_values = {"timestep_sampling": timestep_samplers.is_own}
+    read_values = {"timestep_sampling": lambda value: value in LAWS or timestep_samplers.is_own(value)}
     ignored = {
         **ignored_by_flow("SD3"),
         "v2": _SD_MODELS,

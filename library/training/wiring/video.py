@@ -11,7 +11,7 @@ from library.core.options import Ignored, without_effect
 from library.dataset import CachingOptions
 from library.training.computing_options import MemoryOptions, PrecisionOptions
 from library.training.option_groups import ModelOptions, NoiseOptions, SamplingOptions
-from library.training.timestep_samplers import MODES, TimestepOptions
+from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring import video_options
 from library.training.wiring.base import FlowFamily, ignored_by_flow
 from library.training.wiring.video_options import VideoOptions
@@ -34,7 +34,6 @@ class VideoFamily(FlowFamily):
     method that needs the files of such a part is called, nor tokenizers of it."""
 
     options: ClassVar[type[VideoOptions]]
-    timestep_modes = MODES
     loading_options: ClassVar[Mapping[str, tuple[str, ...]]] = {"vae": ("vae_dtype",)}
     """part -> options that say how it is loaded, and nothing of what it makes"""
     embedders_wait: ClassVar[bool] = False

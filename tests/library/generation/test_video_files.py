@@ -13,6 +13,7 @@ from library.core.errors import AtelierError, ConfigError
 from library.core.write_errors import WriteError
 from library.generation import video_files
 from library.generation.video_files import (
+    CODINGS,
     CONTACT_CELLS,
     Encoder,
     contact_sheet,
@@ -20,9 +21,11 @@ from library.generation.video_files import (
     ending_problem,
     has_pyav,
     read_video,
+    read_video_texts,
     write_frames,
     write_video,
 )
+from library.generation.video_requests import CODEC_ENDINGS
 
 ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm") if has_pyav() else (".mp4", ".mov", ".avi")
 
@@ -77,7 +80,7 @@ def test_what_no_file_can_hold_is_refused(tmp_path, made, fps, told):
 
 def test_without_an_encoder_those_tried_are_named(tmp_path, monkeypatch):
     assert "not in '.gif'" in ending_problem(".gif") and ending_problem(".MP4") is None
-    monkeypatch.setattr(video_files, "_works", lambda write, codec, ending: False)
+    monkeypatch.setattr(video_files, "_works", lambda write, codec, ending, **more: False)
     encoder_of.cache_clear()
     try:
         with pytest.raises(ConfigError, match=r"tried: .*avc1 of OpenCV, mp4v of OpenCV.*pip install av"):
@@ -99,7 +102,7 @@ def test_a_file_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
     path = write_video(frames(), tmp_path / "a.mp4", 24)
     before = path.read_bytes()
 
-    def broken(pixels, target, fps, codec):
+    def broken(pixels, target, fps, codec, **more):
         target.write_bytes(b"half")
         raise RuntimeError("no more")
 
@@ -109,7 +112,7 @@ def test_a_file_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
         write_video(frames(), path, 24)
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["a.mp4"]
 
-    def full(pixels, target, fps, codec):
+    def full(pixels, target, fps, codec, **more):
         raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
     for name in ("_write_pyav", "_write_opencv"):
@@ -139,3 +142,20 @@ def test_a_file_without_pictures_is_named(tmp_path):
     (tmp_path / "sound.mp4").write_bytes(b"\0" * 100)
     with pytest.raises(ConfigError, match="sound.mp4"):
         read_video(tmp_path / "sound.mp4")
+
+
+@pytest.mark.skipif(not has_pyav(), reason="needs PyAV")
+@pytest.mark.parametrize(("codec", "ending"), [(c, e) for c, endings in CODEC_ENDINGS.items() for e in endings])
+def test_a_codec_keeps_frames_and_texts_in_equal_bytes(tmp_path, codec, ending):
+    made, texts = frames(4), {"prompt": "a \"bar\" 日本", "seed": "7"}
+    path, again = (write_video(made, tmp_path / f"{name}{ending}", 24.0, codec, texts) for name in "ab")
+    assert path.read_bytes() == again.read_bytes() and read_video_texts(path).items() >= texts.items()
+    read = read_video(path)
+    differences = [np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(made, read, strict=True)]
+    assert max(differences) < 2, "nearly without loss, in their colours"
+    import av
+
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        assert stream.codec_context.name == {"h264": "h264", "h265": "hevc", "prores": "prores"}[codec]
+        assert stream.codec_context.colorspace == 1 and stream.codec_context.pix_fmt == CODINGS[codec].pixels

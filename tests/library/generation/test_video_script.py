@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from safetensors.torch import load_file
 
 from library.core.errors import ConfigError
 from library.generation import video_script
+from library.generation.recorded_files import read_file_texts
+from library.generation.recorded_requests import ENTRY
+from library.generation.video_files import encoder_of, read_video
 from tests.planted import plant
 from tests.toy_video.record import FAMILY
 from tests.toy_video.video_script import ToyScript
@@ -70,10 +74,11 @@ def test_kinds_of_files(run, tmp_path, output_type, names):
     if "{}_latent.safetensors" in names:
         with safe_open(tmp_path / "out" / f"{stem}_latent.safetensors", "pt") as file:
             assert file.get_tensor("latent").shape == (4, 3, 4, 6)
-            assert file.metadata() == {
+            texts = file.metadata()
+            assert ENTRY in texts and texts.items() >= {
                 "seeds": "7", "prompt": "a red cat", "height": "32", "width": "48", "video_length": "5",
                 "infer_steps": "2", "guidance_scale": "2.0", "negative_prompt": "dull",
-            }  # fmt: skip
+            }.items()  # fmt: skip
 
 
 def test_latents_become_the_video_that_was_made_with_them(run, tmp_path):
@@ -90,7 +95,8 @@ def test_latents_become_the_video_that_was_made_with_them(run, tmp_path):
 
     save_file({"latent": load_file(latent)["latent"][None].contiguous()}, bare)
     (again,) = run(f"--latent_path={bare}", prompt=False, folder="bare")
-    assert again.name == "20010909-014640-123_0_0_five.mp4" and again.read_bytes() == video.read_bytes()
+    assert again.name == "20010909-014640-123_0_0_five.mp4"
+    assert [f.tobytes() for f in read_video(again)] == [f.tobytes() for f in read_video(video)]
 
 
 def test_without_metadata_files_tell_nothing(run, tmp_path):
@@ -249,3 +255,42 @@ def test_patterns_belong_to_files_by_their_place():
     ]
     assert [file.multiplier for file in options.files] == [1.0, 1.0] and options.adapters.merged
     assert not VideoAdapterOptions(lora_weight=["a"], lycoris=True).adapters.merged
+
+
+def test_a_video_of_every_kind_is_made_again_of_what_it_tells(run, tmp_path, caplog):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("a 日本 cat --w 32 --f 3 --d 9 --s 1 --g 2 --n a dog\n", encoding="utf-8")
+    kinds = [
+        (["--codec=prores"], ".mkv"), (["--codec=h265", "--keep_pngs", "--image_format=webp"], ".mp4"),
+        (["--codec=h264", "--container=mov"], ".mov"), (["--container=webm"], ".webm"), ([], ".mp4"),
+    ]  # fmt: skip
+    for number, (words, ending) in enumerate(kinds):
+        (made,) = run(*words, f"--from_file={lines}", prompt=False, folder=f"first{number}")
+        (again,) = ToyScript().run([f"--from_metadata={made}", f"--save_path={tmp_path / f'again{number}'}", *words[1:2]])
+        assert made.suffix == ending and made.read_bytes() == again.read_bytes(), words
+        told = read_file_texts(made)
+        assert told["prompt"] == "a 日本 cat" and json.loads(told[ENTRY])["options"]["video_size"] == [32, 32]
+        frames = sorted(made.with_suffix("").glob("*"))
+        assert [frame.suffix for frame in frames] == [".webp"] * 3 * ("--keep_pngs" in words)
+    assert "--codec prores: mkv files, as mp4 has none" in caplog.text
+    (bare,) = run("--no-metadata", "--output_type=video", folder="bare")
+    assert not read_file_texts(bare)
+    (latent,) = run("--output_type=latent", f"--from_file={lines}", prompt=False, folder="latent")
+    (again,) = ToyScript().run([f"--from_metadata={latent}", f"--save_path={tmp_path / 'a'}", "--output_type=latent"])
+    assert again.read_bytes() == latent.read_bytes()
+
+
+def test_codecs_that_files_cannot_hold_are_refused_and_those_without_a_video_are_told(run, caplog, monkeypatch):
+    with pytest.raises(ConfigError, match="--codec is h265: h265 is written into files that end in .mp4, .mov, .mkv"):
+        run("--codec=h265", "--container=webm")
+    run("--codec=h265", "--keep_pngs", "--output_type=latent")
+    assert "--codec has no effect" in caplog.text and "--keep_pngs has no effect" in caplog.text
+    monkeypatch.setattr("library.generation.video_files.has_pyav", lambda: False)
+    encoder_of.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match="--codec is h264: h264 is written by PyAV, which is not installed"):
+            run("--codec=h264")
+        run()
+        assert "settings are not written into video files by OpenCV" in caplog.text
+    finally:
+        encoder_of.cache_clear()

@@ -65,9 +65,12 @@ OWN_OPTIONS = {
 OWN_OF_ALL = {
     "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images",
     "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
-    "plugins", "loss_weight", "hook", "textual_inversion_embeddings", "sigma_table", "show_timesteps_resolution",
+    "plugins", "loss_weight", "loss_weighting", "loss_weighting_gamma", "detail_inv_t_min", "detail_inv_t_max",
+    "weight_cap_ratio", "timestep_schedule_shift", "timestep_mix_low_prob", "hook", "textual_inversion_embeddings", "sigma_table", "show_timesteps_resolution",
     "dynamo_cache_size_limit", "vram_budget", "fp8_fast", "quantize_base", "quantize_text_encoder", "offload_optimizer",
     "progress", "no_progress", "log_every", "loss_curve_steps", "log_metrics", "emit_events",
+    "infonoise_enabled", "infonoise_K", "infonoise_N_warm", "infonoise_M", "infonoise_B", "infonoise_beta",
+    "infonoise_N_min", "infonoise_gate_pivot_c",
 }
 VIDEO = ("hunyuan_video_network", "wan_network", "framepack_network", "hunyuan_video_full")
 """scripts of the known video trainer, whose shared options work in every script"""

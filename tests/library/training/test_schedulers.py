@@ -12,7 +12,7 @@ from library.training import optimizers, schedulers
 from library.training.optimizers import OptimizerOptions
 from library.training.schedulers import SchedulerOptions
 
-NAMES = [entry.name for entry in schedulers.SCHEDULERS if entry.name != "adafactor"]
+NAMES = [entry.name for entry in schedulers.SCHEDULERS if entry.name not in ("adafactor", "none")]
 NEEDED = {"lr_scheduler_min_lr_ratio": 0.1}
 
 
@@ -35,6 +35,8 @@ def advance(optimizer, scheduler, steps: int) -> list[float]:
 def options_named(name: str) -> SchedulerOptions:
     if name == "piecewise_constant":
         return SchedulerOptions(lr_scheduler=name, lr_scheduler_args=["step_rules=1:3,0.5:8,0.1"])
+    if name == "cosine_with_warm_restarts":
+        return SchedulerOptions(lr_scheduler=name, lr_warmup_steps="3", lr_scheduler_args=["T_0=4"])
     return SchedulerOptions(lr_scheduler=name, lr_warmup_steps="3", lr_decay_steps="25%", **NEEDED)
 
 
@@ -53,6 +55,30 @@ def test_a_resumed_schedule_equals_the_uninterrupted_one(name):
     scheduler.load_state_dict(states[1])
     assert first + advance(optimizer, scheduler, 7) == whole
     assert len(set(whole)) > 1, "the curve moves"
+
+
+def rates_of(total: int, **options) -> list[float]:
+    optimizer, scheduler = made(SchedulerOptions(**options), total)
+    return advance(optimizer, scheduler, total)
+
+
+def test_cosines_end_at_eta_min():
+    """Against torch's own schedules, behind the warm-up."""
+    torch_options = {"lr_scheduler_type": "CosineAnnealingLR", "lr_scheduler_args": ["T_max=12", "eta_min=2e-4"]}
+    expected = rates_of(12, **torch_options)
+    for name in ("cosine", "cosine_with_warmup"):
+        found = rates_of(15, lr_scheduler=name, lr_warmup_steps=3, lr_scheduler_args=["eta_min=2e-4"])
+        assert found[:3] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3]) and found[3:] == pytest.approx(expected), name
+    assert rates_of(9, lr_scheduler="cosine_with_warmup")[-1] > rates_of(9, lr_scheduler="cosine")[-1] > 0
+    assert rates_of(4, lr_scheduler="none") == [1e-3] * 4
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_warm_restarts_are_those_of_torch(factor):
+    args = ["T_0=3", f"T_mult={factor}", "eta_min=1e-5"]
+    expected = rates_of(20, lr_scheduler_type="CosineAnnealingWarmRestarts", lr_scheduler_args=args)
+    found = rates_of(22, lr_scheduler="cosine_with_warm_restarts", lr_warmup_steps=2, lr_scheduler_args=args)
+    assert found[2:] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,6 +115,9 @@ def test_rates_stay_between_zero_and_the_rate(name):
         ({"lr_scheduler_type": "ReduceLROnPlateau"}, {}, None, "metric"),
         ({"lr_scheduler_type": "no_such_package.Thing"}, {}, None, "no_such_package"),
         ({"lr_scheduler": "rex", "lr_scheduler_args": ["min_lr=1"]}, {"learning_rate": 1e-3}, None, "min_lr"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_args": ["eta_min=1"]}, {"learning_rate": 1e-3}, None, "eta_min"),
+        ({"lr_scheduler": "none", "lr_warmup_steps": 5}, {}, None, "none has no warm-up"),
+        ({"lr_scheduler": "cosine_with_warm_restarts", "lr_scheduler_args": ["T_mult=1.5"]}, {}, None, "whole number"),
         ({"lr_scheduler": "polynomial", "lr_scheduler_args": ["lr_end=1"]}, {"learning_rate": 1e-3}, None, "lr_end"),
         (
             {"lr_scheduler": "adafactor"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -44,6 +45,15 @@ def test_families_of_pictures_show_theirs(capsys, family):
     assert sum(shares(shown(capsys, family)).values()) == pytest.approx(100, abs=0.5)
 
 
+@pytest.mark.parametrize("family", ["flux", "sd3", "anima", "hunyuan_image", "lumina", "hunyuan_video", "chroma"])
+def test_every_family_has_every_law(capsys, family):
+    """Those that only other trainers know; of SD3 the shift is that of --training_shift."""
+    shift = "--training_shift=1" if family == "sd3" else "--discrete_flow_shift=1"
+    plain = shares(shown(capsys, family, "--timestep_sampling=logit_normal", shift))
+    assert sum(plain.values()) == pytest.approx(100, abs=0.5) and plain[0] < 0.2 and plain[500] == pytest.approx(4, abs=0.2)
+    assert sum(shares(shown(capsys, family, "--timestep_sampling=krea2_shift")).values()) == pytest.approx(100, abs=0.5)
+
+
 def test_the_resolution_counts_where_the_law_hangs_on_it(capsys):
     small, large = (
         shares(shown(capsys, "flux", "--timestep_sampling=flux_shift", f"--show_timesteps_resolution={size}"))
@@ -63,6 +73,22 @@ def test_the_picture_is_a_png_in_the_output_folder(tmp_path, caplog):
 
 def test_what_is_wrong_is_told(capsys):
     with pytest.raises(ConfigError, match="flux2_shift"):
-        shown(capsys, "anima", "--timestep_sampling=flux2_shift")
+        shown(capsys, "anima", "--timestep_sampling=flux2_shft")
+    with pytest.raises(ConfigError, match="SD3 draws whole timesteps"):
+        shown(capsys, "sd3", "--timestep_sampling=uniform")
     with pytest.raises(ConfigError, match="whole timesteps"):
-        shown(capsys, "sd")
+        shown(capsys, "sd", "--timestep_sampling=sigmoid")
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_families_with_a_table_of_levels_show_theirs(capsys, family):
+    """Whole timesteps from 400 on, all equally often; the weight of the cleanest part from the schedule of Stable
+    Diffusion, and of the noisiest, whose ratios are below 5."""
+    lines = shown(capsys, family, "--min_timestep=400", "--min_snr_gamma=5")
+    assert "equally likely" in lines[0] and "sigma" not in lines[0]
+    percents = shares(lines)
+    assert all((share > 0) == (start >= 400) for start, share in percents.items()) and 3.9 < percents[500] < 4.4
+    weights = lines[lines.index("weight of the loss:") + 1 :]
+    numbers = [float(line.split("|")[0].split()[-1]) for line in weights]
+    kept = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[:25]
+    assert numbers[0] == pytest.approx(np.mean(5 * (1 - kept) / kept), rel=1e-3) and numbers[-1] == 1

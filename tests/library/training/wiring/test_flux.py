@@ -74,8 +74,8 @@ def test_check_knows_sizes_that_do_not_belong_together(tiny, tmp_path):
 
 def test_check_knows_the_block_swap_limit_and_the_timestep_modes(tiny):
     with pytest.raises(ConfigError) as caught:
-        family_of(tiny, blocks_to_swap=3, timestep_sampling="qwen_shift").check()
-    assert "--blocks_to_swap is 3" in str(caught.value) and "qwen_shift" in str(caught.value)
+        family_of(tiny, blocks_to_swap=3, timestep_sampling="tests.nowhere:Law").check()
+    assert "--blocks_to_swap is 3" in str(caught.value) and "tests.nowhere" in str(caught.value)
 
 
 def test_split_mode_is_a_number_of_swapped_blocks_where_none_is_given():
