@@ -85,8 +85,11 @@ class DeviceTables:
         return self._tables[place]
 
 
-def rope_cos_sin(positions: Tensor, axes_dim: Sequence[int], theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary angles position * theta^(-2i/d) for each axis, axes side by side.
+def rope_cos_sin(
+    positions: Tensor, axes_dim: Sequence[int], theta: float, first_axis: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary angles position * theta^(-2i/d) for each axis, axes side by side. `first_axis`
+    [d / 2]: frequencies of the first axis in the place of these.
 
     `positions` [B, L, axes]; each result [B, L, sum(axes_dim) / 2] in float32 and on the CPU, computed in float64
     because angles of large positions lose digits otherwise.
@@ -94,9 +97,29 @@ def rope_cos_sin(positions: Tensor, axes_dim: Sequence[int], theta: float) -> tu
     positions, angles = positions.cpu(), []
     for axis, width in enumerate(axes_dim):
         exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
-        angles.append(positions[..., axis, None].to(torch.float64) * theta**-exponents)
+        frequencies = theta**-exponents if axis or first_axis is None else first_axis.double()
+        angles.append(positions[..., axis, None].to(torch.float64) * frequencies)
     joined = torch.cat(angles, dim=-1)
     return joined.cos().float(), joined.sin().float()
+
+
+TURNS_IN_CLIP = 0.9
+"""of a frequency of time that RifleX slows down, over all latent frames of a clip"""
+
+
+def riflex_frequencies(width: int, theta: float, index: int, frames: int) -> Tensor | None:
+    """[width / 2] float64: the frequencies of the axis of time, the one with this number (from 1 on) so slow that it
+    does not come round within `frames` latent frames; None for index 0. ValueError when there is no such frequency.
+
+    Source: arXiv 2502.15894, section 4.2.
+    """
+    if not index:
+        return None
+    if index > width // 2:
+        raise ValueError(f"riflex_index is {index}; the model has {width // 2} frequencies of time")
+    frequencies = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    frequencies[index - 1] = TURNS_IN_CLIP * 2 * math.pi / frames
+    return frequencies
 
 
 def rotate_pairs(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

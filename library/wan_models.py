@@ -6,6 +6,7 @@ name and class. What makes a variant is in its shapes: `img_emb` and `k_img` are
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import AttentionModule, DeviceTables, in_heads, rms_normed, rope_cos_sin, rotate_pairs
+from library.attention import AttentionModule, DeviceTables, in_heads, riflex_frequencies, rms_normed, rope_cos_sin, rotate_pairs
 from library.custom_offloading_utils import BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
@@ -24,6 +25,7 @@ ROPE_THETA = 10000.0
 IMAGE_NORM_EPS = 1e-5
 VISION_TOKENS = 257
 """of a picture, from the released vision encoder"""
+SMALLEST_LENGTH = 1e-8
 NUM_MODULATIONS = 6
 """shift, scale and gate of self-attention and of the feed-forward layers"""
 
@@ -167,14 +169,46 @@ class WanSelfAttention(AttentionModule):
         )
 
 
+@dataclass(frozen=True)
+class AttentionGuidance:
+    """Normalised attention guidance (arXiv 2505.21179): attention to the prompt goes `scale` times as far from that to
+    another text; the result is at most `tau` times as long, token by token, and `alpha` of it is taken.
+
+    `text`: states [1 or B, T, text_dim] of that text, or its tokens [1 or B, T, D] inside the blocks.
+    """
+
+    text: Tensor
+    scale: float
+    tau: float = 3.5
+    alpha: float = 0.5
+
+    def of(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """Attention [B, L, D] to the prompt and to the other text -> the guided one."""
+        guided = self.scale * positive - (self.scale - 1) * negative
+        usual = positive.abs().sum(dim=-1, keepdim=True)
+        ratio = guided.abs().sum(dim=-1, keepdim=True) / usual.clamp_min(SMALLEST_LENGTH)
+        guided = guided * (ratio.clamp(max=self.tau) / ratio.clamp_min(SMALLEST_LENGTH))
+        return (self.alpha * guided + (1 - self.alpha) * positive).to(positive.dtype)
+
+
 class WanCrossAttention(WanSelfAttention):
     """Attention to the text, whose padding is attended to as well: the model was trained so."""
+
+    guidance: AttentionGuidance | None = None
+    """inside a forward that is guided"""
 
     def forward(self, x: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
         """x [B, L, D], text [B, T, D] -> [B, L, D]."""
         return self.o(self.of_text(self.heads(self.norm_q(self.q(x))), text))
 
     def of_text(self, query: Tensor, text: Tensor) -> Tensor:
+        attended = self.to_tokens(query, text)
+        if self.guidance is None:
+            return attended
+        other = self.guidance.text.expand(len(query), -1, -1)
+        return self.guidance.of(attended, self.to_tokens(query, other))
+
+    def to_tokens(self, query: Tensor, text: Tensor) -> Tensor:
         return self.scaled_attention(query, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
 
 
@@ -273,6 +307,8 @@ class WanModel(BlockStackMixin, nn.Module):
     """The rectified-flow transformer of Wan 2.1, or one of the two experts of Wan 2.2."""
 
     blocks_that_stay = 1  # as many as the known trainer of it swaps
+    riflex_index = 0
+    """see `riflex_frequencies`"""
 
     def __init__(self, params: WanParams) -> None:
         super().__init__()
@@ -318,14 +354,15 @@ class WanModel(BlockStackMixin, nn.Module):
         f_indices: Tensor | None = None,
         skip_block_indices: Collection[int] = (),
         feature_layer: int | None = None,
+        attention_guidance: AttentionGuidance | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity (noise - data) [B, C, F, H, W] float32 of latents x [B, C, F, H, W].
 
         t [B] on the 0..1000 scale, [B, F'] or [B, L] for a time per frame or token; context [B, T, text_dim]: the
         text's states, at most `text_len`, 0 behind the end of each; y [B, in_dim - C, F, H, W]: what stands beside the
         latents; clip_fea [B, N, img_dim]: states of pictures; f_indices [B, F] or [F]: places of the frames in time,
-        0, 1, 2 ... when not given; skip_block_indices: blocks that are passed by. With `feature_layer` also the tokens
-        [B, L, D] after that block. ValueError when sizes or inputs do not go together.
+        0, 1, 2 ... when not given; skip_block_indices: blocks that are passed by; attention_guidance: away from which text
+        attention goes. With `feature_layer` also the tokens [B, L, D] after that block. ValueError when sizes or inputs do not go together.
         """
         self.prepare_block_swap_before_forward()
         self._check(x, y, context, f_indices)
@@ -335,6 +372,9 @@ class WanModel(BlockStackMixin, nn.Module):
         tokens = embedded.flatten(2).transpose(1, 2)  # [B, L, D]
         head_time, times = self._times(t, grid)
         text = self.text_embedding(self._padded(context))  # [B, text_len, D]
+        if attention_guidance is not None:
+            other = self.text_embedding(self._padded(attention_guidance.text))  # [1 or B, text_len, D]
+            self._guide_attention(dataclasses.replace(attention_guidance, text=other))
         image = None
         if clip_fea is not None and self.params.has_vision:
             image = self.img_emb(clip_fea.to(self.dtype))  # [B, N, D]
@@ -349,6 +389,8 @@ class WanModel(BlockStackMixin, nn.Module):
             elif offloader is not None:
                 offloader.after_block(index, ())  # its place is given away all the same
             features += [tokens] if index == feature_layer else []
+        if attention_guidance is not None:
+            self._guide_attention(None)
         patches = self.head(tokens, head_time)
         frames, rows, columns = grid
         pf, ph, pw = self.params.patch_size
@@ -357,6 +399,10 @@ class WanModel(BlockStackMixin, nn.Module):
             pw=pw,
         ).float()  # fmt: skip
         return velocity if feature_layer is None else (velocity, features[0])
+
+    def _guide_attention(self, guidance: AttentionGuidance | None) -> None:
+        for block in self.blocks:
+            block.cross_attn.guidance = guidance
 
     def repeated_blocks(self) -> list[nn.Module]:
         return list(self.blocks)
@@ -392,9 +438,11 @@ class WanModel(BlockStackMixin, nn.Module):
 
         def make() -> Rope:
             positions = grid_positions(torch.tensor(places), rows, columns)
-            return rope_cos_sin(positions, self.params.axes_dim, ROPE_THETA)
+            axes = self.params.axes_dim
+            slowed = riflex_frequencies(axes[0], ROPE_THETA, self.riflex_index, frames)
+            return rope_cos_sin(positions, axes, ROPE_THETA, slowed)
 
-        return self.rope_tables.get((places, rows, columns), device, make)
+        return self.rope_tables.get((places, rows, columns, self.riflex_index), device, make)
 
     def _check(self, x: Tensor, y: Tensor | None, context: Tensor, f_indices: Tensor | None) -> None:
         p = self.params

@@ -16,7 +16,7 @@ from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
 if TYPE_CHECKING:
     from library.training.timestep_samplers import TimestepSampler
-    from library.wan_models import WanModel
+    from library.wan_models import AttentionGuidance, WanModel
 
 SIDE = -1
 """the place in the batch, of no sample, whose noise level decides the side of a step"""
@@ -65,6 +65,7 @@ def predict_velocity(
     known_times: Tensor | None = None,
     skip_layers: Collection[int] = (),
     feature_layer: int | None = None,
+    attention_guidance: AttentionGuidance | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Velocity (noise - data) [B, C, F, h, w] of noisy latents.
 
@@ -77,6 +78,8 @@ def predict_velocity(
     device = noisy_latents.device
     states = to_device(text if isinstance(text, Tensor) else stack_padded(list(text)), device)
     more = {"skip_block_indices": skip_layers, "feature_layer": feature_layer}
+    if attention_guidance is not None:
+        more["attention_guidance"] = attention_guidance
 
     def forward(rows: slice | Tensor) -> Tensor | tuple[Tensor, Tensor]:
         def of_rows(tensor: Tensor) -> Tensor:

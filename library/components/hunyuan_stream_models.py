@@ -26,6 +26,7 @@ from library.attention import (
     of_text,
     per_token,
     plain_norm,
+    riflex_frequencies,
     rms_normed,
     rope_cos_sin,
     rotate_pairs,
@@ -190,12 +191,12 @@ class ModulateDiT(nn.Module):
         return per_token(self.linear(self.act(vec))).chunk(self.factor, dim=-1)
 
 
-def grid_rope(sizes: Sequence[int], axes: Sequence[int], theta: float) -> Rope:
+def grid_rope(sizes: Sequence[int], axes: Sequence[int], theta: float, first_axis: Tensor | None = None) -> Rope:
     """Cosines and sines [1, L, D/2] of the places of a grid (rows and columns, or frames, rows and columns), the last
-    coordinate changing fastest."""
+    coordinate changing fastest. `first_axis`: frequencies of the first one that are not the usual ones."""
     grid = torch.meshgrid(*(torch.arange(size) for size in sizes), indexing="ij")
     positions = torch.stack(grid, dim=-1).flatten(0, -2)[None]  # [1, L, coordinates]
-    return rope_cos_sin(positions, axes, theta)
+    return rope_cos_sin(positions, axes, theta, first_axis)
 
 
 def rotated(states: Tensor, rope: Rope) -> Tensor:
@@ -281,6 +282,11 @@ class StreamDenoiser(StreamStackMixin, nn.Module):
     params: StreamParams
     img_in: nn.Module
 
+    riflex_index = 0
+    """see `riflex_frequencies`"""
+    told_guidance = True
+    """whether an embedded guidance is added, in models that have one"""
+
     def build_rows(self, params: StreamParams, out_width: int, **further: nn.Module) -> None:
         """The parts that all have, and `further` ones at their place in the files; a token holds `out_width` numbers of
         the result."""
@@ -314,12 +320,13 @@ class StreamDenoiser(StreamStackMixin, nn.Module):
     def rope(self, sizes: tuple[int, ...], device: torch.device) -> Rope:
         """Cosines and sines of the places of a grid, computed once for each size."""
         axes, theta = self.params.rope_dim_list, self.params.rope_theta
-        return self.rope_tables.get(sizes, device, lambda: grid_rope(sizes, axes, theta))
+        slowed = riflex_frequencies(axes[0], theta, self.riflex_index, sizes[0])
+        return self.rope_tables.get((sizes, self.riflex_index), device, lambda: grid_rope(sizes, axes, theta, slowed))
 
     def with_guidance(self, vec: Tensor, guidance: Tensor | None) -> Tensor:
         """The vector [B, hidden] or [B, L, hidden] with the embedded scale, where the model follows one. ValueError
         when it is not given."""
-        if not self.params.guidance_embed:
+        if not (self.params.guidance_embed and self.told_guidance):
             return vec
         if guidance is None:
             raise ValueError("guidance is None; a guidance-distilled model needs one scale per sample")

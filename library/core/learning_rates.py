@@ -7,6 +7,7 @@ the groups of one part from parameters that know what their rate hangs on (adapt
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import re
@@ -136,12 +137,13 @@ def parse_block_curves(text: str | None, option: str) -> BlockCurves:
 @dataclass(frozen=True)
 class Member:
     """A parameter with what its rate hangs on: `rule` is (number of a pattern, rate); `is_fast`: it learns `ratio` times
-    as fast as the others (LoRA+)."""
+    as fast as the others (LoRA+); `is_undecayed`: no weight decay draws it to 0."""
 
     parameter: Any
     rule: tuple[int, float] | None = None
     block: int | None = None
     is_fast: bool = False
+    is_undecayed: bool = False
 
 
 def optimizer_groups(
@@ -149,8 +151,8 @@ def optimizer_groups(
     ratio: float | None = None, title: Callable[[int], str] = "reg_lr_{}".format,
 ) -> list[dict[str, Any]]:
     """Groups (`params`, `lr`, `name`) of one part, whose rate is `base`: first what no pattern and no block speaks of,
-    then by block, then by pattern, each split into ordinary and fast parameters. A pattern wins over a block. What has no
-    rate is in no group. `factors`: of the blocks; `title`: what a group is called by the number of its pattern."""
+    then by block, then by pattern, each split into ordinary and fast parameters, and these into those that decay and those that do not
+    (`weight_decay` 0). A pattern wins over a block. What has no rate is in no group. `factors`: of the blocks; `title`: what a group is called by the number of its pattern."""
     places: dict[tuple[int, int], list[Member]] = {}
     for member in members:
         block = -1 if factors is None or member.block is None else member.block
@@ -163,11 +165,12 @@ def optimizer_groups(
             lr, label = own[0].rule[1], f"{name} {title(number_of_rule)}"
         elif block >= 0:
             lr, label = None if base is None else base * factors[block], f"{name}_block{block}"
-        for is_fast in (False, True):
-            params = [member.parameter for member in own if member.is_fast == is_fast]
+        for is_fast, is_undecayed in itertools.product((False, True), repeat=2):
+            params = [m.parameter for m in own if (m.is_fast, m.is_undecayed) == (is_fast, is_undecayed)]
             if params and lr:
-                fast = lr * ratio if is_fast and ratio else lr
-                groups.append({"params": params, "lr": fast, "name": f"{label} plus" if is_fast else label})
+                group = {"params": params, "lr": lr * ratio if is_fast and ratio else lr}
+                group["name"] = label + (" plus" if is_fast else "") + (" undecayed" if is_undecayed else "")
+                groups.append(group | ({"weight_decay": 0.0} if is_undecayed else {}))
     return groups
 
 

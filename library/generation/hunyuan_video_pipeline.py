@@ -38,6 +38,7 @@ class HunyuanVideoPipeline(VideoPipeline):
     ) -> Tensor:
         clips = latents if latents.ndim == 5 else latents[:, :, None]  # a picture is a clip of one frame
         scale = request.embedded_guidance_scale
+        self.denoiser.told_guidance = request.told_guidance
         shown = self.first_frame(request)
         velocity = predict_velocity(
             self.denoiser, clips, times, conditioning, guidance=EMBEDDED_GUIDANCE if scale is None else scale,
@@ -68,9 +69,10 @@ class HunyuanVideoPipeline(VideoPipeline):
             return None
         if request.image_path is None:
             raise ConfigError(PICTURE_NEEDED)
-        wanted = (request.image_path, request.width, request.height, request.seed)
+        wanted = (request.image_path, request.width, request.height, request.seed, request.i2_extra_noise)
         if self._first_frame is None or self._first_frame[0] != wanted:
             pixels = picture_pixels(request.image_path, request.width, request.height).to(self.denoiser.device)
             with torch.no_grad(), computing_on(self.vae, pixels.device):
-                self._first_frame = (wanted, self.encode(pixels, request.seed).float())
+                latents = self.encode(pixels, request.seed).float()
+            self._first_frame = (wanted, self.with_extra_noise(latents, request))
         return self._first_frame[1]

@@ -20,6 +20,8 @@ from library.generation.video_requests import (
     CFG_SKIP_MODES,
     CODEC_ENDINGS,
     LATENT_OUTPUTS,
+    MOST_FREQUENCIES,
+    NOISE_MODES,
     PAD_MODES,
     SLG_MODES,
     VIDEO_OUTPUT_TYPES,
@@ -286,15 +288,48 @@ class StartOptions:
     """A clip to start from"""
 
     video_path: str | None = option(
-        None, help="video file, animated picture or folder of frames, whose first frames the video is made of"
+        None, flags=("--i2i_path",), help="video file, animated picture or folder of frames, whose first frames the video is made of"
     )
-    strength: float = option(0.8, help="share of the steps that change --video_path, 0 to 1", least=0, most=1)
+    strength: float = option(
+        0.8, flags=("--denoise_strength", "--v2v_denoise"), least=0, most=1,
+        help="share of the steps that change --video_path, 0 to 1; in the noise mode direct the noise level from which",
+    )  # fmt: skip
+    noise_mode: str = option(
+        "traditional", choices=NOISE_MODES, flags=("--v2v_noise_mode",),
+        help="which steps change --video_path: traditional, the last --strength of them, or direct, those from the noise"
+        " level on that is nearest to --strength",
+    )  # fmt: skip
+    v2_extra_noise: float = option(
+        0.0, flags=("--v2v_extra_noise",), least=0,
+        help="so much more of the noise on --video_path; useful from 0.01 to 0.02",
+    )  # fmt: skip
     v2v_pad_mode: str = option(
         "end", choices=PAD_MODES, help="which end of a --video_path that is too short is repeated"
     )
 
     def request_fields(self) -> dict[str, Any]:
-        return dict(video_path=self.video_path, strength=self.strength, pad_mode=self.v2v_pad_mode)
+        return dict(
+            video_path=self.video_path, strength=self.strength, pad_mode=self.v2v_pad_mode, noise_mode=self.noise_mode,
+            v2_extra_noise=self.v2_extra_noise,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongClipOptions:
+    """Longer clips, and noise on the first frame"""
+
+    i2_extra_noise: float = option(
+        0.0, flags=("--i2v_extra_noise",), least=0,
+        help="noise on the latents of --image_path, for more movement; useful from 0.02 to 0.04",
+    )  # fmt: skip
+    riflex_index: int = option(
+        0, least=0, most=MOST_FREQUENCIES,
+        help="RifleX: which frequency of time, counted from 1, is slowed down for clips that are longer than those of the"
+        " training; the page of the script says which; 0 = none",
+    )  # fmt: skip
+
+    def request_fields(self) -> dict[str, Any]:
+        return dict(i2_extra_noise=self.i2_extra_noise, riflex_index=self.riflex_index)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@ steps, blocks that are left out."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from library.core.errors import ConfigError
+from library.core.keyed_random import key_seed
 from library.dataset.bucket import centre_offset, cover_size
 from library.dataset.media_utils import image_extensions, resize_and_crop
 from library.families.registry import record_of
@@ -52,16 +54,34 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
         raise ConfigError(f"{record_of(self.family).title} makes no clip from another one (video_path)")
 
     def sigmas(self, request: VideoRequest) -> Tensor:
-        """Those of a clip that starts from another one are the last int(steps * strength) steps."""
+        """Those of a clip that starts from another one are the last ones, as `noise_mode` says."""
         sigmas = super().sigmas(request)
-        return sigmas if request.video_path is None else sigmas[len(sigmas) - 1 - kept_steps(request) :]
+        if request.video_path is None:
+            return sigmas
+        if request.noise_mode == "direct":
+            return sigmas[int((sigmas - request.strength).abs().argmin()) :]
+        return sigmas[len(sigmas) - 1 - kept_steps(request) :]
 
     def start(self, request: VideoRequest, sigmas: Tensor) -> Tensor:
         noise = self.noise(request)
         if request.video_path is None:
             return noise
         clip = self.starting_clip(request)
-        return sigmas[0] * noise.to(clip) + (1 - sigmas[0]) * clip
+        more = request.v2_extra_noise if len(sigmas) > 1 else 0.0  # no step would take it away again
+        return (sigmas[0] + more) * noise.to(clip) + (1 - sigmas[0]) * clip
+
+    def latents_together(
+        self, requests: Sequence[VideoRequest], conditioning: Conditioning, negative: Conditioning | None
+    ) -> Tensor:
+        self.denoiser.riflex_index = requests[0].riflex_index
+        return super().latents_together(requests, conditioning, negative)
+
+    def with_extra_noise(self, latents: Tensor, request: VideoRequest) -> Tensor:
+        """Latents of a first frame, or of what stands beside a clip, with `i2_extra_noise`."""
+        if not request.i2_extra_noise:
+            return latents
+        noise = start_noise(key_seed(request.seed, "noise on the first frame"), *latents.shape[1:])
+        return latents + request.i2_extra_noise * noise.to(latents)
 
     def noise(self, request: VideoRequest) -> Tensor:
         return start_noise(request.seed, *self.latent_shape(request))
@@ -86,7 +106,8 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
         steps = len(sigmas) - 1
         wanted = guided_steps(request.cfg_skip_mode, request.cfg_apply_ratio, steps)
         alone = super().guided(request, conditioning, None)
-        both = super().guided(request, conditioning, negative)
+        asked = dataclasses.replace(request, told_guidance=not request.disable_embedded_for_cfg)
+        both = super().guided(asked, conditioning, negative)
         skipping = skip and self._skipping(request, conditioning, negative)
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:

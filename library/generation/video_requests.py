@@ -30,6 +30,9 @@ CODEC_ENDINGS = {
 }  # fmt: skip
 """names of --codec -> files that hold it, that in the place of others first"""
 PAD_MODES = ("front", "end")
+NOISE_MODES = ("traditional", "direct")
+MOST_FREQUENCIES = 128
+"""more than any model has on its axis of time"""
 CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 SLG_MODES = ("original", "uncond")
 
@@ -69,6 +72,19 @@ class VideoRequest(PictureRequest):
     strength: float = 0.8
     pad_mode: str = "end"
     """which end of a `video_path` that is too short is repeated"""
+    noise_mode: str = "traditional"
+    """which steps change a `video_path`: "traditional" the last int(steps * strength), "direct" those from the one on
+    whose noise level is nearest to `strength`"""
+    v2_extra_noise: float = 0.0
+    """of the start's noise once more, on a `video_path`"""
+    i2_extra_noise: float = 0.0
+    """noise on the latents of `image_path`"""
+    disable_embedded_for_cfg: bool = False
+    told_guidance: bool = True
+    """whether distilled models are told their guidance; with `disable_embedded_for_cfg` not in steps that are guided by
+    the negative text"""
+    riflex_index: int = 0
+    """the temporal frequency, counted from 1, that is slowed down to less than one turn in the clip; 0 = none"""
     control_path: str | None = None
     """clip, or folder of frames, that the frames follow"""
     control_image_paths: tuple[str, ...] = ()
@@ -85,7 +101,7 @@ class VideoRequest(PictureRequest):
 
     @property
     def made_steps(self) -> int | None:
-        if self.video_path is None or self.steps is None:
+        if self.video_path is None or self.steps is None or self.noise_mode == "direct":
             return self.steps
         return int(self.steps * self.strength)
 
@@ -114,6 +130,12 @@ def guided_steps(mode: str, ratio: float | None, steps: int) -> list[bool]:
 
 
 
+def read_noise_mode(text: str) -> str:
+    if text not in NOISE_MODES:
+        raise ValueError(f"{' or '.join(NOISE_MODES)} is needed")
+    return text
+
+
 VIDEO_LINES: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
     **guidance_letters(),
@@ -123,6 +145,10 @@ VIDEO_LINES: Mapping[str, LineOption] = {
     "ei": LineOption("end_image_path", read_text),
     "v": LineOption("video_path", read_text),
     "st": LineOption("strength", read_share),
+    "nm": LineOption("noise_mode", read_noise_mode),
+    "vn": LineOption("v2_extra_noise", read_not_negative),
+    "in": LineOption("i2_extra_noise", read_not_negative),
+    "ri": LineOption("riflex_index", Whole(0, MOST_FREQUENCIES, 4)),
     "cn": LineOption("control_path", read_text),
     "ci": LineOption("control_image_paths", read_text, repeats=True),
     "cim": LineOption("control_mask_paths", read_text, repeats=True),

@@ -20,12 +20,14 @@ from library.families.registry import record_of
 from library.generation.adapter_files import MergedModelOptions
 from library.generation.guidance_options import GuidanceOptions
 from library.generation.latent_script import LatentScript
+from library.generation.nag_options import NagOptions
 from library.generation.recorded_requests import ENTRY
 from library.generation.requests import SessionOptions
 from library.generation.script import format_problems, free_path
 from library.generation.step_options import SamplerStepOptions, StepOptions
 from library.generation.video_options import (
     CompileOptions,
+    LongClipOptions,
     StartOptions,
     StepGuidanceOptions,
     VideoAdapterOptions,
@@ -71,7 +73,8 @@ class VideoScript(LatentScript[VideoRequest]):
     compilation: ClassVar[type[CompileOptions]] = CompileOptions
     request_class: ClassVar[type[VideoRequest]] = VideoRequest
     request_groups: ClassVar[tuple[type, ...]] = (
-        StartOptions, StepGuidanceOptions, GuidanceOptions, StepOptions, SamplerStepOptions,
+        StartOptions, LongClipOptions, StepGuidanceOptions, GuidanceOptions, StepOptions,
+        SamplerStepOptions, NagOptions,
     )  # fmt: skip
     """groups that say fields of a request, where the script has them"""
     size_step = 16
@@ -84,7 +87,8 @@ class VideoScript(LatentScript[VideoRequest]):
     }  # fmt: skip
     kind = "video"
     needs: ClassVar[Mapping[str, str]] = {
-        "strength": "video_path", "v2v_pad_mode": "video_path", "cfg_skip_mode": "cfg_apply_ratio",
+        "strength": "video_path", "v2v_pad_mode": "video_path", "noise_mode": "video_path",
+        "v2_extra_noise": "video_path", "i2_extra_noise": "image_path", "cfg_skip_mode": "cfg_apply_ratio",
         "cfg_apply_ratio": "cfg_skip_mode", "fp8_fast": "fp8_scaled",
         **dict.fromkeys(("slg_layers", "slg_scale", "slg_start", "slg_end"), "slg_mode"), "slg_mode": "slg_layers",
         **{f"compile_{name}": "compile" for name in ("backend", "mode", "dynamic", "fullgraph", "cache_size_limit")},
@@ -127,6 +131,10 @@ class VideoScript(LatentScript[VideoRequest]):
         """Files that do not fit each other, a block swap that the depth does not allow, tokenizers that are not
         there."""
         return []
+
+    def frequencies_of_time(self, config: Config) -> int | None:
+        """How many --riflex_index can choose among, from the header of the denoiser; None where that cannot be read."""
+        return None
 
     def build_parser(self) -> argparse.ArgumentParser:
         return script_parser(f"Make videos with {self.title}", self.groups)
@@ -365,6 +373,8 @@ class VideoScript(LatentScript[VideoRequest]):
             return []
         named = list(self.named_files(request))
         found = [problem for name, path in named if (problem := unreadable(name, path))]
+        if request.riflex_index and (count := self.frequencies_of_time(config)) and request.riflex_index > count:
+            found.append(f"--riflex_index is {request.riflex_index}; the model has {count} frequencies of time")
         if named and not self._needs_vae(config):
             found.append(f"--{named[0][0]} is encoded by the autoencoder; --vae is not given")
         return found
@@ -394,6 +404,10 @@ class VideoScript(LatentScript[VideoRequest]):
         else:
             names = [name for name in ("codec", "keep_pngs", "container") if name in config.explicit]
             found += [f"--{name} has no effect: --output_type {options.output_type} writes no video" for name in names]
+        if LongClipOptions in config and config[LongClipOptions].riflex_index:
+            found.append(
+                "--riflex_index slows a frequency down by the number of latent frames (known tools count pixel frames)"
+            )
         return found + self._idle(config)
 
     def _idle(self, config: Config) -> list[str]:

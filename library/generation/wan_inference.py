@@ -11,6 +11,7 @@ from library.core.errors import AtelierError, ConfigError, Problems, problems_of
 from library.core.options import Config
 from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, boundary_of
 from library.generation.adapter_files import file_problem
+from library.generation.nag_options import NagOptions
 from library.generation.requests import DTYPE_NAMES
 from library.generation.video_options import OldCompileOptions
 from library.generation.video_requests import VideoRequest
@@ -52,6 +53,7 @@ class WanScript(VideoScript):
     request_class = WanRequest
     needs = {
         **VideoScript.needs, "control_image_path": "one_frame_inference",
+        **dict.fromkeys(("nag_tau", "nag_alpha", "nag_prompt"), "nag_scale"),
         **dict.fromkeys(
             ("timestep_boundary", "offload_inactive_dit", "lazy_loading", "guidance_scale_high_noise"),
             "dit_high_noise",
@@ -133,6 +135,12 @@ class WanScript(VideoScript):
         return frames[: max(len(frames) - trimmed, 1)] if trimmed else frames
 
     # -- loading -------------------------------------------------------------------------------------------------------
+
+    def frequencies_of_time(self, config: Config) -> int | None:
+        try:
+            return self._params(config).axes_dim[0] // 2 if config[self.models].dit else None
+        except (AtelierError, OSError):
+            return None  # `check` tells of the file
 
     def slots(self, config: Config) -> list[tuple[str, set[str]]]:
         found = [("dit", {"wan"}), ("t5", {"umt5"})]
@@ -298,6 +306,9 @@ class WanScript(VideoScript):
             )
         if "video_path" in config.explicit:
             found.append("--video_path is what the video starts from (known scripts take it and do not read it)")
+        nag = config[NagOptions]
+        if nag.nag_scale is not None and nag.nag_alpha > 1:
+            found.append(f"--nag_alpha is {nag.nag_alpha}; above 1 it goes beyond the guided attention, which overshoots")
         if options.dit_high_noise is not None and "high" in Path(options.dit).name.lower():
             found.append("--dit has a name that says much noise; it is the expert for little noise")
         return found

@@ -14,10 +14,12 @@ from library.core.plugins import PluginOptions
 from library.families.wan_tasks import TASKS
 from library.generation.adapter_files import ListedAdapterOptions, MergedModelOptions
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
+from library.generation.nag_options import NAG_LINES, NagOptions
 from library.generation.requests import DTYPE_NAMES, SampledRequest, SessionOptions
 from library.generation.step_options import STEP_LINES, StepOptions
 from library.generation.video_options import (
     LengthOptions,
+    LongClipOptions,
     OldCompileOptions,
     StartOptions,
     StepGuidanceOptions,
@@ -42,6 +44,19 @@ class WanRequest(VideoRequest, SampledRequest):
 
     sampler: str = SOLVERS["unipc"]
     cfg_scale_high_noise: float | None = None
+    nag_scale: float | None = None
+    """None: no guidance inside the attention"""
+    nag_tau: float = 3.5
+    nag_alpha: float = 0.5
+    nag_prompt: str | None = None
+
+    @property
+    def further_texts(self) -> dict[str, str]:
+        found = super().further_texts
+        if self.nag_scale is None:
+            return found
+        text = self.negative_prompt if self.nag_prompt is None else self.nag_prompt
+        return {**found, "attention": text or ""}
 
     @property
     def negative_text(self) -> str | None:
@@ -121,6 +136,11 @@ class WanModelOptions(VideoModelOptions):
     force_v2_1_time_embedding: bool = equivalent_option(
         False, help="one time embedding for each sample",
         reason="--force_v2_1_time_embedding: one embedding is made for each distinct time, which is as small",
+    )  # fmt: skip
+
+    rope_func: str = equivalent_option(
+        "default", choices=("default", "comfy"), help="how tokens are turned by their places",
+        reason="--rope_func: tokens are turned one way, which compiles and gives the numbers of both",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -239,11 +259,12 @@ class WanClipOptions(LengthOptions):
 
 GROUPS = (
     PluginOptions, WanModelOptions, OldCompileOptions, WanAdapterOptions, MergedModelOptions, WanClipOptions,
-    StartOptions, StepGuidanceOptions, StepOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
+    StartOptions, LongClipOptions, StepGuidanceOptions, StepOptions, GuidanceOptions,
+    NagOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 _NO_MASKS = dataclasses.replace(VIDEO_LINES["cim"], ignored="control pictures are seen whole")
-_LETTERS = ("w", "h", "f", "d", "s", "l", "c", "fs", "i", "ei", "cn", "n", "ci", "of", "m", "v", "st")
+_LETTERS = ("w", "h", "f", "d", "s", "l", "c", "fs", "i", "ei", "cn", "n", "ci", "of", "m", "v", "st", "nm", "vn", "in", "ri")
 LINE_OPTIONS: Mapping[str, LineOption] = {
-    **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, **GUIDANCE_LINES, **STEP_LINES, "g": VIDEO_LINES["l"], "cim": _NO_MASKS,
+    **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, **GUIDANCE_LINES, **STEP_LINES, **NAG_LINES, "g": VIDEO_LINES["l"], "cim": _NO_MASKS,
 }  # fmt: skip

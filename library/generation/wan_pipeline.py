@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from library.core.errors import ConfigError
+from library.dataset.collate import stack_padded
 from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, is_high_noise
 from library.generation.control_pictures import open_picture
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, Conditioning, computing_on
@@ -20,6 +21,7 @@ from library.generation.wan_options import WanRequest, parse_one_frame
 from library.training.timesteps import shift_sigmas
 from library.wan_clip_utils import vision_states
 from library.wan_conditioning_utils import OneFrame, generation_condition, one_frame, one_frame_conditions
+from library.wan_models import AttentionGuidance
 from library.wan_train_utils import predict_velocity
 
 LARGEST_SIGMA = 0.999
@@ -65,7 +67,7 @@ class WanPipeline(VideoPipeline):
         places = None if made.layout is None else of_each(torch.tensor([made.layout.f_indices]))
         return predict_velocity(
             self.denoiser, latents, times, conditioning["t5"], y=of_each(made.y), vision=of_each(made.vision),
-            f_indices=places, skip_layers=skip_layers,
+            f_indices=places, skip_layers=skip_layers, attention_guidance=conditioning.get("attention"),
         )  # fmt: skip
 
     def schedule(self, request: WanRequest) -> Tensor:
@@ -79,6 +81,7 @@ class WanPipeline(VideoPipeline):
     def guided(
         self, request: WanRequest, conditioning: Conditioning, negative: Conditioning | None
     ) -> Callable[[Tensor, Tensor], Tensor]:
+        conditioning = self._with_guidance(conditioning, request)
         low = high = super().guided(request, conditioning, negative)
         boundary = self.boundary
         if boundary is None:
@@ -93,6 +96,14 @@ class WanPipeline(VideoPipeline):
             return (high if is_high_noise(float(sigma), boundary) else low)(latents, sigma)
 
         return velocity
+
+    def _with_guidance(self, conditioning: Conditioning, request: WanRequest) -> Conditioning:
+        """The prompt with what its attention is guided away from, where the request asks for that."""
+        if request.nag_scale is None:
+            return conditioning
+        text = stack_padded(list(self.brought(self.further["attention"])["t5"]))
+        guidance = AttentionGuidance(text, request.nag_scale, request.nag_tau, request.nag_alpha)
+        return {**conditioning, "attention": guidance}
 
     def latent_shape(self, request: WanRequest) -> tuple[int, ...]:
         channels, *_, height, width = super().latent_shape(request)
@@ -116,7 +127,8 @@ class WanPipeline(VideoPipeline):
             "width", "height", "frames", "image_path", "end_image_path", "control_path", "control_image_paths",
             "one_frame",
         )  # fmt: skip
-        key = tuple(getattr(request, name) for name in names)
+        noise = (request.i2_extra_noise, request.seed if request.i2_extra_noise else None)
+        key = (*(getattr(request, name) for name in names), *noise)
         if self._kept is None or self._kept[0] != key:
             self._kept = (key, self._condition(request))
         return self._kept[1]
@@ -153,8 +165,12 @@ class WanPipeline(VideoPipeline):
                 latents_of, request.frames, first=picture(request.image_path), last=picture(request.end_image_path),
                 control=control, takes_last=self.task.takes_last,
             )  # fmt: skip
+        y = made.y
+        if request.image_path and y is not None:  # the last channels are the latents of the pictures
+            own = self.latent_spec.channels
+            y = torch.cat((y[:, :-own], self.with_extra_noise(y[:, -own:], request)), dim=1)
         pictures = [request.image_path, request.end_image_path if self.task.takes_last else None]
-        return WanCondition(made.y, self._vision([path for path in pictures if path]), made.latent_frames)
+        return WanCondition(y, self._vision([path for path in pictures if path]), made.latent_frames)
 
     def _vision(self, paths: Sequence[str]) -> Tensor | None:
         """States [1, n * 257, D] of pictures, as they are in their files; None where nothing looks at them."""

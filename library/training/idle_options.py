@@ -17,6 +17,7 @@ from library.training.option_groups import (
     LoggingOptions,
     LoopOptions,
     NoiseOptions,
+    ProgressOptions,
     ResumeOptions,
     SamplingOptions,
     SavingOptions,
@@ -76,6 +77,9 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
     yield from _idle_samples(config[SamplingOptions])
     yield from _idle_memory(config)
     yield from _idle_logs(config[LoggingOptions])
+    progress = config[ProgressOptions]
+    if progress.loss_curve_steps is not None and progress.display not in (None, "panel"):
+        yield "loss_curve_steps", f"has no effect without the panel, and --progress {progress.display} is shown"
     noise, hub, resume = config[NoiseOptions], config[HubOptions], config[ResumeOptions]
     for name, owner in _NOISE.items():
         if name in config.explicit and getattr(noise, name) and not getattr(noise, owner):

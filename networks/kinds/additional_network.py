@@ -51,6 +51,7 @@ class AdditionalNetwork(nn.Module):
         self._choosing = [m for m in self.loras if type(m).on_step_draws is not AdapterModule.on_step_draws]
         self.train_t5xxl = bool(settings.get("train_t5xxl", False))
         self.block_lr_weight = block_factors(targets, settings)
+        self.undecayed = settings.get("excludes_weight_decay") or []
         self.set_loraplus_lr_ratio(
             settings.get("loraplus_lr_ratio"),
             settings.get("loraplus_unet_lr_ratio"),
@@ -174,6 +175,11 @@ class AdditionalNetwork(nn.Module):
             groups += self._groups(modules, rate, self.loraplus_text_encoder_lr_ratio, label)
         rate = unet_lr if unet_lr is not None else default_lr
         groups += self._groups(self.unet_loras, rate, self.loraplus_unet_lr_ratio, "unet")
+        names = [f"{module.lora_name}.{name}" for module in self.loras for name, _ in module.named_parameters()]
+        for pattern in self.undecayed:
+            if names and not any(map(pattern.search, names)):
+                text = "--network_args excludes_weight_decay: no weight of the network has '%s' in its name (the first: %s)"
+                logger.warning(text, pattern.pattern, names[0])
         return groups, [group.pop("name") for group in groups]
 
     def _text_encoder_rates(self, rates: float | Sequence[float] | None, default: float | None) -> list[float | None]:
@@ -194,7 +200,10 @@ class AdditionalNetwork(nn.Module):
     ) -> list[dict[str, Any]]:
         """The groups of one part: by rate pattern, by block, ordinary and LoRA+ parameters."""
         members = [
-            Member(p, module.rate, module.block, ratio is not None and any(part in n for part in module.plus_names))
+            Member(
+                p, module.rate, module.block, ratio is not None and any(part in n for part in module.plus_names),
+                any(pattern.search(f"{module.lora_name}.{n}") for pattern in self.undecayed),
+            )
             for module in modules
             for n, p in module.named_parameters()
         ]

@@ -85,6 +85,7 @@ TRAINING_ONLY = (
     "tlora_min_rank",
     "tlora_alpha_rank_scale",
     "block_lr_zero_threshold",
+    "excludes_weight_decay",
     "verbose",
 )
 
@@ -117,6 +118,7 @@ def argument_parsers(targets: NetworkTargets) -> dict[str, Callable[[Any], Any]]
         "network_reg_lrs": lambda text: pattern_values(text, rate),
         "exclude_patterns": patterns,
         "include_patterns": patterns,
+        "excludes_weight_decay": patterns,
         "train_norm": parse_bool,
         "verbose": parse_bool,
     }

@@ -7,6 +7,8 @@ from torch import nn
 from library.core.errors import CheckpointError, ConfigError
 from library.core.keyed_random import StepDraws
 from library.flux_models import Flux, FluxParams
+from library.training import optimizers
+from library.training.optimizers import OptimizerOptions
 from networks.lora import LoRAModule, create_network, create_network_from_weights, fuse_pairs, lora_delta, split_pair
 
 LAYERS = {
@@ -378,6 +380,26 @@ def test_groups_of_rates_and_loraplus():
     assert not any(id(parameter) in trained for lora in mlp for parameter in lora.parameters())
     ups = [lora.lora_up.weight for lora in network.unet_loras if "_mlp" not in lora.lora_name]
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in ups}
+
+
+def test_named_weights_are_excluded_from_weight_decay(caplog):
+    network = network_for(tiny_flux(), loraplus_lr_ratio="2", excludes_weight_decay="['img_mlp.*lora_up','nowhere']")
+    groups, names = network.prepare_optimizer_params(None, None, 1e-4)
+    assert names == ["unet", "unet plus", "unet plus undecayed"]
+    assert "no weight of the network has 'nowhere' in its name" in caplog.text and "img_mlp" not in caplog.text
+    ups = [lora.lora_up.weight for lora in network.unet_loras if "img_mlp" in lora.lora_name]
+    assert {id(p) for p in groups[2]["params"]} == {id(p) for p in ups}
+    assert [group.get("weight_decay") for group in groups] == [None, None, 0.0]
+    build = optimizers.build(OptimizerOptions(learning_rate=1e-4), groups)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for parameter in parameters:
+        nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    build.optimizer.step()
+    still = {id(p) for p in parameters if bool((p == 1).all())}
+    assert still == {id(p) for p in ups} and build.notices == []
+    plain = optimizers.build(OptimizerOptions(optimizer_type="SGDNesterov"), groups)
+    assert "weight_decay of SGDNesterov is 0" in plain.notices[0]
 
 
 def test_rates_of_zero_and_none():

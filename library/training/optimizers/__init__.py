@@ -421,7 +421,13 @@ def build(
     if switches_weights(optimizer):
         optimizer.train()
     args_text = ",".join(f"{key}={value}" for key, value in choice.recorded.items())
-    return OptimizerBuild(optimizer, choice, f"{cls.__module__}.{cls.__qualname__}", args_text, log_lines(choice))
+    notices = log_lines(choice)
+    if any(group.get("weight_decay") == 0 for group in groups) and not getattr(optimizer, "defaults", {}).get("weight_decay"):
+        notices.append(
+            f"excludes_weight_decay has no effect: weight_decay of {choice.name} is 0; --optimizer_args weight_decay=0.01"
+            " sets it"
+        )
+    return OptimizerBuild(optimizer, choice, f"{cls.__module__}.{cls.__qualname__}", args_text, notices)
 
 
 def _fused_argument(choice: OptimizerChoice, groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
