@@ -58,7 +58,7 @@ def test_every_step_and_epoch_has_a_line_with_its_values(tmp_path):
     assert set(lines[4]) == {"step", "epoch", "axis", "time", "loss/epoch_average"} and lines[4]["epoch"] == 1
 
 
-@pytest.mark.parametrize("further, tail", [(6, b""), (7, b'{"step": 8, "ep'), (5, b"not JSON\n"), (6, b"[1]\n")])
+@pytest.mark.parametrize("further, tail", [(6, b""), (5, b'{"step": 5}'), (7, b'{"step": 8, "ep'), (5, b"not JSON\n"), (6, b"[1]\n")])
 def test_a_run_that_goes_on_doubles_no_line_and_keeps_no_broken_one(tmp_path, further, tail):
     """It was at a later step, and perhaps in the middle of a line, when it was killed after its state of step 5."""
     run_to(tmp_path, 5)
