@@ -17,17 +17,18 @@ _RENAMES = (
     (r"^RRDB_trunk\.(\d+)\.RDB(\d)\.", r"body.\1.rdb\2."),  # the first release of ESRGAN, BSRGAN
     (r"^trunk_conv\.", "conv_body."), (r"^HRconv\.", "conv_hr."), (r"^(?:upconv|conv_up)(\d)\.", r"conv_up.\1."),
 )  # fmt: skip
+_OLD_MARK = "model.1.sub.0.RDB1.conv1.0.weight"
 _OLD = re.compile(r"^model\.(\d+)\.(.*)$")
 
 
 def is_rrdb(names: Mapping[str, object]) -> bool:
     """Whether a file with tensors of these names is an RRDBNet."""
-    return "conv_first.weight" in names or "model.1.sub.0.RDB1.conv1.0.weight" in names
+    return any(f"{block}.conv1.weight" in names for block in ("body.0.rdb1", "RRDB_trunk.0.RDB1")) or _OLD_MARK in names
 
 
 def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the names of RRDBNet."""
-    if "model.1.sub.0.RDB1.conv1.0.weight" in tensors:
+    if _OLD_MARK in tensors:
         tensors = _of_old_names(tensors)
     found = {}
     for name, tensor in tensors.items():

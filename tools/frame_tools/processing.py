@@ -200,7 +200,7 @@ def process_files(
 ) -> list[Path]:
     """The results that could be made; files that cannot be read or made are told, counted and left out."""
     made = []
-    with frame_bar() as bar:
+    with frame_bar(sum(not is_video(source) for source, _ in wanted)) as bar:
         for source, target in wanted:
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -218,15 +218,16 @@ def process_files(
 
 
 @contextmanager
-def frame_bar() -> Iterator[Any]:
-    """A bar that counts frames. It writes past what encoders are kept from printing."""
+def frame_bar(known: int = 0) -> Iterator[Any]:
+    """A bar that counts frames, `known` of them and those of videos as these come. It writes past what encoders are
+    kept from printing."""
     from tqdm import tqdm
 
     try:
         own = os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding="utf-8", errors="replace")
     except (OSError, ValueError, AttributeError):  # no console
         own = sys.stderr
-    with tqdm(unit="frame", file=own) as bar:
+    with tqdm(total=known, unit="frame", file=own) as bar:
         yield bar
     if own is not sys.stderr:
         own.close()
@@ -248,7 +249,7 @@ def process_video(
 
     check = look_at_video(source)
     fps = float(check.rate or DEFAULT_RATE)
-    bar.total = (bar.n or 0) + check.frames * processor.rate
+    bar.total += (check.frames - 1) * processor.rate + 1
     bar.set_description(Path(source).name)
     frames = (read()[..., :3] for read in reader_of(source).each_frame(source, False))
     results = map(even_sides, processor.frames(frames, fps))

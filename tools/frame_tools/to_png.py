@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from library.core.errors import AtelierError
 from library.core.options import Config, option
@@ -83,13 +84,14 @@ def folder_of(path: str, options: VideoToPngOptions) -> Path:
     return Path(options.output) / source.stem if os.path.isdir(options.input or "") else Path(options.output)
 
 
-def write_all(path: str, folder: Path, most: int | None, bar: object) -> None:
+def write_all(path: str, folder: Path, most: int | None, bar: Any) -> None:
     """`{number:06d}.png` from 0 on. ImageFileError for a video that cannot be read."""
     from library.dataset.clips.video_files import look_at_video, reader_of
     from library.dataset.image_files import write_image
 
-    look_at_video(path)
+    count = look_at_video(path).frames
+    bar.total += count if most is None else min(count, most)
     folder.mkdir(parents=True, exist_ok=True)
     for number, read in enumerate(itertools.islice(reader_of(path).each_frame(path, False), most)):
         write_image(folder / f"{number:06d}.png", read()[..., :3])
-        bar.update()  # type: ignore[attr-defined]
+        bar.update()

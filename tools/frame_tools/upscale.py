@@ -102,10 +102,17 @@ def load(config: Config) -> Upscaler:
 
 
 def spandrel_problem() -> str | None:
-    """Why spandrel cannot be used, or None. It imports torchvision, which has to fit the installed torch."""
+    """Why spandrel cannot be used, or None: it imports torchvision, which has to fit the installed torch."""
     if find_spec("torchvision") is None:
         return "the package spandrel, which reads it, needs torchvision; install the one that fits your torch, and spandrel"
-    return None if find_spec(NEEDED) else "the package spandrel, which reads it, is not installed: pip install spandrel"
+    if find_spec(NEEDED) is None:
+        return "the package spandrel, which reads it, is not installed: pip install spandrel"
+    try:
+        import spandrel  # noqa: F401
+    except Exception as error:  # torchvision raises RuntimeError where it does not fit
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"the package spandrel, which reads it, cannot be imported ({reason}); does torchvision fit your torch?"
+    return None
 
 
 def _of_spandrel(path: str, dtype: Any, device: Any) -> Callable[[torch.Tensor], torch.Tensor]:
