@@ -1,6 +1,7 @@
 """A pseudo-terminal with a screen that can be looked at: what a user sees of a program that draws on a terminal.
 
-The screen knows the little that our programs write: letters of one column, new lines, carriage returns, going up, erasing.
+The screen knows the little that our programs write: letters of one column, new lines, carriage returns, going up,
+erasing.
 Two kinds of terminals do different things when they become narrower: some break the lines that stand on them anew
 (`reflows`), others cut them off.
 """
@@ -194,12 +195,12 @@ class Terminal:
 
 
 @contextmanager
-def console_on(terminal: Terminal) -> Iterator[Terminal]:
-    """Inside, the terminal is where stdout, stderr and a handler of the log write. In the body of a test, not in a
-    fixture: pytest gives each phase of a test streams of its own."""
+def console_on(terminal: Terminal, has_log: bool = True) -> Iterator[Terminal]:
+    """Inside, the terminal is where stdout, stderr and, with `has_log`, a handler of the log write. In the body of a
+    test, not in a fixture: pytest gives each phase of a test streams of its own."""
     kept = sys.stdout, sys.stderr
     with terminal:
-        handler = logging.StreamHandler(terminal.stream)
+        handler = logging.StreamHandler(terminal.stream) if has_log else logging.NullHandler()
         logging.getLogger().addHandler(handler)
         sys.stdout = sys.stderr = terminal.stream
         try:

@@ -105,7 +105,8 @@ class HunyuanVideoClipOptions(LengthOptions):
 
 GROUPS = (
     PluginOptions, HunyuanVideoModelOptions, OldCompileOptions, HunyuanVideoAdapterOptions, MergedModelOptions,
-    HunyuanVideoClipOptions, StartOptions, LongClipOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
+    HunyuanVideoClipOptions, StartOptions, LongClipOptions, SamplerStepOptions, GuidanceOptions, SessionOptions,
+    ConsoleOptions,
 )  # fmt: skip
 
 _LETTERS = ("w", "h", "f", "s", "d", "n", "m", "l", "c", "fs", "i", "v", "st", "nm", "vn", "in", "ri", "e")

@@ -105,7 +105,10 @@ class SdxlPromptOptions:
         return request_of(SdxlRequest, self)
 
 
-GROUPS = (PluginOptions, SdxlModelOptions, EmbeddingOptions, SdxlPromptOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
+GROUPS = (
+    PluginOptions, SdxlModelOptions, EmbeddingOptions, SdxlPromptOptions, GuidanceOptions, SessionOptions,
+    ConsoleOptions,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -188,7 +188,8 @@ def test_sdxl_is_guided_by_the_same_forms(tmp_path):
     made = {}
     for name, words in ways.items():
         given = [
-            f"--ckpt_path={tiny.model}", f"--clip_tokenizer={tiny.tokenizer}", "--prompt=a red cat", "--negative_prompt=the dog", "--seed=5", "--dtype=float32",
+            f"--ckpt_path={tiny.model}", f"--clip_tokenizer={tiny.tokenizer}",
+            "--prompt=a red cat", "--negative_prompt=the dog", "--seed=5", "--dtype=float32",
             "--width=64", "--height=64", "--steps=3", "--cfg_scale=5", f"--output_dir={tmp_path / name}", *words,
         ]  # fmt: skip
         (path,) = sdxl_inference.run(given)

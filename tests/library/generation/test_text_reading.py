@@ -1,5 +1,5 @@
-"""How a video script reads texts: layers of the language model, its last norm, factors of the refiner, embedded guidance
-in guided steps; by hand."""
+"""How a video script reads texts: layers of the language model, its last norm, factors of the refiner, embedded
+guidance in guided steps; by hand."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def test_scripts_take_them(tiny, framepack, tmp_path, caplog):  # noqa: F811
     assert all(not torch.equal(a, b) for n, a in enumerate(made) for b in made[:n])
     assert "has no effect" not in caplog.text
     unguided = latent(tiny, tmp_path / "unguided")
-    assert torch.equal(unguided, latent(tiny, tmp_path / "idle", "--disable_embedded_for_cfg", "--te_multiplier", "1", "1"))
+    idle = ["--disable_embedded_for_cfg", "--te_multiplier", "1", "1"]
+    assert torch.equal(unguided, latent(tiny, tmp_path / "idle", *idle))
     assert "--disable_embedded_for_cfg has no effect: no step" in caplog.text
     with pytest.raises(ConfigError, match="--hidden_state_skip_layer is 900; .* layers"):
         run(tiny, tmp_path / "x", "--hidden_state_skip_layer=900")
