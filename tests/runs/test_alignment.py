@@ -177,4 +177,4 @@ def test_settings_of_what_is_off_are_told(tinies: Tinies, tmp_path: Path) -> Non
         tinies.work("flux", tmp_path).prepare("out", *words)
     for option, switch in (("sra_weight", "sra_enabled"), ("leap_ratio", "leap_enabled"), ("mask_ratio", "self_flow"),
                            ("infonoise_K", "infonoise_enabled")):  # fmt: skip
-        assert f"--{option} has no effect without --{switch}" in str(told.value)
+        assert f"--{option}: has no effect without --{switch}" in str(told.value)

@@ -46,8 +46,8 @@ def test_two_steps_and_their_gradient_by_hand(variant: str) -> None:
         xk, xj = float(place(K)[row]), float(place(J)[row])
         first = xk - (k - j) * (0.7 * xk + c * k)
         begin = xj if variant == "original" else first
-        assert float(reached[row]) == pytest.approx(first, rel=1e-5)
-        assert float(ended[row]) == pytest.approx(begin - j * (0.7 * begin + c * j), rel=1e-5)
+        assert reached[row].item() == pytest.approx(first, rel=1e-5)
+        assert ended[row].item() == pytest.approx(begin - j * (0.7 * begin + c * j), rel=1e-5)
         by_hand = -j * begin + (1 - j * 0.7) * coe * (-(k - j) * xk)
         (gradient,) = torch.autograd.grad(ended[row, 0], w, retain_graph=True)
         assert float(gradient) == pytest.approx(by_hand, rel=1e-5)
