@@ -1,4 +1,4 @@
-"""Packaging. `pip install -e .` in a clone; extras: [wandb], [sentencepiece], [onnx], [faces], [optimizers], [video], [dev]."""
+"""Packaging. `pip install -e .` in a clone; extras: [wandb], [sentencepiece], [onnx], [faces], [optimizers], [upscale], [video], [dev]."""
 
 from pathlib import Path
 
@@ -31,6 +31,7 @@ setup(
         "sentencepiece": ["sentencepiece"],
         "onnx": ["onnxruntime>=1.17"],
         "faces": ["anime-face-detector"],
+        "upscale": ["spandrel>=0.4"],
         "video": ["av>=14.1"],
         "optimizers": requirements("requirements-optimizers.txt"),
         "dev": requirements("requirements-dev.txt"),

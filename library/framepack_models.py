@@ -376,6 +376,11 @@ class HunyuanVideoTransformer3DModelPacked(StreamStackMixin, nn.Module):
         self.rope_tables = DeviceTables()
         self.init_block_stack(num_rows=2)
 
+    def text_refiner_parts(self) -> tuple[nn.Module, list[nn.Module]]:
+        """(what embeds the caption as a whole, the blocks that refine its tokens)"""
+        refiner = self.context_embedder
+        return refiner.time_text_embed.text_embedder, list(refiner.token_refiner.refiner_blocks)
+
     @property
     def double_blocks(self) -> nn.ModuleList:
         return self.transformer_blocks

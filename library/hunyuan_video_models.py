@@ -121,6 +121,10 @@ class HYVideoDiffusionTransformer(StreamDenoiser):
         )  # fmt: skip
         return velocity if feature_layer is None else (velocity, features)
 
+    def text_refiner_parts(self) -> tuple[nn.Module, list[nn.Module]]:
+        """(what embeds the caption as a whole, the blocks that refine its tokens)"""
+        return self.txt_in.c_embedder, list(self.txt_in.individual_token_refiner.blocks)
+
     @contextmanager
     def _embedders_at(self, device: torch.device) -> Iterator[None]:
         """Inside, `img_in` and `txt_in` are on the device that computes. They stay there when gradients of their own

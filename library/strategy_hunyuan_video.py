@@ -11,6 +11,7 @@ from torch import Tensor
 from library.dataset.latent_cache import LatentEncoder
 from library.strategy_base import TextEncodingStrategy
 from library.strategy_llama_clip import (
+    HIDDEN_LAYER,
     TEXT_LENGTH,
     LlamaClipTokenizeStrategy,
     llama_states,
@@ -24,7 +25,10 @@ class HunyuanVideoTokenizeStrategy(LlamaClipTokenizeStrategy):
 
 
 class HunyuanVideoTextEncodingStrategy(TextEncodingStrategy):
-    """A caption's states do not depend on its batch."""
+    """A caption's states do not depend on its batch. `hidden_layer`, `final_norm`: see `llama_states`."""
+
+    def __init__(self, hidden_layer: int = HIDDEN_LAYER, final_norm: bool = False) -> None:
+        self.hidden_layer, self.final_norm = hidden_layer, final_norm
 
     def encode_tokens(
         self, tokenize_strategy: HunyuanVideoTokenizeStrategy, models: list[Any], tokens: list[Tensor]
@@ -36,7 +40,8 @@ class HunyuanVideoTextEncodingStrategy(TextEncodingStrategy):
         """
         ids, mask, clip_ids, clip_mask = tokens
         llama, clip_l = models[0] if models else None, models[1] if len(models) > 1 else None
-        states = None if llama is None else llama_states(tokenize_strategy, llama, ids, mask, TEXT_LENGTH)
+        how = (TEXT_LENGTH, self.hidden_layer, self.final_norm)
+        states = None if llama is None else llama_states(tokenize_strategy, llama, ids, mask, *how)
         pooled = None if clip_l is None else pooled_clip(tokenize_strategy, clip_l, clip_ids)
         return [states, padded(mask[:, tokenize_strategy.num_head :], TEXT_LENGTH), pooled, clip_mask]
 

@@ -96,19 +96,24 @@ class LlamaClipTokenizeStrategy(TokenizeStrategy):
         return len(self.llama_ids(self.head + text + TAIL)) > self.num_head + TEXT_LENGTH
 
 
-def llama_states(tokenize: LlamaClipTokenizeStrategy, llama: Any, ids: Tensor, mask: Tensor, length: int) -> Tensor:
-    """States [B, length, D] of captions without those of the template's head, 0 where there is no token.
+def llama_states(
+    tokenize: LlamaClipTokenizeStrategy, llama: Any, ids: Tensor, mask: Tensor, length: int,
+    hidden_layer: int = HIDDEN_LAYER, final_norm: bool = False,
+) -> Tensor:
+    """States [B, length, D] of captions without those of the template's head, 0 where there is no token. `hidden_layer`:
+    which of the model's states, counted from the last, which is -1; `final_norm`: with the last norm, which that one has
+    in any case.
 
     Texts of one length run together and never see padding: a caption's states do not depend on its batch. ConfigError
     when an id has no embedding row.
     """
     check_ids(ids, llama, tokenize.llama, "LLaMA")
-    states = states_of(
-        ids, mask, llama,
-        lambda rows: llama(
-            rows, attended(llama, rows, causal=True), output_hidden_states=True
-        ).hidden_states[HIDDEN_LAYER],
-    )[:, tokenize.num_head :]
+
+    def read(rows: Tensor) -> Tensor:
+        states = llama(rows, attended(llama, rows, causal=True), output_hidden_states=True).hidden_states[hidden_layer]
+        return llama.norm(states) if final_norm and hidden_layer != -1 else states
+
+    states = states_of(ids, mask, llama, read)[:, tokenize.num_head :]
     return padded(states, length)
 
 

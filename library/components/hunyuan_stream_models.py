@@ -284,6 +284,8 @@ class StreamDenoiser(StreamStackMixin, nn.Module):
 
     riflex_index = 0
     """see `riflex_frequencies`"""
+    told_guidance = True
+    """whether an embedded guidance is added, in models that have one"""
 
     def build_rows(self, params: StreamParams, out_width: int, **further: nn.Module) -> None:
         """The parts that all have, and `further` ones at their place in the files; a token holds `out_width` numbers of
@@ -324,7 +326,7 @@ class StreamDenoiser(StreamStackMixin, nn.Module):
     def with_guidance(self, vec: Tensor, guidance: Tensor | None) -> Tensor:
         """The vector [B, hidden] or [B, L, hidden] with the embedded scale, where the model follows one. ValueError
         when it is not given."""
-        if not self.params.guidance_embed:
+        if not (self.params.guidance_embed and self.told_guidance):
             return vec
         if guidance is None:
             raise ValueError("guidance is None; a guidance-distilled model needs one scale per sample")

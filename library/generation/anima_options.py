@@ -86,7 +86,10 @@ class AnimaPromptOptions(LatentPictureOptions):
         )  # fmt: skip
 
 
-GROUPS = (PluginOptions, AnimaModelOptions, ListedAdapterOptions, AnimaPromptOptions, StepOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
+GROUPS = (
+    PluginOptions, AnimaModelOptions, ListedAdapterOptions, AnimaPromptOptions, StepOptions, GuidanceOptions,
+    SessionOptions, ConsoleOptions,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

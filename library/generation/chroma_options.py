@@ -67,7 +67,10 @@ class ChromaPromptOptions(PromptOptions):
         return request_of(ChromaRequest, self)
 
 
-GROUPS = (PluginOptions, ChromaModelOptions, ChromaPromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
+GROUPS = (
+    PluginOptions, ChromaModelOptions, ChromaPromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions,
+    ConsoleOptions,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from library.device_utils import to_device
-from library.generation.guidance import by_step, combine, held_at_first
-from library.generation.guidance_options import scheduled_scales
+from library.generation.guidance import combine, scheduled
 from library.generation.pipeline import PicturePipeline
 from library.generation.requests import Request
 from library.generation.sampling_utils import Conditioning, guided_velocity, on_device, start_noise
@@ -79,13 +78,7 @@ class FlowPipeline(PicturePipeline[Request]):
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """`guided` in the steps and by the scales of `cfg_schedule`, alone in the others; the first steps are held
         where that is asked for."""
-        if request.cfg_schedule is None:
-            return held_at_first(self.guided(request, conditioning, negative), sigmas, request)
-        steps = len(sigmas) - 1
-        chosen = scheduled_scales(request.cfg_schedule, steps)
-        scales = [chosen.get(step, 1.0) for step in range(1, steps + 1)]
-        choices = {scale: self.guided(request.at_scale(scale), conditioning, negative) for scale in set(scales)}
-        return held_at_first(by_step(sigmas, choices, scales), sigmas, request)
+        return scheduled(request, sigmas, lambda asked: self.guided(asked, conditioning, negative))
 
     def guided(
         self, request: Request, conditioning: Conditioning, negative: Conditioning | None

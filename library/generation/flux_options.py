@@ -135,7 +135,10 @@ class PromptOptions:
         return request_of(FluxRequest, self)
 
 
-GROUPS = (PluginOptions, InferenceModelOptions, EmbeddingOptions, PromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
+GROUPS = (
+    PluginOptions, InferenceModelOptions, EmbeddingOptions, PromptOptions, SamplerStepOptions, GuidanceOptions,
+    SessionOptions, ConsoleOptions,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -144,8 +144,8 @@ class FramePackScript(LlamaClipScript):
                     found.append(str(error))
             if request.cfg_schedule is not None and request.magcache is not None:
                 found.append(
-                    "--cfg_schedule and --magcache_mag_ratios are both given; steps are left out by counting those of each"
-                    " text, which a schedule interrupts: leave one out"
+                    "--cfg_schedule and --magcache_mag_ratios are both given; steps are left out by counting those of"
+                    " each text, which a schedule interrupts: leave one out"
                 )
         return found or super().request_problems(config, request)
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from library.generation.requests import PictureRequest
+from library.generation.guidance_options import step_scales
+from library.generation.requests import PictureRequest, Request
 from library.generation.sampling_utils import guided
 
 SMALLEST_SQUARE = 1e-8
@@ -73,10 +74,18 @@ def held_at_first(velocity: Velocity, sigmas: Tensor, request: PictureRequest) -
     return predicted
 
 
-def by_step(sigmas: Tensor, choices: dict[float | None, Velocity], scales: list[float | None]) -> Velocity:
-    """Of the velocities {scale: function} in each step the one that `scales` [steps] names."""
+def scheduled(request: Request, sigmas: Tensor, guided: Callable[[Request], Velocity]) -> Velocity:
+    """What is guided in the steps and by the scales of `cfg_schedule`, alone in the others, and held in the first ones.
+
+    `sigmas` [steps + 1]: levels or times of the steps, downwards, of the kind that the function is called with;
+    `guided`: request without a schedule -> function.
+    """
+    if request.cfg_schedule is None:
+        return held_at_first(guided(request), sigmas, request)
+    scales = step_scales(request.cfg_schedule, len(sigmas) - 1)
+    choices = {scale: guided(request.at_scale(scale)) for scale in set(scales)}
 
     def predicted(latents: Tensor, sigma: Tensor) -> Tensor:
         return choices[scales[step_of(sigmas, sigma)]](latents, sigma)
 
-    return predicted
+    return held_at_first(predicted, sigmas, request)

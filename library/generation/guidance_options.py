@@ -85,6 +85,12 @@ def scheduled_scales(text: str, steps: int, default: float | None = None) -> dic
     return {number: scale for number, scale in found.items() if number not in out}
 
 
+def step_scales(text: str, steps: int) -> list[float | None]:
+    """[steps] the scale of each step, None = that of the request, 1 = not guided. ConfigError."""
+    chosen = scheduled_scales(text, steps)
+    return [chosen.get(step, 1.0) for step in range(1, steps + 1)]
+
+
 def asks_guidance(text: str) -> bool:
     """Whether a schedule has a scale of its own other than 1, which guides a request whose scale is 1."""
     try:

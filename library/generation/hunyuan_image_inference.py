@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from library.core.errors import Problems
 from library.core.options import Config
 from library.generation.adapter_files import ListedAdapterOptions, MergedModelOptions
+from library.generation.guidance_options import OF_TWO_FORWARDS
 from library.generation.hunyuan_image_options import (
     GROUPS,
     LINE_OPTIONS,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 GUIDANCE = (
     "negative_prompt", "apg_start_step_ocr", "apg_start_step_general", "guidance_rescale", "guidance_rescale_apg",
+    *OF_TWO_FORWARDS,
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from library.generation.adapter_files import ListedAdapterOptions
 from library.generation.adapters import load_with_adapters, merging
 from library.generation.flow_pipeline import FlowPipeline
 from library.generation.guidance import held_at_first, step_of
-from library.generation.guidance_options import scheduled_scales
+from library.generation.guidance_options import step_scales
 from library.generation.hunyuan_image_options import HunyuanImageModelOptions, HunyuanImageRequest
 from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, Conditioning, on_device
@@ -75,8 +75,7 @@ class HunyuanImagePipeline(FlowPipeline[HunyuanImageRequest]):
         elif request.cfg_schedule is None:
             scales = [None] * steps
         else:
-            chosen = scheduled_scales(request.cfg_schedule, steps)
-            scales = [chosen.get(step, 1.0) for step in range(1, steps + 1)]
+            scales = step_scales(request.cfg_schedule, steps)
         neutral = self.further.get("neutral") if request.perp_neg is not None else None
         texts = [text for text in (negative, conditioning, neutral) if text is not None]
         given = {

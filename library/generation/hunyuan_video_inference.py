@@ -14,6 +14,7 @@ from library.generation.hunyuan_video_options import (
     HunyuanVideoModelOptions,
 )
 from library.generation.llama_clip_script import LlamaClipScript
+from library.generation.requests import SessionOptions
 from library.generation.video_options import OldCompileOptions
 from library.generation.video_requests import VideoRequest
 
@@ -54,7 +55,9 @@ class HunyuanVideoScript(LlamaClipScript):
         from library.strategy_hunyuan_video import HunyuanVideoTextEncodingStrategy, HunyuanVideoTokenizeStrategy
 
         tokenize = HunyuanVideoTokenizeStrategy(*self.tokenizer_files(config))
-        return StrategySet(tokenize, HunyuanVideoTextEncodingStrategy(), text_layout=TEXT_LAYOUTS[self.family])
+        options = config[self.models]
+        encode = HunyuanVideoTextEncodingStrategy(options.hidden_layer, options.apply_final_norm)
+        return StrategySet(tokenize, encode, text_layout=TEXT_LAYOUTS[self.family])
 
     def load_denoiser(
         self, config: Config, dtype: torch.dtype, device: torch.device, transform: Transform | None
@@ -88,6 +91,15 @@ class HunyuanVideoScript(LlamaClipScript):
             vae=options.vae, model=options.dit, in_channels=options.dit_in_channels,
             blocks_to_swap=options.blocks_to_swap,
         )  # fmt: skip
+        if not found:
+            from library.components.llm_encoder_utils import inspect_llama
+
+            layers = inspect_llama(self.encoder_files(config)[0])["num_hidden_layers"]
+            if options.hidden_state_skip_layer > layers:
+                found.append(
+                    f"--hidden_state_skip_layer is {options.hidden_state_skip_layer}; {options.text_encoder1} has {layers}"
+                    " layers, at most as many can be left out"
+                )
         return found + self.tokenizer_problems(config)
 
     def request_problems(self, config: Config, request: VideoRequest) -> list[str]:
@@ -119,6 +131,13 @@ class HunyuanVideoScript(LlamaClipScript):
 
     def notices(self, config: Config) -> list[str]:
         found = super().notices(config)
+        if config[self.models].apply_final_norm and config[self.models].hidden_layer == -1:
+            found.append("--apply_final_norm has no effect: with --hidden_state_skip_layer 0 states have passed that norm")
+        if config[self.pictures].disable_embedded_for_cfg:
+            if not self._params(config).guidance_embed:
+                found.append("--disable_embedded_for_cfg has no effect: only distilled models have embedded guidance")
+            elif not self.base_request(config).is_guided and not config[SessionOptions].from_file:
+                found.append("--disable_embedded_for_cfg has no effect: no step is guided by the negative prompt")
         if "embedded_cfg_scale" in config.explicit and not self._params(config).guidance_embed:
             found.append("--embedded_cfg_scale has no effect: only distilled models have embedded guidance")
         return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.core.errors import ConfigError
-from library.core.options import LARGEST_STEPS, option
+from library.core.options import LARGEST_STEPS, equivalent_option, option
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import MergedModelOptions
 from library.generation.llama_clip_options import LlamaClipModelOptions
@@ -25,6 +25,8 @@ from library.generation.video_requests import VIDEO_LINES
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import MOST_FRAMES, LineOption
 
+MOST_LAYERS = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class HunyuanVideoModelOptions(LlamaClipModelOptions):
@@ -39,6 +41,15 @@ class HunyuanVideoModelOptions(LlamaClipModelOptions):
     img_in_txt_in_offloading: bool = option(
         False, help="keep the layers that read latents and text in main memory between the forwards"
     )
+    hidden_state_skip_layer: int = option(
+        2, least=0, most=MOST_LAYERS, help="layers of LLaMA, counted from the last, that its states do not pass"
+    )
+    apply_final_norm: bool = option(
+        False, help="let these states pass LLaMA's last norm; those of the last layer have passed it in any case"
+    )
+    reproduce: bool = equivalent_option(
+        False, help="draw nothing in the text encoder", reason="--reproduce: encoding a text draws nothing in any case"
+    )
     blocks_to_swap: int = option(
         0, help="blocks whose weights wait in main memory; a double block counts as one, two single blocks as one"
     )
@@ -46,6 +57,11 @@ class HunyuanVideoModelOptions(LlamaClipModelOptions):
     def __post_init__(self) -> None:
         if problems := self.model_problems():
             raise ConfigError(problems)
+
+    @property
+    def hidden_layer(self) -> int:
+        """Of the language model's states, counted from the last, which is -1."""
+        return -1 - self.hidden_state_skip_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +85,9 @@ class HunyuanVideoClipOptions(LengthOptions):
         7.0, help="how far the steps lie towards noise; 1 = evenly spaced. 17 suits fewer than 20 steps"
     )
     embedded_cfg_scale: float = option(6.0, help="guidance told to distilled models; 1 for SkyReels V1", least=0)
+    disable_embedded_for_cfg: bool = option(
+        False, help="tell distilled models no embedded guidance in steps that are guided by the negative prompt"
+    )
     image_path: str | None = option(
         None, help="picture that is the first frame, for models from image to video (SkyReels)"
     )
@@ -79,13 +98,15 @@ class HunyuanVideoClipOptions(LengthOptions):
 
     def request_fields(self) -> dict[str, Any]:
         return dict(
-            super().request_fields(), embedded_guidance_scale=self.embedded_cfg_scale, image_path=self.image_path
-        )
+            super().request_fields(), embedded_guidance_scale=self.embedded_cfg_scale, image_path=self.image_path,
+            disable_embedded_for_cfg=self.disable_embedded_for_cfg,
+        )  # fmt: skip
 
 
 GROUPS = (
     PluginOptions, HunyuanVideoModelOptions, OldCompileOptions, HunyuanVideoAdapterOptions, MergedModelOptions,
-    HunyuanVideoClipOptions, StartOptions, LongClipOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
+    HunyuanVideoClipOptions, StartOptions, LongClipOptions, SamplerStepOptions, GuidanceOptions, SessionOptions,
+    ConsoleOptions,
 )  # fmt: skip
 
 _LETTERS = ("w", "h", "f", "s", "d", "n", "m", "l", "c", "fs", "i", "v", "st", "nm", "vn", "in", "ri", "e")

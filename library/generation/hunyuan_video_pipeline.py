@@ -38,6 +38,7 @@ class HunyuanVideoPipeline(VideoPipeline):
     ) -> Tensor:
         clips = latents if latents.ndim == 5 else latents[:, :, None]  # a picture is a clip of one frame
         scale = request.embedded_guidance_scale
+        self.denoiser.told_guidance = request.told_guidance
         shown = self.first_frame(request)
         velocity = predict_velocity(
             self.denoiser, clips, times, conditioning, guidance=EMBEDDED_GUIDANCE if scale is None else scale,

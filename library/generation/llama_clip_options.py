@@ -40,6 +40,10 @@ class LlamaClipModelOptions(VideoModelOptions):
         None, help=f"pixels of a side of these tiles, a multiple of 8; {TILE} when not given"
     )
     disable_numpy_memmap: bool = option(False, help="read model files without mapping them into memory")
+    te_multiplier: list[float] | None = option(
+        None, nargs=2, metavar="NUMBER", help="factors of what the denoiser's refiner of texts makes of LLaMA's states"
+        " (after each of its blocks) and of the caption as a whole",
+    )  # fmt: skip
     split_attn: bool = option(False, help="one attention call for each sample, over the tokens that its mask leaves")
 
     def model_problems(self) -> list[str]:

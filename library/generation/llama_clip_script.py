@@ -11,7 +11,7 @@ from library.generation.video_script import VideoScript
 from library.training.wiring.base import part_of, tokenizer_problems
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 class LlamaClipScript(VideoScript):
@@ -42,6 +42,15 @@ class LlamaClipScript(VideoScript):
         """Of both text encoders; the second may be in the folder of a pipeline."""
         options = config[self.models]
         return options.text_encoder1, str(part_of(options.text_encoder2, "text_encoder_2"))
+
+    def placed(self, config: Config, denoiser: Any) -> Any:
+        """With what the refiner of texts makes multiplied, where --te_multiplier says so."""
+        placed, factors = super().placed(config, denoiser), config[self.models].te_multiplier
+        if factors is not None:
+            pooled, blocks = placed.text_refiner_parts()
+            for part, factor in ((pooled, factors[1]), *((block, factors[0]) for block in blocks)):
+                part.register_forward_hook(functools.partial(_multiplied, factor))
+        return placed
 
     def load_vae(self, config: Config) -> nn.Module:
         import torch
@@ -85,3 +94,8 @@ class LlamaClipScript(VideoScript):
             ),
         ]  # fmt: skip
         return list(dict.fromkeys(found))
+
+
+def _multiplied(factor: float, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A forward hook."""
+    return output * factor

@@ -144,7 +144,10 @@ class LuminaPromptOptions:
         return request_of(LuminaRequest, self, OPTION_NAMES)
 
 
-GROUPS = (PluginOptions, LuminaModelOptions, LuminaPromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
+GROUPS = (
+    PluginOptions, LuminaModelOptions, LuminaPromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions,
+    ConsoleOptions,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

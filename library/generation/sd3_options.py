@@ -111,7 +111,10 @@ class Sd3PromptOptions:
         return request_of(Sd3Request, self)
 
 
-GROUPS = (PluginOptions, Sd3ModelOptions, EmbeddingOptions, Sd3PromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions)
+GROUPS = (
+    PluginOptions, Sd3ModelOptions, EmbeddingOptions, Sd3PromptOptions, SamplerStepOptions, GuidanceOptions,
+    SessionOptions, ConsoleOptions,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

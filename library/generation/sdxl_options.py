@@ -9,6 +9,7 @@ from library.core.errors import ConfigError, problems_of
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, option
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
+from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     DTYPE_NAMES,
@@ -104,7 +105,10 @@ class SdxlPromptOptions:
         return request_of(SdxlRequest, self)
 
 
-GROUPS = (PluginOptions, SdxlModelOptions, EmbeddingOptions, SdxlPromptOptions, SessionOptions, ConsoleOptions)
+GROUPS = (
+    PluginOptions, SdxlModelOptions, EmbeddingOptions, SdxlPromptOptions, GuidanceOptions, SessionOptions,
+    ConsoleOptions,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +130,7 @@ def read_steps(text: str) -> int:
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
+    **GUIDANCE_LINES,
     "s": LineOption("steps", read_steps),
     "p2": LineOption("prompt2", read_negative),
     **guidance_letters(),

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from library.generation.guidance import combine, scheduled
 from library.generation.pipeline import PicturePipeline
 from library.generation.requests import Request, SampledRequest
 from library.generation.sampling_utils import Conditioning, on_device
-from library.generation.unet_sampling import SamplingRun, guided_predictor
+from library.generation.unet_sampling import SamplingRun
 from library.training.inference_samplers.discrete import Predict
 
 if TYPE_CHECKING:
@@ -53,11 +54,15 @@ class UNetPipeline(PicturePipeline[Request]):
         run = SamplingRun(
             request.sampler, request.steps, [request.seed], self.prediction_type, self.zero_terminal_snr, size
         )
-        return run.sample(self._guided(request, conditioning, negative), self.denoiser.device)
+        times = torch.tensor([*run.timesteps(), -1.0])
+        predict = scheduled(request, times, lambda asked: self._guided(asked, conditioning, negative))
+        return run.sample(predict, self.denoiser.device)
 
     def _guided(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Predict:
         with_cfg = negative is not None and request.cfg_scale != 1.0
-        size, passes = (request.height, request.width), sampling_passes(conditioning, negative if with_cfg else None)
+        neutral = self.further.get("neutral") if with_cfg and request.perp_neg is not None else None
+        texts = [text for text in (negative if with_cfg else None, conditioning, neutral) if text is not None]
+        size, passes = (request.height, request.width), sampling_passes(texts)
         passes = [on_device(states, self.denoiser.device) for states in passes]
         rows = [len(next(iter(states.values()))) for states in passes]
         predictors = [self.predictor(states, [(*size, 0, 0)] * count, size) for states, count in zip(passes, rows)]
@@ -67,9 +72,11 @@ class UNetPipeline(PicturePipeline[Request]):
             made = [predictor(part, timestep, self.control) for predictor, part in zip(predictors, parts, strict=True)]
             return torch.cat(made)
 
-        return guided_predictor(
-            predict, ("negative", "positive") if with_cfg else ("positive",), request.cfg_scale, None
-        )
+        def guided_prediction(latents: Tensor, timestep: Tensor) -> Tensor:
+            made = predict(torch.cat([latents] * len(texts)), timestep).chunk(len(texts))
+            return made[0] if len(made) == 1 else combine(request, *made)
+
+        return guided_prediction
 
     # -- for scripts that load a whole model from one file -------------------------------------------------------------
 
@@ -112,12 +119,11 @@ class UNetPipeline(PicturePipeline[Request]):
     def load_vae(path: str, dtype: torch.dtype, device: torch.device) -> Any: ...
 
 
-def sampling_passes(conditioning: Conditioning, negative: Conditioning | None) -> list[Conditioning]:
-    """What the network is run with at each step: both prompts as one batch, negative first, or one after the other
-    where their texts take different numbers of tokens. Without a negative prompt there is one pass for the one
-    prompt."""
-    if negative is None:
-        return [conditioning]
-    if any(negative[name].shape != tensor.shape for name, tensor in conditioning.items()):
-        return [negative, conditioning]
-    return [{name: torch.cat((negative[name], tensor)) for name, tensor in conditioning.items()}]
+def sampling_passes(texts: list[Conditioning]) -> list[Conditioning]:
+    """What the network is run with at each step: all texts as one batch, in their order, or one after the other where
+    they take different numbers of tokens."""
+    if any(text[name].shape != tensor.shape for text in texts for name, tensor in texts[0].items()):
+        return texts
+    if len(texts) == 1:
+        return texts
+    return [{name: torch.cat([text[name] for text in texts]) for name in texts[0]}]

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -159,11 +159,26 @@ def write_video(
     problems = shape_problems(pixels, fps)
     if problems:
         raise ConfigError([f"{path.name}: {problem}" for problem in problems])
+    return write_pixels(pixels, path, fps, codec, texts)
+
+
+def write_pixels(
+    frames: Iterable[numpy.ndarray], path: Path, fps: float, codec: str | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> Path:
+    """As `write_video`, of frames [H, W, 3] uint8 that are written as they come, so that few are in memory. AtelierError
+    too where a later frame has another size."""
+    numbered = iter(frames)
+    first = next(numbered, None)
+    problems = shape_problems([] if first is None else [first], fps)
+    if problems:
+        raise ConfigError([f"{path.name}: {problem}" for problem in problems])
     encoder = encoder_of(path.suffix, codec)
     write = _write_pyav if encoder.package == "PyAV" else _write_opencv
     more: dict[str, Any] = {"coding": encoder.coding} if encoder.coding else {}
     if texts and encoder.package == "PyAV":
         more["texts"] = texts
+    pixels = _of_one_size(itertools.chain([first], numbered))
     with atomic_path(path) as temporary:
         with_ending = temporary.with_name(temporary.name + path.suffix)  # encoders go by the ending
         told = f"{path}: {encoder.codec} of {encoder.package} cannot write it"
@@ -175,6 +190,15 @@ def write_video(
             with suppress(OSError):
                 with_ending.unlink(missing_ok=True)
     return path
+
+
+def _of_one_size(frames: Iterable[numpy.ndarray]) -> Iterator[numpy.ndarray]:
+    shape = None
+    for frame in frames:
+        shape = shape or frame.shape
+        if frame.shape != shape:
+            raise AtelierError(f"frames have sides {frame.shape[:2]} and {shape[:2]}; needed: one size")
+        yield frame
 
 
 def shape_problems(frames: Sequence[numpy.ndarray], fps: float) -> list[str]:
@@ -222,7 +246,7 @@ def _works(write: Any, codec: str, ending: str, **more: Any) -> bool:
 
 
 def _write_pyav(
-    frames: Sequence[numpy.ndarray], path: Path, fps: float, codec: str, coding: Coding | None = None,
+    frames: Iterable[numpy.ndarray], path: Path, fps: float, codec: str, coding: Coding | None = None,
     texts: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """One thread and no date, version or drawn number in the file: equal bytes on every machine."""
@@ -233,7 +257,9 @@ def _write_pyav(
         if texts:
             container.metadata[COMMENT] = json.dumps(dict(texts), ensure_ascii=False, sort_keys=True)
         stream = container.add_stream(codec, rate=rate, options=dict(coding.settings) if coding else {})
-        stream.height, stream.width = frames[0].shape[:2]
+        numbered = iter(frames)
+        first = next(numbered)
+        stream.height, stream.width = first.shape[:2]
         if coding:
             stream.pix_fmt = coding.pixels
             _tell_colours(stream.codec_context)
@@ -242,7 +268,7 @@ def _write_pyav(
             stream.bit_rate = BITS_PER_SECOND
         stream.thread_count = 1
         stream.codec_context.time_base = 1 / rate
-        for pixels in frames:
+        for pixels in itertools.chain([first], numbered):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             if coding:
                 frame = frame.reformat(format=coding.pixels, dst_colorspace="ITU709", dst_color_range="MPEG")
@@ -257,23 +283,26 @@ def _tell_colours(context: Any) -> None:
     context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
 
 
-def _write_opencv(frames: Sequence[numpy.ndarray], path: Path, fps: float, codec: str) -> None:
+def _write_opencv(frames: Iterable[numpy.ndarray], path: Path, fps: float, codec: str) -> None:
     import cv2
 
-    height, width = frames[0].shape[:2]
+    numbered, written = iter(frames), 0
+    first = next(numbered)
+    height, width = first.shape[:2]
     writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), fps, (width, height))
     if not writer.isOpened():
         raise RuntimeError("it cannot be opened for writing")
     try:
-        for pixels in frames:
+        for pixels in itertools.chain([first], numbered):
             writer.write(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+            written += 1
     finally:
         writer.release()
     capture = cv2.VideoCapture(str(path))  # a full disk is no error for OpenCV
     count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     capture.release()
-    if count != len(frames):
-        raise RuntimeError(f"the file holds {count} of {len(frames)} frames; is the disk full?")
+    if count != written:
+        raise RuntimeError(f"the file holds {count} of {written} frames; is the disk full?")
 
 
 @contextmanager

@@ -3,6 +3,7 @@ steps, blocks that are left out."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,8 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
         steps = len(sigmas) - 1
         wanted = guided_steps(request.cfg_skip_mode, request.cfg_apply_ratio, steps)
         alone = super().guided(request, conditioning, None)
-        both = super().guided(request, conditioning, negative)
+        asked = dataclasses.replace(request, told_guidance=not request.disable_embedded_for_cfg)
+        both = super().guided(asked, conditioning, negative)
         skipping = skip and self._skipping(request, conditioning, negative)
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:

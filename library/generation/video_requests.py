@@ -79,6 +79,10 @@ class VideoRequest(PictureRequest):
     """of the start's noise once more, on a `video_path`"""
     i2_extra_noise: float = 0.0
     """noise on the latents of `image_path`"""
+    disable_embedded_for_cfg: bool = False
+    told_guidance: bool = True
+    """whether distilled models are told their guidance; with `disable_embedded_for_cfg` not in steps that are guided by
+    the negative text"""
     riflex_index: int = 0
     """the temporal frequency, counted from 1, that is slowed down to less than one turn in the clip; 0 = none"""
     control_path: str | None = None

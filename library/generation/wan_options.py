@@ -264,7 +264,11 @@ GROUPS = (
 )  # fmt: skip
 
 _NO_MASKS = dataclasses.replace(VIDEO_LINES["cim"], ignored="control pictures are seen whole")
-_LETTERS = ("w", "h", "f", "d", "s", "l", "c", "fs", "i", "ei", "cn", "n", "ci", "of", "m", "v", "st", "nm", "vn", "in", "ri")
+_LETTERS = (
+    "w", "h", "f", "d", "s", "l", "c", "fs", "i", "ei", "cn", "n", "ci", "of", "m", "v", "st", "nm", "vn", "in",
+    "ri",
+)  # fmt: skip
 LINE_OPTIONS: Mapping[str, LineOption] = {
-    **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, **GUIDANCE_LINES, **STEP_LINES, **NAG_LINES, "g": VIDEO_LINES["l"], "cim": _NO_MASKS,
+    **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, **GUIDANCE_LINES, **STEP_LINES, **NAG_LINES,
+    "g": VIDEO_LINES["l"], "cim": _NO_MASKS,
 }  # fmt: skip

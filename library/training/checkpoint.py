@@ -17,6 +17,9 @@ FOLDER_FORMATS = ("diffusers", "diffusers_safetensors")
 """values of --save_model_as that write a folder"""
 FILE_ENDINGS = (".safetensors", ".ckpt", ".pt")
 STATE_ENDING = "-state"
+METRICS_ENDING = "-metrics.jsonl"
+CURVE_ENDINGS = ("-loss.png", "-loss.csv", METRICS_ENDING)
+"""of the files about the course of a run, beside its last file"""
 
 
 def companion_name(file: str, ending: str) -> str:

@@ -21,7 +21,7 @@ from library.core.file_limits import cut_name, name_length, name_limit
 from library.core.options import Config, MissingGroup
 from library.core.text_files import parse_toml, read_text
 from library.dataset import CachingOptions, DatasetOptions
-from library.training.checkpoint import FOLDER_FORMATS, CheckpointNames
+from library.training.checkpoint import CURVE_ENDINGS, FOLDER_FORMATS, CheckpointNames
 from library.training.computing_options import MemoryOptions
 from library.training.device_checks import precision_problems, precision_warnings
 from library.training.earlier_runs import existing_problems, final_file, resumed_state
@@ -33,11 +33,13 @@ from library.training.option_groups import (
     LoggingOptions,
     LoopOptions,
     MetadataOptions,
+    ProgressOptions,
     ResumeOptions,
     SamplingOptions,
     SavingOptions,
 )
 from library.training.own_hooks import companion_endings
+from library.training.progress_display import can_hold_panel
 from library.training.sampling_prompts import (
     IMAGE_LINE_OPTIONS,
     LineOption,
@@ -148,8 +150,7 @@ def name_problems(config: Config) -> list[str]:
             for ending in companion_endings(config)
             for side in ("", *side_endings(config))
         ),
-        f"{names.last()}-loss.csv",
-        f"{names.last()}-loss.png",
+        *(f"{names.last()}{ending}" for ending in CURVE_ENDINGS),
     ]
     written.append(names.state(names.step(0)))  # a signal at any step leaves one
     if config[SamplingOptions].sample_prompts:
@@ -327,6 +328,11 @@ def logging_problems(config: Config) -> list[str]:
     return problems
 
 
+def progress_problems(config: Config) -> list[str]:
+    """The package that draws the panel is installed, where it is asked for by name."""
+    return _package_problems("rich", "--progress panel", "rich") if config[ProgressOptions].display == "panel" else []
+
+
 def _package_problems(package: str, wanted_by: str, install: str) -> list[str]:
     if importlib.util.find_spec(package) is not None:
         return []
@@ -428,6 +434,7 @@ CHECKS: tuple[Callable[[Config], list[str]], ...] = (
     existing_problems,
     resume_problems,
     logging_problems,
+    progress_problems,
     hub_problems,
     metadata_problems,
     open_files_problems,
@@ -458,6 +465,8 @@ def warnings(config: Config) -> list[str]:
         )
     if saving.save_model_as in ("ckpt", "pt") and not config[MetadataOptions].no_metadata:
         lines.append(f"--save_model_as {saving.save_model_as} holds no metadata; safetensors does")
+    if config[ProgressOptions].display == "panel" and not can_hold_panel():
+        lines.append("--progress is panel, and standard error is no terminal that can hold one: the bar is shown")
     return lines + precision_warnings(config)
 
 

@@ -14,7 +14,7 @@ from library.core.file_limits import name_length, name_limit
 from library.core.file_owners import clean_leftovers
 from library.core.options import Config
 from library.dataset import DatasetOptions
-from library.training.checkpoint import AVERAGED, DEFAULT_FORMAT, LAST_STEM, STATE_ENDING, CheckpointNames
+from library.training.checkpoint import AVERAGED, CURVE_ENDINGS, DEFAULT_FORMAT, LAST_STEM, STATE_ENDING, CheckpointNames
 from library.training.own_hooks import companion_endings
 from library.training.option_groups import ResumeOptions, SavingOptions
 from library.training.state_files import LATEST, chosen_state
@@ -30,7 +30,7 @@ def is_output_of(
     name: str, saving: SavingOptions, endings: Sequence[str] = (AVERAGED,), sides: Sequence[str] = ()
 ) -> bool:
     """Whether a run with these options could write a file or folder of this name: final, epoch and step files, their
-    companions with these endings, parts beside either with the endings `sides`, states, loss curves."""
+    companions with these endings, parts beside either with the endings `sides`, states, curves."""
     for side in sides:
         model = name.removesuffix(f"{side}.{DEFAULT_FORMAT}")
         if model != name:
@@ -41,7 +41,7 @@ def is_output_of(
     stems = [names.last()]
     if number:
         stems += [names.epoch(int(number.group(1))), names.step(int(number.group(1)))]
-    curves = (f"{names.last()}-loss.png", f"{names.last()}-loss.csv")
+    curves = [f"{names.last()}{ending}" for ending in CURVE_ENDINGS]
     if name in curves or any(name in (names.file(stem), names.state(stem)) for stem in stems):
         return True
     return any(name == names.companion(stem, ending) for stem in stems for ending in endings)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,8 @@ class StopSwitch:
         """number of the signal that this process got"""
         self.agreed: int | None = None
         """the same for the run: every process sees it after the same step"""
+        self.tell: Callable[[str], object] = _tell
+        """says a line from inside the signal handler; whoever draws on the terminal puts its own way here"""
         self._received_at = 0.0
         self._told: Any = None
         self._work: Any = None
@@ -111,7 +113,7 @@ class StopSwitch:
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.received is None:
             self.received, self._received_at = number, time.monotonic()
-            _tell(f"{signal.Signals(number).name}: finishing this step, then saving; once more ends at once")
+            self.tell(f"{signal.Signals(number).name}: finishing this step, then saving; once more ends at once")
         elif time.monotonic() - self._received_at > SAME_SIGNAL_S:
             _tell("ended at once; what was saved before is whole")
             os._exit(exit_code_of_signal(number))

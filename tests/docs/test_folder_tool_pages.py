@@ -17,16 +17,19 @@ from library.training.option_groups import ConsoleOptions
 from tools import caption
 
 ROOT = Path(__file__).parents[2]
+FRAME_PARTS = ("upscale", "face_blur", "interpolate", "to_png")
 IMAGE_PARTS = ("resize", "edges", "faces", "upscale")
 TOOLS = {
     **{f"image_tools.{name}": "image_tools.md" for name in IMAGE_PARTS},
+    **{f"frame_tools.{name}": "frame_tools.md" for name in FRAME_PARTS},
     **{f"caption_tools.{name}": "dataset_tools.md" for name, _ in caption.PARTS.values()},
 }
-PAGES = ("image_tools.md", "dataset_tools.md")
+PAGES = ("image_tools.md", "frame_tools.md", "dataset_tools.md")
 
 
 def tool(name: str) -> FolderTool:
-    return importlib.import_module(f"tools.{name}").TOOL
+    found = importlib.import_module(f"tools.{name}").TOOL
+    return getattr(found, "folder_tool", found)
 
 
 def commands() -> list[str]:

@@ -268,3 +268,48 @@ def test_files_are_made_again_of_what_they_tell(tiny, tmp_path):
     lines = lines_file(tmp_path, "a cat", "a dog --l 2 --n blue --s 1 --w 64")
     made = hunyuan_image_inference.run(arguments(tiny, tmp_path / "first", lines, prompt=()))
     check_made_again(hunyuan_image_inference.run, made, "save_path")
+
+
+def test_forms_of_guidance_hold_beside_the_projected_one() -> None:
+    """By a model whose velocities are known for each text."""
+    from library.generation.hunyuan_image_options import HunyuanImageRequest
+    from library.generation.hunyuan_image_pipeline import HunyuanImagePipeline
+    from library.hunyuan_image_train_utils import ProjectedGuidance
+
+    draws = torch.Generator().manual_seed(2)
+    forwards = [torch.randn(1, 64, 2, 3, generator=draws) for _ in range(3)]  # negative, prompt, empty
+    rows_seen: list[int] = []
+
+    class Given(HunyuanImagePipeline):
+        def velocity(self, latents, times, conditioning, request, next_times=None):
+            rows_seen.append(len(latents))
+            return torch.cat(forwards[: len(latents)] if len(latents) > 1 else forwards[1:2])
+
+    class Plain:
+        device = torch.device("cpu")
+        params = type("Params", (), {"guidance_embed": False})
+
+    text = {"ocr_mask": torch.zeros(1, 2), "vlm_mask": torch.ones(1, 3)}
+    pipeline = Given(Plain(), None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("library.generation.hunyuan_image_pipeline.needed_text", lambda given: given)
+
+        def velocities(**settings) -> list[torch.Tensor]:
+            request = HunyuanImageRequest(prompt="", width=96, height=64, steps=4, apg_start_step_general=1, **settings)
+            pipeline.further = {name: text for name in request.further_texts}
+            sigmas = pipeline.sigmas(request)
+            velocity = pipeline.scheduled(request, sigmas, text, text)
+            return [velocity(torch.zeros(1, 64, 2, 3), sigma) for sigma in sigmas[:-1]]
+
+        negative, positive, empty = forwards
+        plain = ProjectedGuidance(3.5, 1)
+        for found, expected in zip(velocities(), [plain(positive, negative) for _ in range(4)], strict=True):
+            torch.testing.assert_close(found, expected)
+        p, n = positive - empty, negative - empty
+        away = n - (n * p).sum() / (p * p).sum() * p
+        torch.testing.assert_close(velocities(perp_neg=2.0)[0], empty + 3.5 * (p - 2 * away))
+        rows_seen.clear()
+        scheduled = velocities(cfg_schedule="1:2,4")
+        assert rows_seen == [2, 1, 1, 2]
+        torch.testing.assert_close(scheduled[0], negative + 2 * (positive - negative))
+        assert torch.equal(scheduled[1], positive) and not torch.allclose(scheduled[3], positive)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -103,6 +104,11 @@ class Hook:
 
     def on_post_save(self, run: Run, path: str, metadata: dict[str, str]) -> None:
         """Main process only, after a model file (not a state folder) was written; see `reads_saved_files`."""
+
+    def on_files_written(self, run: Run, what: str, files: Sequence[str], step: int) -> None:
+        """Main process only, when files stand: `what` is "model" (with the files beside it), "state" (one folder) or
+        "samples", `step` the optimizer steps done when they were due. A model or a state is written while training goes
+        on, and then the thread that writes calls."""
 
     def on_epoch_end(self, run: Run) -> None: ...
 

@@ -217,7 +217,7 @@ class CheckpointHook(Hook):
                 with clamping(clamp), postponing(None if hook.reads_saved_files else occasion):
                     hook.save_companion(run, ending, str(written[-1]), dtype, metadata)
         written += [side_path(model, ending) for model in models for ending in self._sides(run)]
-        occasion.add(partial(self._files_stand, written, occasion.held))
+        occasion.add(partial(self._files_stand, run, written, run.progress.global_step, occasion.held))
         if any(hook.reads_saved_files and type(hook).on_post_save is not Hook.on_post_save for hook in run.hooks):
             occasion.write_now()
             if occasion.held:
@@ -231,13 +231,14 @@ class CheckpointHook(Hook):
         for file in files if not held else ():
             upload(file, file.name if file.is_dir() else "", wait=is_last)
 
-    def _files_stand(self, files: Sequence[Path], held: Sequence[HeldFileError]) -> None:
+    def _files_stand(self, run: Run, files: Sequence[Path], step: int, held: Sequence[HeldFileError]) -> None:
         """They are written, unless a place was held."""
         if held:
             return
         self._last_file = files[0]
         self._files.update(dict.fromkeys(map(str, files)))
         logger.info("saved %s", " and ".join(map(str, files)))
+        run.hooks.on_files_written(run, "model", [str(file) for file in files], step)
 
     def _write_state(self, run: Run, folder: Path, is_last: bool, occasion: Occasion) -> None:
         counters = train_state(run.progress.global_step, run.progress.steps_per_epoch)
@@ -245,16 +246,20 @@ class CheckpointHook(Hook):
             save_state(run, folder, counters, occasion)
         except HeldFileError as error:
             occasion.held.append(error)
-        occasion.add(partial(self._state_stands, run, folder, is_last, occasion.held))
+        occasion.add(partial(self._state_stands, run, folder, counters["current_step"], is_last, occasion.held))
 
-    def _state_stands(self, run: Run, folder: Path, is_last: bool, held: Sequence[HeldFileError]) -> None:
+    def _state_stands(
+        self, run: Run, folder: Path, step: int, is_last: bool, held: Sequence[HeldFileError]
+    ) -> None:
         kept = next((error.kept for error in held if error.place == folder), None)
         if kept is not None:
             self.last_state = kept
+            run.hooks.on_files_written(run, "state", [str(kept)], step)
             return
         self.last_state = folder
         self._files[str(folder)] = None
         logger.info("saved the state %s", folder)
+        run.hooks.on_files_written(run, "state", [str(folder)], step)
         if self._upload is not None and run.config[HubOptions].save_state_to_huggingface:
             self._upload(folder, folder.name, wait=is_last)
 

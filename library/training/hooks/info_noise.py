@@ -11,7 +11,7 @@ import torch
 
 from library.device_utils import to_device
 from library.training.hooks.base import Hook
-from library.training.timestep_samplers.info_noise import InfoNoise, info_noise_sampler, log_ratios, velocity_factor
+from library.training.timestep_samplers.info_noise import InfoNoise, info_noise_sampler, log_ratios, data_factor
 from library.training.timestep_samplers.info_noise_options import InfoNoiseOptions
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class InfoNoiseHook(Hook):
         counts = batch.are_reg or [False] * len(batch)
         places = [math.nan if is_reg else place for place, is_reg in zip(batch.request.positions, counts)]
         places = to_device(torch.tensor(places, dtype=torch.float32), error.device)
-        self._of_step.append(torch.stack([places, ratios, error * velocity_factor(ratios, step.objective)], dim=1))
+        self._of_step.append(torch.stack([places, ratios, error * data_factor(ratios, step.objective)], dim=1))
 
     def on_post_optimizer_step(self, run: Run) -> None:
         rows = torch.cat(self._of_step) if self._of_step else torch.empty(0, 3, device=run.runtime.device)  # [N, 3]

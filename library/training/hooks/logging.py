@@ -1,18 +1,20 @@
-"""The curves and the progress bar of a run."""
+"""The curves of a run, and what it shows of itself while it trains."""
 
 from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.training.hooks.base import Hook
+from library.training.hooks.loss_curve import LossCurveHook
 from library.training.hooks.losses import LossReader, StepLoss
-from library.training.hooks.trackers import Point, Tracker, open_trackers
-from library.training.option_groups import LoggingOptions
+from library.training.hooks.trackers import MetricsFile, Point, Tracker, metrics_path, open_trackers
+from library.training.option_groups import LoggingOptions, ProgressOptions, SavingOptions
+from library.training.progress_display import open_display
+from library.training.progress_facts import Display, Length, Meter, Status
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHOWN_IN_BAR = {"max_norm/keys_scaled": "Keys Scaled", "norm/avg_key_norm": "Average key norm"}
+SHOWN_TEXTS = {"max_norm/keys_scaled": "Keys Scaled", "norm/avg_key_norm": "Average key norm"}
 
 
 class LossWindow:
@@ -75,17 +77,16 @@ class LoggingHook(Hook):
     """Logs each optimizer step once, with the mean loss over ranks and micro-batches, when the LossReader reads it.
 
     Keys: loss/current, loss/average, lr/<group>, lr/d*lr/<group>, what other hooks add; loss/epoch_average on the axis
-    of epochs. Trackers and the bar exist on the main process; the window is kept by every rank.
+    of epochs. Trackers and the display exist on the main process; the window is kept by every rank.
     """
 
     def __init__(self, show_progress: bool = True) -> None:
         self.show_progress = show_progress
         self.window = LossWindow()
         self._trackers: list[Tracker] = []
-        self._bar: Any = None
+        self._display: Display | None = None
+        self._meter: Meter | None = None
         self._run: Run | None = None
-        self._postfix: dict[str, str] = {}
-        self._restore_console: Callable[[], None] | None = None
 
     def on_train_start(self, run: Run) -> None:
         self._run = run
@@ -94,15 +95,31 @@ class LoggingHook(Hook):
         self.window = self.window.at(run.progress.global_step, run.progress.steps_per_epoch)
         if not run.runtime.is_main_process:
             return
+        progress = run.progress
+        self._meter = Meter(run.runtime.device, progress.global_step)
         try:
             self._trackers = open_trackers(run.config[LoggingOptions], run.config)
+            if run.config[ProgressOptions].log_metrics:
+                path = metrics_path(run.config[SavingOptions])
+                self._trackers.append(MetricsFile(path, progress.global_step, self._meter))
         except OSError as error:
             logger.warning("the curves cannot be written (%s); training goes on without them", error.strerror or error)
         if self.show_progress:
-            self._bar = _progress_bar(run.progress.max_train_steps, run.progress.global_step)
-            self._restore_console = lines_above_bar() if sys.stderr.isatty() else None
+            self._open_display(run, self._meter)
+
+    def _open_display(self, run: Run, meter: Meter) -> None:
+        progress, curve = run.progress, run.hooks.find(LossCurveHook)
+        length = Length(
+            progress.max_train_steps, progress.global_step, progress.num_epochs,
+            run.config[SavingOptions].output_name or "", curve.losses_up_to(progress.global_step) if curve else (),
+        )  # fmt: skip
+        self._display = open_display(run.config[ProgressOptions], length, meter)
+        if self._display is not None:
+            run.stop.tell = self._display.telling(run.stop.tell)
 
     def on_losses(self, losses: list[StepLoss]) -> None:
+        if self._meter is not None:
+            self._meter.put(losses[-1].step)
         for entry in losses:
             self.window.put(entry.step, entry.loss)
             self.log(
@@ -110,9 +127,10 @@ class LoggingHook(Hook):
                 axis="step", step=entry.step, epoch=entry.epoch,
             )
         newest = losses[-1]
-        self._postfix["avr_loss"] = f"{self.window.average:.4g}"
-        self._postfix.update({text: f"{newest.logs[k]:.4g}" for k, text in SHOWN_IN_BAR.items() if k in newest.logs})
-        self._refresh_bar(newest.step)
+        if self._display is not None:
+            self.show(**{text: f"{newest.logs[k]:.4g}" for k, text in SHOWN_TEXTS.items() if k in newest.logs})
+            read = [entry.loss for entry in losses]
+            self._display.update(Status(newest.step, newest.epoch, read, self.window.average, newest.logs))
 
     def log(
         self,
@@ -155,9 +173,17 @@ class LoggingHook(Hook):
                 )
 
     def show(self, **texts: str) -> None:
-        """Add short texts to the progress bar."""
-        self._postfix.update(texts)
-        self._refresh_bar(None)
+        """Add short texts to the display."""
+        if self._display is not None and texts:
+            self._display.show(texts)
+
+    def on_before_sample_images(self, run: Run) -> None:
+        if self._meter is not None:
+            self._meter.pause()
+
+    def on_after_sample_images(self, run: Run) -> None:
+        if self._meter is not None:
+            self._meter.go_on()
 
     def on_epoch_start(self, run: Run) -> None:
         if run.runtime.is_main_process:
@@ -169,25 +195,24 @@ class LoggingHook(Hook):
 
     def on_train_end(self, run: Run) -> None:
         self._reader.read()
-        self._end_bar()
+        self._end_display()
 
-    def _end_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if self._restore_console is not None:
-            self._restore_console()
-        self._bar = self._restore_console = None
+    def _end_display(self) -> None:
+        if self._display is not None:
+            self._display.close()
+            self._display = None
 
     def planned_files(self, run: Run) -> list[str]:
-        folder = run.config[LoggingOptions].logging_dir
-        return [f"curves of this run in {folder}"] if folder else []
+        folder, progress = run.config[LoggingOptions].logging_dir, run.config[ProgressOptions]
+        lines = [f"curves of this run in {folder}"] if folder else []
+        return [*lines, metrics_path(run.config[SavingOptions]).name] if progress.log_metrics else lines
 
     def written_files(self) -> list[str]:
         return [str(tracker.folder) for tracker in self._trackers if tracker.folder is not None]
 
     def close(self, run: Run, error: BaseException | None) -> None:
-        """End of the bar and of the trackers, after the last hook that logs."""
-        self._end_bar()
+        """End of the display and of the trackers, after the last hook that logs."""
+        self._end_display()
         self._to_trackers(lambda tracker: tracker.close())
 
     def state_dict(self) -> dict[str, StateValue]:
@@ -196,71 +221,3 @@ class LoggingHook(Hook):
 
     def load_state_dict(self, state: dict[str, StateValue]) -> None:
         self.window = LossWindow.of_state(state)
-
-    def _refresh_bar(self, step: int | None) -> None:
-        if self._bar is None:
-            return
-        self._bar.set_postfix(self._postfix, refresh=False)
-        if step is not None:
-            self._bar.update(step - self._bar.n)
-
-
-def _progress_bar(total: int, done: int) -> Any:
-    """A bar with rate and remaining time; on a console it moves twice a second, in a log file it is a line every ten
-    seconds. Without tqdm there is no bar."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    is_console = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        initial=done,
-        desc="steps",
-        unit="step",
-        position=0,  # whatever a run that ended by an error has left
-        smoothing=0.05,
-        dynamic_ncols=is_console,
-        mininterval=0.5 if is_console else 10.0,
-        file=sys.stderr if is_console else _FullLines(),
-    )
-
-
-class _FullLines:
-    """Stream of a bar in a log file: each drawing is a line of its own, erasing is nothing."""
-
-    def write(self, text: str) -> None:
-        text = text.strip()
-        if text:
-            sys.stderr.write(text + "\n")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-class _LineAboveBar:
-    """Stream of a log handler: clears the bar, writes the line, draws the bar again."""
-
-    def write(self, text: str) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(text, file=sys.stderr, end="")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-def lines_above_bar() -> Callable[[], None]:
-    """Let log lines of the console appear above the progress bar; the result undoes it."""
-    handlers = [
-        handler
-        for handler in logging.getLogger().handlers
-        if type(handler) is logging.StreamHandler and handler.stream in (sys.stderr, sys.__stderr__)
-    ]
-    streams = [handler.setStream(_LineAboveBar()) for handler in handlers]
-
-    def restore() -> None:
-        for handler, stream in zip(handlers, streams):
-            handler.setStream(stream)
-
-    return restore

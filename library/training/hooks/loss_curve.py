@@ -47,10 +47,13 @@ class LossCurveHook(Hook):
 
     def _forget_after(self, done: int) -> None:
         """A run may go on at an earlier step than that of its state."""
-        kept = [(step, loss) for step, loss in zip(self.steps, self.losses) if step <= done]
-        self.steps, self.losses = [step for step, _ in kept], [loss for _, loss in kept]
+        self.losses = self.losses_up_to(done)
+        self.steps = [step for step in self.steps if step <= done]
         self.validation = [point for point in self.validation if point[0] <= done]
         self.levels = {step: losses for step, losses in self.levels.items() if step <= done}
+
+    def losses_up_to(self, step: int) -> list[float]:
+        return [loss for of_step, loss in zip(self.steps, self.losses) if of_step <= step]
 
     def on_losses(self, losses: list[StepLoss]) -> None:
         self.steps.extend(entry.step for entry in losses)

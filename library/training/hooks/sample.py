@@ -218,6 +218,9 @@ class SampleHook(Hook):
         made.sort(key=lambda file: file.enum)
         if runtime.is_main_process:
             self._tried("the overview of the samples could not be written", lambda: self._present(run, at, made))
+            files = [path for file in made for path in (file.video, file.path) if path is not None]
+            if files:
+                run.hooks.on_files_written(run, "samples", files, run.progress.global_step)
             kinds = "clip" if made and all(file.video for file in made) else "image"
             logger.info("made %s in %.1f s", counted(len(made), f"sample {kinds}"), time.perf_counter() - started)
         return made

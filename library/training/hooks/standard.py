@@ -10,6 +10,7 @@ from library.dataset import DatasetOptions
 from library.training.hooks.base import Hook
 from library.training.hooks.checkpoint import CheckpointHook, MetadataMaker
 from library.training.hooks.ema import EmaHook
+from library.training.hooks.events import EventHook
 from library.training.hooks.finish import FinishHook
 from library.training.hooks.finite import NonFiniteGuard
 from library.training.hooks.info_noise import InfoNoiseHook
@@ -18,7 +19,7 @@ from library.training.hooks.loss_curve import LossCurveHook
 from library.training.hooks.losses import LossReader
 from library.training.hooks.sample import SampleHook
 from library.training.hooks.validation import ValidationHook
-from library.training.option_groups import EmaOptions, HubOptions
+from library.training.option_groups import EmaOptions, HubOptions, ProgressOptions
 from library.training.timestep_samplers.info_noise_options import InfoNoiseOptions, is_enabled
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def standard_hooks(
         LossReader(),
         ValidationHook(runtime.seed if seed is None else seed),
         CheckpointHook(metadata, uploader_of(config[HubOptions])),
+        *([EventHook()] if config[ProgressOptions].emit_events else []),
         SampleHook(prompts, conditioning, runtime.seed),
         FinishHook(),
     ]

@@ -1,9 +1,10 @@
-"""Where curves go: TensorBoard files and Weights & Biases. Both are optional packages, imported when they are
-chosen."""
+"""Where curves go: TensorBoard files, Weights & Biases and lines of JSON. The first two are optional packages, imported
+when they are chosen."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -17,12 +18,14 @@ from library.core.options import Config, option_fields
 from library.core.text_files import parse_toml, read_text
 from library.generation.picture_files import gif_of
 from library.generation.video_files import read_video
+from library.training.checkpoint import METRICS_ENDING, CheckpointNames
 from library.training.parser_common import PATH_OPTIONS
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from library.training.option_groups import LoggingOptions
+    from library.training.option_groups import LoggingOptions, SavingOptions
+    from library.training.progress_facts import Meter
 
 DEFAULT_PROJECT = "network_train"
 
@@ -39,7 +42,7 @@ class Point:
 
 
 class Tracker(ABC):
-    """One destination of the curves; lives on the main process only. `folder`: where its files are."""
+    """One destination of the curves; lives on the main process only. `folder`: where its files are, or its one file."""
 
     folder: Path | None = None
 
@@ -150,6 +153,71 @@ class WandbTracker(Tracker):
 
     def close(self) -> None:
         self._run.finish()
+
+
+class MetricsFile(Tracker):
+    """A file of JSON objects, one in a line, which another program can read while it grows: each line is written whole,
+    and at once. A run that goes on after `done` steps goes on in the file of its earlier part, where the lines of later
+    steps are gone; a run from the start begins it anew."""
+
+    def __init__(self, path: Path, done: int, meter: Meter) -> None:
+        self.folder, self._meter = path, meter
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = length_up_to(path, done) if done else 0
+        self._file = open(path, "ab", buffering=0)
+        self._file.truncate(kept)
+
+    def log(self, point: Point) -> None:
+        line: dict[str, Any] = {
+            "step": point.step, "epoch": point.epoch, "axis": point.axis, "time": round(time.time(), 3), **point.values
+        }
+        if point.axis == "step":
+            memory = self._meter.memory()
+            line |= {"steps_per_second": self._meter.steps_per_second, "memory_bytes": memory and memory[0]}
+        self._append(json.dumps({name: _finite(value) for name, value in line.items()}, allow_nan=False) + "\n")
+
+    def _append(self, line: str) -> None:
+        """The whole line, or nothing of it when the disk is full."""
+        start, left = os.fstat(self._file.fileno()).st_size, memoryview(line.encode())
+        try:
+            while left:
+                left = left[self._file.write(left):]
+        except OSError:
+            self._file.truncate(start)
+            raise
+
+    def log_image(self, name: str, picture: Image.Image, caption: str, point: Point) -> None: ...
+
+    def log_video(self, name: str, path: Path, fps: float, caption: str, point: Point) -> None: ...
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def metrics_path(saving: SavingOptions) -> Path:
+    return Path(saving.output_dir or "") / f"{CheckpointNames(saving.output_name).last()}{METRICS_ENDING}"
+
+
+def length_up_to(path: Path, step: int) -> int:
+    """Bytes of the lines of a metrics file before the first that is of a later step, or broken."""
+    length = 0
+    if not path.is_file():
+        return 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                is_kept = line.endswith(b"\n") and json.loads(line)["step"] <= step
+            except (ValueError, TypeError, KeyError):
+                is_kept = False
+            if not is_kept:
+                break
+            length += len(line)
+    return length
+
+
+def _finite(value: Any) -> Any:
+    """None for what JSON has no number for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _wandb_arguments(path: str) -> dict[str, Any]:

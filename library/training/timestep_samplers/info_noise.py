@@ -1,8 +1,9 @@
 """InfoNoise: the density of noise levels that follows the losses.
 
 Noise levels are counted in ln s, s = sigma / (1 - sigma) (of DDPM: noise over signal). The range is cut into parts of
-equal length; of each the newest losses are kept. Their mean over s^2 is how much information a step there still brings;
-a gate takes the levels with hardly any noise out. What is drawn is proportional to that.
+equal length; of each the newest errors of the clean latents are kept. Their mean over s^2 is how much information about
+the data a step of ln s brings there (I-MMSE); a gate takes the levels with hardly any noise out. What is drawn is
+proportional to that.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class InfoNoise:
         return torch.searchsorted(self.edges[1:-1], log_ratios.double(), right=True)
 
     def record(self, log_ratios: Tensor, losses: Tensor) -> None:
-        """ln s [N] and mean squared errors of the velocity [N] of samples, in the order of their steps and places."""
+        """ln s [N] and mean squared errors of the clean latents [N] of samples, in the order of their steps and places."""
         parts = self._parts(log_ratios)
         counts = torch.bincount(parts, minlength=len(self.losses)).tolist()
         for kept, new in zip(self.losses, losses[parts.argsort(stable=True)].split(counts)):
@@ -217,13 +218,13 @@ def times_as_timesteps(times: Tensor, objective: Objective) -> Tensor:
     return times * levels.NUM_TIMESTEPS if objective.is_flow else times
 
 
-def velocity_factor(log_ratios: Tensor, objective: Objective) -> Tensor:
-    """By which a mean squared error of the objective's prediction becomes one of the flow velocity, noise - data, at
-    the same s: an error e of the noise is one of s e of the data, and (1 + s) e of the velocity."""
+def data_factor(log_ratios: Tensor, objective: Objective) -> Tensor:
+    """By which a mean squared error of what the objective compares becomes one of the clean latents: those are
+    x_t - sigma * velocity, or x_t / signal - s * noise."""
     if objective.is_flow:
-        return torch.ones_like(log_ratios)
+        return torch.ones_like(log_ratios) if objective.target == "latents" else torch.sigmoid(log_ratios) ** 2
     s = log_ratios.exp()
-    return (1 + s) ** 2 if objective.prediction_type == "epsilon" else (1 + s) ** 2 / (1 + s**2)
+    return s**2 if objective.prediction_type == "epsilon" else s**2 / (1 + s**2)
 
 
 class InfoNoiseSampler:

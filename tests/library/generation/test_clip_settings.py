@@ -56,7 +56,8 @@ def test_where_a_clip_that_starts_from_another_one_begins():
         for extra in (0.0, 0.25):
             start = pipeline.start(dataclasses.replace(asked, v2_extra_noise=extra), sigmas)
             more = extra if first < 10 else 0.0
-            torch.testing.assert_close(start, levels[first] * noise + (1 - levels[first]) + more * noise, rtol=1e-5, atol=1e-6, check_dtype=False)
+            expected = (levels[first] * noise + (1 - levels[first]) + more * noise).float()
+            torch.testing.assert_close(start, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_extra_noise_is_on_the_latents_of_pictures_alone(i2v, picture, tmp_path):  # noqa: F811

@@ -7,13 +7,21 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from library.core.errors import ConfigError
+from library.generation import sdxl_inference
 from library.generation.flow_pipeline import FlowPipeline
-from library.generation.guidance_options import GuidanceOptions, idle_guidance, request_guidance_problems, scheduled_scales
+from library.generation.guidance_options import (
+    GuidanceOptions,
+    idle_guidance,
+    request_guidance_problems,
+    scheduled_scales,
+)
 from library.generation.requests import PictureRequest
 from library.generation.video_pipeline import VideoPipeline
 from library.generation.video_requests import VideoRequest
+from library.tiny_models import build_tiny
 
 TEXTS = {"prompt": 1.0, "negative": -0.7, "neutral": 0.2}
 STEPS = 5
@@ -168,3 +176,23 @@ def test_what_fights_is_refused_and_what_has_no_use_is_told():
     unguided = dataclasses.replace(request, cfg_scale=1.0, perp_neg=1.0)
     told = idle_guidance(unguided, {"cfg_schedule", "perp_neg", "cfgzerostar_multiplier"})
     assert [line.split()[0] for line in told] == ["--cfgzerostar_multiplier", "--cfg_schedule", "--perp_neg"]
+
+
+def test_sdxl_is_guided_by_the_same_forms(tmp_path):
+    tiny = build_tiny("sdxl", tmp_path / "tiny")
+    ways = {
+        "plain": [], "schedule": ["--cfg_schedule=1"], "zero": ["--cfgzerostar_scaling"],
+        "first": ["--cfgzerostar_init_steps=1"], "perp": ["--perp_neg=1.5"], "unguided": ["--cfg_scale=1"],
+        "none": ["--cfg_schedule=!1-3"], "all": ["--cfg_schedule=1-3", "--cfg_scale=5"],
+    }  # fmt: skip
+    made = {}
+    for name, words in ways.items():
+        given = [
+            f"--ckpt_path={tiny.model}", f"--clip_tokenizer={tiny.tokenizer}",
+            "--prompt=a red cat", "--negative_prompt=the dog", "--seed=5", "--dtype=float32",
+            "--width=64", "--height=64", "--steps=3", "--cfg_scale=5", f"--output_dir={tmp_path / name}", *words,
+        ]  # fmt: skip
+        (path,) = sdxl_inference.run(given)
+        made[name] = Image.open(path).tobytes()
+    assert made["none"] == made["unguided"] and made["all"] == made["plain"]
+    assert len(set(made.values())) == len(made) - 2

@@ -17,7 +17,7 @@ CLASSES = script("flux", "network").classes
 OF_A_RUN = [
     "mine.safetensors", "mine-ema.safetensors", "mine-000002.safetensors", "mine-000002-ema.safetensors",
     "mine-step00000010.safetensors",
-    "mine-loss.csv", "mine-loss.png", "sample/mine_e000002_00_20250101120000_42.png",
+    "mine-loss.csv", "mine-loss.png", "mine-metrics.jsonl", "sample/mine_e000002_00_20250101120000_42.png",
     "sample/mine_000010_00_20250101120000.png",
     "sample/mine_e000002_grid.png", "sample/mine_sheet.png",
 ]  # fmt: skip

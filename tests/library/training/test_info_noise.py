@@ -12,7 +12,7 @@ import torch
 
 from library.core.keyed_random import StepDraws
 from library.training.hooks.info_noise import InfoNoiseHook
-from library.training.objective import DdpmObjective, FlowMatchingObjective
+from library.training.objective import DdpmObjective, FlowMatchingObjective, clean_estimate
 from library.training.show_timesteps import ManyDraws
 from library.training.timestep_samplers import TimestepOptions, build
 from library.training.timestep_samplers.info_noise import (
@@ -21,7 +21,7 @@ from library.training.timestep_samplers.info_noise import (
     info_noise_sampler,
     log_ratios,
     times_as_timesteps,
-    velocity_factor,
+    data_factor,
 )
 from library.training.timestep_samplers.info_noise_options import InfoNoiseOptions
 from library.wan_train_utils import OneSide
@@ -52,10 +52,10 @@ def learned(sampler: InfoNoiseSampler, error, steps: int, batch: int = 2000, ele
 
 
 def best_error(ratios: torch.Tensor) -> torch.Tensor:
-    """Of the velocity, for data that are standard normal numbers: the variance of noise - data where their mixture is
-    known, 1 / (sigma^2 + (1 - sigma)^2)."""
+    """Of the clean latents, for data that are standard normal numbers: their variance where the mixture with noise is
+    known, sigma^2 / (sigma^2 + (1 - sigma)^2)."""
     sigma = torch.sigmoid(ratios)
-    return 1 / (sigma**2 + (1 - sigma) ** 2)
+    return sigma**2 / (sigma**2 + (1 - sigma) ** 2)
 
 
 @pytest.mark.parametrize("law", ["uniform", "sigmoid", "flux_shift"])
@@ -170,18 +170,30 @@ def test_a_state_goes_on_to_the_bit_and_that_of_other_parts_is_left() -> None:
     assert not other.is_ready and not any(other.losses)
 
 
+@pytest.mark.parametrize("target", ["velocity", "reverse_velocity", "latents"])
+def test_errors_of_flow_models_are_those_of_the_clean_latents(target: str) -> None:
+    """Whatever the loss compares: a prediction that is off by 0.1 leaves the latents off by sigma times that."""
+    objective = FlowMatchingObjective(TimestepOptions(), target=target)
+    timesteps = torch.tensor([10.0, 300.0, 950.0])
+    sigmas = timesteps / 1000
+    off = torch.full_like(sigmas, 0.1)
+    of_latents = clean_estimate(off[:, None, None], torch.zeros(3, 1, 1), sigmas).flatten()
+    own = of_latents if target == "latents" else off
+    factor = data_factor(log_ratios(timesteps, objective), objective)
+    torch.testing.assert_close(own**2 * factor, of_latents**2)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_tables_of_noise_levels_have_it_too(prediction: str) -> None:
-    """Errors of the noise and of v stand for those of the velocity; whole timesteps are drawn."""
+    """Errors of the noise and of v stand for those of the clean latents; whole timesteps are drawn."""
     times = TimestepOptions()
     objective = DdpmObjective(times, prediction_type=prediction)
     off = torch.full((), 0.1, dtype=torch.float64)  # of the noise, at s: the data are x / signal - s * noise
     for step in (50.0, 400.0, 900.0):
         ratio = log_ratios(torch.tensor([step]), objective).double()
         s = ratio.exp()
-        of_velocity = off - -s * off  # noise - data
         own = off if prediction == "epsilon" else off * (1 + s**2).sqrt()
-        torch.testing.assert_close(own**2 * velocity_factor(ratio, objective), of_velocity**2)
+        torch.testing.assert_close(own**2 * data_factor(ratio, objective), (s * off) ** 2)
     sampler = made(is_flow=False, infonoise_N_warm=10, infonoise_M=10)
     learned(sampler, best_error, steps=60)
     drawn = sampler.sample((500, *SHAPE), StepDraws(1, 1, tuple(range(500))))
@@ -217,4 +229,4 @@ def test_regularisation_images_do_not_count_and_losses_come_in_the_order_of_thei
     hook.on_post_optimizer_step(run)
     hook.state_dict()
     kept = [list(losses) for losses in hook.info.losses if losses]
-    assert [[round(loss) for loss in losses] for losses in kept] == [[11, 12, 13, 1, 3]]
+    assert [[round(4 * loss) for loss in losses] for losses in kept] == [[11, 12, 13, 1, 3]]  # a quarter, at sigma 0.5

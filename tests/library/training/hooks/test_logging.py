@@ -1,17 +1,15 @@
 """What the curves hold: one point per optimizer step under the known names."""
 
 import json
-import logging
-import sys
 
 import pytest
 
-from library.training.hooks.logging import LoggingHook, LossWindow, lines_above_bar
+from library.training.hooks.logging import LoggingHook, LossWindow
 from library.training.hooks.losses import LossReader
 from library.training.hooks.trackers import open_trackers, recorded_config, run_log_dir
 from library.training.loop import fit
 from library.training.option_groups import LoggingOptions
-from tests.library.training.hooks.small_run import LineData, small_run
+from tests.library.training.hooks.small_run import small_run
 
 
 def read_events(folder):
@@ -103,25 +101,3 @@ def test_the_recorded_options_hold_no_secret_and_no_path():
         and "output_dir" not in recorded
     )
     assert recorded["output_name"] == "name" and recorded["max_train_steps"] == 1600
-
-
-def test_the_bar_shows_steps_and_average_as_lines_in_a_log_file(capsys, monkeypatch):
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    hook = LoggingHook()
-    fit(small_run([LossReader(every=1), hook], steps=2))
-    lines = capsys.readouterr().err.splitlines()
-    assert "2/2" in lines[-1] and "avr_loss=" in lines[-1] and all(line.startswith("steps:") for line in lines)
-
-
-def test_log_lines_go_above_the_bar_and_the_console_is_given_back(capsys):
-    handler = logging.StreamHandler(sys.stderr)
-    logging.getLogger().addHandler(handler)
-    try:
-        restore = lines_above_bar()
-        logging.getLogger("x").warning("a line")
-        assert handler.stream is not sys.stderr
-        restore()
-        assert handler.stream is sys.stderr
-    finally:
-        logging.getLogger().removeHandler(handler)
-    assert capsys.readouterr().err.endswith("a line\n")
