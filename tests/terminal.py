@@ -1,6 +1,7 @@
 """A pseudo-terminal with a screen that can be looked at: what a user sees of a program that draws on a terminal.
 
-The screen knows the little that our programs write: letters of one column, new lines, carriage returns, going up, erasing.
+The screen knows the little that our programs write: letters of one column, new lines, carriage returns, going up,
+erasing.
 Two kinds of terminals do different things when they become narrower: some break the lines that stand on them anew
 (`reflows`), others cut them off.
 """

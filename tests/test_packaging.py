@@ -34,7 +34,7 @@ MODULES = sorted(
     for package in PACKAGES
     for path in (ROOT / package).rglob("*.py")
 )
-HEAVY = ("torch", "transformers", "diffusers", "numpy", "accelerate", "safetensors", "cv2", "PIL", "matplotlib",
+HEAVY = ("torch", "rich", "transformers", "diffusers", "numpy", "accelerate", "safetensors", "cv2", "PIL", "matplotlib",
          "voluptuous")  # fmt: skip
 
 # Runs a script with --help where an import of a heavy package fails. How long it takes is measured by

@@ -32,8 +32,9 @@ if hasattr(os, "register_at_fork"):  # a process that is forked while a thread d
 
 class LiveFrame:
     """Between `start` and `close` what is written to stdout and stderr, where these are terminals, and by the log
-    handlers of stderr appears above the frame. A line that is not ended and begins anew with a carriage return (a bar of
-    progress) is the `activity`, which `render` is given. Processes that are forked meanwhile write as without a frame.
+    handlers of stderr appears above the frame. A line that is not ended and begins anew with a carriage return (a bar
+    of progress) is the `activity`, which `render` is given. Processes that are forked meanwhile write as without a
+    frame.
 
     `stream`: the terminal.
     """

@@ -466,7 +466,7 @@ def warnings(config: Config) -> list[str]:
     if saving.save_model_as in ("ckpt", "pt") and not config[MetadataOptions].no_metadata:
         lines.append(f"--save_model_as {saving.save_model_as} holds no metadata; safetensors does")
     if config[ProgressOptions].display == "panel" and not can_hold_panel():
-        lines.append("--progress is panel, and standard error is no terminal that can hold one: the bar is written instead")
+        lines.append("--progress is panel, and standard error is no terminal that can hold one: the bar is shown")
     return lines + precision_warnings(config)
 
 

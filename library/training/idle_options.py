@@ -13,6 +13,7 @@ from library.training.computing_options import MemoryOptions, PrecisionOptions
 from library.training.formula_checks import idle_formulas
 from library.training.option_groups import (
     ConfigFileOptions,
+    ConsoleOptions,
     HubOptions,
     LoggingOptions,
     LoopOptions,
@@ -78,6 +79,11 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
     yield from _idle_memory(config)
     yield from _idle_logs(config[LoggingOptions])
     progress = config[ProgressOptions]
+    hidden = config[ConsoleOptions].console_log_level
+    if progress.display == "lines" and hidden in ("WARNING", "ERROR", "CRITICAL"):
+        given = (name for name in ("progress", "log_every") if getattr(progress, name) is not None)
+        reason = f"has no effect with --console_log_level {hidden}, which hides these lines"
+        yield from ((name, reason) for name in given)
     if progress.loss_curve_steps is not None and progress.display not in (None, "panel"):
         yield "loss_curve_steps", f"has no effect without the panel, and --progress {progress.display} is shown"
     noise, hub, resume = config[NoiseOptions], config[HubOptions], config[ResumeOptions]

@@ -376,20 +376,21 @@ class ProgressOptions:
 
     progress: str | None = option(
         None,
-        help="how the run shows where it stands: a panel, a bar, lines of the log or nothing; when not given a panel on "
-        "a terminal, elsewhere the bar as a line every ten seconds",
+        help="how the run shows where it stands: a panel, a bar, lines of the log or nothing; when not given a panel "
+        "on a terminal, elsewhere the bar as a line every ten seconds",
         choices=("panel", "bar", "lines", "none"),
     )
     no_progress: bool = option(False, help="the same as --progress lines")
     log_every: int | None = option(
-        None, help="steps from one line of the log to the next, with --progress lines, which it stands for; 10 when not "
-        "given"
+        None, help="steps from one line of the log to the next, with --progress lines, which it stands for; 10 when "
+        "not given"
     )
     loss_curve_steps: int | None = option(
         None, help="how many of the last losses the curve of the panel shows; 500 when not given"
     )
     log_metrics: bool = option(
-        False, help="append each step's loss, rates and speed as a line of JSON to NAME-metrics.jsonl in the output folder"
+        False,
+        help="append each step's loss, rates and speed as a line of JSON to NAME-metrics.jsonl in the output folder",
     )
     emit_events: bool = option(
         False, help="write a line __EVENT__:TYPE:JSON to standard output when the run begins, has written files, ends"
@@ -399,7 +400,9 @@ class ProgressOptions:
         problems = too_small(self, 1, "log_every", "loss_curve_steps")
         if self.progress not in (None, "lines"):
             if self.no_progress:
-                problems.append(f"--no_progress means --progress lines, and --progress is {self.progress}; leave one out")
+                problems.append(
+                    f"--no_progress means --progress lines, and --progress is {self.progress}; leave one out"
+                )
             if self.log_every is not None:
                 problems.append(
                     f"--log_every is {self.log_every} with --progress {self.progress}; it needs --progress lines"

@@ -1,4 +1,4 @@
-"""What there is to show of a run while it trains: where it stands, its rate, time and memory, as numbers and as texts."""
+"""What there is to show of a run while it trains: where it stands, rate, time and memory, as numbers and as texts."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ class Length:
 
 @dataclass(frozen=True)
 class Status:
-    """A reading: the newest step and epoch (both count from 1), the losses of the steps that were read, the mean over an
-    epoch, and what is logged of the newest step."""
+    """A reading: the newest step and epoch (both count from 1), the losses of the steps that were read, the mean over
+    an epoch, and what is logged of the newest step."""
 
     step: int
     epoch: int
@@ -116,8 +116,8 @@ class Display(ABC):
 
 
 def rates_text(logs: Mapping[str, float]) -> str:
-    """The learning rates of a step: one for all groups that have the same, with an optimizer's own step size in it where
-    it has one."""
+    """The learning rates of a step: one for all groups that have the same, with an optimizer's own step size in it
+    where it has one."""
     rates = {name.removeprefix("lr/"): value for name, value in logs.items() if name.startswith("lr/")}
     own = {name.removeprefix("d*lr/"): value for name, value in rates.items() if name.startswith("d*lr/")}
     rates = {name: own.get(name, value) for name, value in rates.items() if not name.startswith("d*lr/")}

@@ -94,7 +94,7 @@ class PanelDisplay(Display):
         if status is not None:
             left = self._length.total - status.step
             rates = rates_text(status.logs)
-            learned = f"loss {status.losses[-1]:.4g}  mean of an epoch {status.average:.4g}" + (f"  {rates}" if rates else "")
+            learned = f"loss {status.losses[-1]:.4g}  mean of an epoch {status.average:.4g}  {rates}".rstrip()
         further = "  ".join(f"{name} {text}" for name, text in self._texts.items())
         return [learned, further, "  ".join(time_texts(self._meter, left))]
 

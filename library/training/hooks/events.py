@@ -25,8 +25,8 @@ MARK = "__EVENT__"
 BACKUP, STATE = "auto_epoch_backup_written", "state_written"
 KINDS = {
     "resume_state_loaded": "the run goes on with a state: state, null where only a step was given",
-    "train_loop_started": "before the first step: max_train_steps, num_epochs, steps_per_epoch, output_dir, output_name, "
-    "metrics (the file of --log_metrics or null), pid",
+    "train_loop_started": "before the first step: max_train_steps, num_epochs, steps_per_epoch, output_dir, "
+    "output_name, metrics (the file of --log_metrics or null), pid",
     "model_written": "the trained file stands: files, with those beside it",
     BACKUP: "a state after a whole epoch stands: state",
     STATE: "another state stands: state",
@@ -39,8 +39,8 @@ KINDS = {
 
 
 class EventHook(Hook):
-    """One line for each event, `__EVENT__:<type>:<object of JSON>`, in ASCII; on the main process only. A reader that is
-    gone is told of once; the run goes on without it. Comes after the hook that writes files, so that its last line is
+    """One line for each event, `__EVENT__:<type>:<object of JSON>`, in ASCII; on the main process only. A reader that
+    is gone is told of once; the run goes on without it. Comes after the hook that writes files, so that its last line is
     the last of all, and before that of the samples, which may be made before the first step."""
 
     reads_saved_files = False

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.training.hooks.base import Hook
-from library.training.hooks.losses import LossReader, StepLoss
 from library.training.hooks.loss_curve import LossCurveHook
+from library.training.hooks.losses import LossReader, StepLoss
 from library.training.hooks.trackers import MetricsFile, Point, Tracker, metrics_path, open_trackers
 from library.training.option_groups import LoggingOptions, ProgressOptions, SavingOptions
 from library.training.progress_display import open_display

@@ -97,6 +97,8 @@ def test_options_that_contradict_each_other_are_refused_and_idle_ones_listed():
     listed = ignored(Config.read({"no_progress": True, "loss_curve_steps": 9}, classes))
     assert [str(item).split(":")[0].split(" ")[0] for item in listed] == ["--loss_curve_steps"]
     assert not ignored(Config.read({"loss_curve_steps": 9}, classes))
+    hidden = ignored(Config.read({"log_every": 5, "console_log_level": "ERROR"}, classes))
+    assert "--console_log_level ERROR" in str(hidden[0]) and not ignored(Config.read({"log_every": 5}, classes))
 
 
 def test_the_panel_is_refused_without_its_package_and_told_of_without_a_terminal(monkeypatch):
@@ -181,7 +183,8 @@ def test_the_panel_tells_what_a_run_does(still_panel):
     still_panel.show({"val_avg_loss": "0.3"})
     text = "\n".join(plain(still_panel.lines(79, 40, "sampling 30%")))
     for part in ("lora", "step 36/40", "90%", "epoch 4/4", "loss 0.02778", "mean of an epoch 0.01389", "lr 0.0001",
-                 "val_avg_loss 0.3", "1.25 s/step", "0:00:45 elapsed", "0:00:05 left", "GiB", "sampling 30%"):  # fmt: skip
+                 "val_avg_loss 0.3", "1.25 s/step", "0:00:45 elapsed", "0:00:05 left", "GiB",
+                 "sampling 30%"):  # fmt: skip
         assert part in text, (part, text)
     told = []
     still_panel.telling(told.append)("SIGINT")

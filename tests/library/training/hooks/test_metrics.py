@@ -58,7 +58,10 @@ def test_every_step_and_epoch_has_a_line_with_its_values(tmp_path):
     assert set(lines[4]) == {"step", "epoch", "axis", "time", "loss/epoch_average"} and lines[4]["epoch"] == 1
 
 
-@pytest.mark.parametrize("further, tail", [(6, b""), (5, b'{"step": 5}'), (7, b'{"step": 8, "ep'), (5, b"not JSON\n"), (6, b"[1]\n")])
+@pytest.mark.parametrize(
+    "further, tail",
+    [(6, b""), (5, b'{"step": 5}'), (7, b'{"step": 8, "ep'), (5, b"not JSON\n"), (6, b"[1]\n")],
+)
 def test_a_run_that_goes_on_doubles_no_line_and_keeps_no_broken_one(tmp_path, further, tail):
     """It was at a later step, and perhaps in the middle of a line, when it was killed after its state of step 5."""
     run_to(tmp_path, 5)
@@ -124,6 +127,6 @@ def test_a_full_disk_leaves_whole_lines_and_the_run(tmp_path, caplog):
     lines = lines_of(tmp_path / "last-metrics.jsonl")
     assert 2 <= len(lines) < 8 and places(lines) == EVERY_STEP[: len(lines)]
     assert [r.getMessage() for r in caplog.records] == [
-        f"the curves in {tmp_path / 'last-metrics.jsonl'} cannot be written (No space left on device); training goes on "
-        "without them"
+        f"the curves in {tmp_path / 'last-metrics.jsonl'} cannot be written (No space left on device); training goes"
+        " on without them"
     ]
