@@ -68,7 +68,7 @@ OWN_OF_ALL = {
     "plugins", "loss_weight", "loss_weighting", "loss_weighting_gamma", "detail_inv_t_min", "detail_inv_t_max",
     "weight_cap_ratio", "timestep_schedule_shift", "timestep_mix_low_prob", "hook", "textual_inversion_embeddings", "sigma_table", "show_timesteps_resolution",
     "dynamo_cache_size_limit", "vram_budget", "fp8_fast", "quantize_base", "quantize_text_encoder", "offload_optimizer",
-    "progress", "no_progress", "log_every", "loss_curve_steps", "log_metrics", "emit_events",
+    "progress", "no_progress", "log_every", "loss_curve_steps", "log_metrics", "emit_events", "prefer_json",
     "infonoise_enabled", "infonoise_K", "infonoise_N_warm", "infonoise_M", "infonoise_B", "infonoise_beta",
     "infonoise_N_min", "infonoise_gate_pivot_c",
 }
