@@ -15,9 +15,11 @@ from library.core.errors import ConfigError
 from library.core.file_limits import stem_of
 from library.core.text_files import read_bytes
 from library.dataset.items import ImageItem, SubsetParams
+from library.dataset.json_captions import caption_of_json, parsed_caption
 
 Replacements = Mapping["str | re.Pattern[str]", "str | Sequence[str]"]
 WILDCARD = re.compile(r"\{([^}]+)\}")
+JSON = ".json"
 OPEN_BRACE, CLOSE_BRACE = "\x00", "\x01"  # stand for {{ and }} while alternatives are chosen
 
 RANDOM_SETTINGS = ("shuffle_caption", "enable_wildcard", "token_warmup_step", "caption_tag_dropout_rate")
@@ -94,7 +96,16 @@ def _compose(
     *,
     warm_up: bool = True,
 ) -> str:
-    caption = _choose_line(caption, params, rng)
+    limit = warm_up_limit(params, step, max_train_steps) if warm_up else None
+    categories = parsed_caption(caption) if params.reads_json else None
+    if categories is None:
+        caption = _choose_line(caption, params, rng)
+    else:
+        caption = categories.compose(
+            joint_of("", params.caption_separator), rng, shuffle=params.shuffle_caption,
+            dropout=params.caption_tag_dropout_rate,
+            limit=None if limit is None else _warmed_up(len(categories.tags) - len(categories.fixed), params, limit),
+        )
     if params.caption_prefix:
         caption = f"{params.caption_prefix} {caption}"
     if params.caption_suffix:
@@ -102,9 +113,8 @@ def _compose(
     if params.enable_wildcard:
         caption = expand_wildcards(caption, rng)
     joint = joint_of(caption, params.caption_separator)
-    caption = _process_tags(
-        caption, params, rng, warm_up_limit(params, step, max_train_steps) if warm_up else None, joint
-    )
+    if categories is None:
+        caption = _process_tags(caption, params, rng, limit, joint)
     if params.secondary_separator:
         caption = _with_joint(caption, params.secondary_separator, "," if params.caption_separator == "," else joint)
     return replaced(caption, replacements, rng)
@@ -161,14 +171,18 @@ def _process_tags(
         tags = split_tags(caption, params.caption_separator)
         head, flexible = tags[: params.keep_tokens], tags[params.keep_tokens :]
     if warm_up is not None:
-        step, steps = warm_up
-        kept = math.floor(step * (len(flexible) - params.token_warmup_min) / steps) + params.token_warmup_min
-        flexible = flexible[: max(kept, 0)]
+        flexible = flexible[: _warmed_up(len(flexible), params, warm_up)]
     if params.shuffle_caption:
         rng.shuffle(flexible)
     if params.caption_tag_dropout_rate > 0:
         flexible = [tag for tag in flexible if rng.random() >= params.caption_tag_dropout_rate]
     return joint.join([*head, *flexible, *tail])
+
+
+def _warmed_up(count: int, params: SubsetParams, warm_up: tuple[int, int]) -> int:
+    """How many of `count` tags are used at a step of the warm-up."""
+    step, steps = warm_up
+    return max(math.floor(step * (count - params.token_warmup_min) / steps) + params.token_warmup_min, 0)
 
 
 def split_tags(text: str, separator: str) -> list[str]:
@@ -210,6 +224,12 @@ def caption_ending(params: SubsetParams) -> str | None:
     return dotted(extension)
 
 
+def caption_endings(params: SubsetParams) -> list[str]:
+    """What the names of caption files may have in place of their images' extension, best first."""
+    ending, first = caption_ending(params), [JSON] if params.prefer_json else []
+    return first if ending is None or ending in first else [*first, ending]
+
+
 def face_numbers(path: str) -> tuple[int, int, int, int] | None:
     """(centre x, centre y, width, height) of a face when the file name ends with these as `_cx_cy_w_h`, else None."""
     parts = os.path.splitext(os.path.basename(path))[0].rsplit("_", 4)
@@ -219,15 +239,14 @@ def face_numbers(path: str) -> tuple[int, int, int, int] | None:
 
 
 def caption_paths(image_path: str, params: SubsetParams) -> list[str]:
-    """Where the caption of an image may lie, best place first. Images cut out around faces share the caption of the
-    picture that they come from: with face crop on, `img_10_20_30_40.png` also takes `img.txt`."""
-    stem, extension = stem_of(image_path), caption_ending(params)
-    if extension is None:
-        return []
-    paths = [stem + extension]
+    """Where the caption of an image may lie, best place first, with `prefer_json` that of a JSON file. Images cut out
+    around faces share the caption of the picture that they come from: with face crop on, `img_10_20_30_40.png` also
+    takes `img.txt`."""
+    stem = stem_of(image_path)
+    stems = [stem]
     if params.face_crop_aug_range is not None and face_numbers(image_path) is not None:
-        paths.append(stem.rsplit("_", 4)[0] + extension)
-    return paths
+        stems.append(stem.rsplit("_", 4)[0])
+    return [stem + ending for stem in stems for ending in caption_endings(params)]
 
 
 def read_caption(image_path: str, params: SubsetParams) -> str | None:
@@ -235,11 +254,13 @@ def read_caption(image_path: str, params: SubsetParams) -> str | None:
 
     Without wildcards it is the first line (the whole text with `whole_captions`); with them all lines that are not
     blank, joined by newlines. A byte order mark is removed. Raises ConfigError with the path when the file is not
-    UTF-8.
+    UTF-8, or no caption in JSON where it should be one.
     """
     for path in caption_paths(image_path, params):
         try:
             text = read_bytes(path).removeprefix(codecs.BOM_UTF8).decode("utf-8")
+            if params.reads_json and path.endswith(JSON):
+                return caption_of_json(text, path)
             return caption_of_text(text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n"), params)
         except FileNotFoundError:
             continue
@@ -282,7 +303,11 @@ def tag_frequency(texts: Iterable[tuple[str, SubsetParams]]) -> dict[str, int]:
     case. With wildcards a caption holds the tags of all its lines and alternatives."""
     counts: dict[str, int] = {}
     for text, params in texts:
-        tags = [tag for caption in _possible_captions(text, params) for tag in _tags_of(caption, params)]
+        categories = parsed_caption(text) if params.reads_json else None
+        if categories is not None:
+            tags = list(categories.tags)
+        else:
+            tags = [tag for caption in _possible_captions(text, params) for tag in _tags_of(caption, params)]
         for tag in dict.fromkeys(map(str.lower, tags)):
             counts[tag] = counts.get(tag, 0) + 1
     return counts

@@ -162,6 +162,10 @@ def notices(datasets: Sequence[DatasetParams]) -> list[str]:
         "behind it": any(s.caption_separator != "," for s in subsets),
         "enable_wildcard: the line of a caption is chosen first, then caption_prefix and caption_suffix are "
         "attached": any(s.enable_wildcard and (s.caption_prefix or s.caption_suffix) for s in subsets),
+        "prefer_json: captions in JSON say by their categories what stays in place; keep_tokens and "
+        "keep_tokens_separator count for other captions alone": any(
+            s.reads_json and (s.keep_tokens or s.keep_tokens_separator) for s in subsets
+        ),
         "keep_tokens_separator: it is taken out of every caption, also when tags are neither shuffled nor dropped": any(
             s.keep_tokens_separator for s in subsets
         ),

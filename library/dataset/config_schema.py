@@ -204,6 +204,7 @@ def _keys() -> dict[str, Key]:
     add("caption_dropout_rate caption_tag_dropout_rate", _number(0, 1), "GDS", is_dropout=True)
     add("caption_dropout_every_n_epochs", _whole(0), "GDS", is_dropout=True)
     add("caption_extension", TEXT, "GDS", kinds=folders, option="effective_caption_extension", default=".caption")
+    add("prefer_json", BOOLEAN, "GDS", kinds=folders, default=False)
     add("cache_info", BOOLEAN, "GDS", kinds=folders, default=False)
     add("class_tokens", TEXT, "GDS", kinds=frozenset({"DB"}), option=False)
     add("alpha_mask", BOOLEAN, "GDS", kinds=frozenset({"DB", "FT", CONTROL}), default=False)

@@ -191,8 +191,9 @@ def _unread(scope: Scope, subset: SubsetParams, architecture: DataArchitecture) 
     unread |= {name: facts is None or not facts.one_frame for name in ONE_FRAME_KEYS}
     unread["fp_latent_window_size"] = facts is None or not facts.sections
     names = [name for name, is_unread in unread.items() if is_unread and scope.written_at(name)]
-    if subset.cache_info and subset.is_listed:
-        lines.append("cache_info is for folders, and has no effect on a list")
+    for name in ("cache_info", "prefer_json"):
+        if getattr(subset, name) and subset.is_listed:
+            lines.append(f"{name} is for folders, and has no effect on a list")
     places = subset.one_frame.fp_1f_clean_indices if subset.one_frame is not None else None
     if places and facts is not None and facts.one_frame and subset.control_directory is None and not subset.is_listed:
         lines.append(

@@ -22,7 +22,7 @@ from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
 from library.dataset.bucket import BucketSelector
 from library.dataset.cache_index import CacheIndex
-from library.dataset.captions import caption_ending, read_caption, tags_of_folders
+from library.dataset.captions import caption_ending, caption_endings, read_caption, tags_of_folders
 from library.dataset.clips.cutting import Cutter
 from library.dataset.clips.video_files import VIDEO_EXTENSIONS
 from library.dataset.discovery import discover
@@ -501,9 +501,9 @@ def _why_empty(subset: SubsetParams, dataset: DatasetParams, scanner: Scanner) -
         return f"{folder} names no {medium} that can be used"
     extensions = scanner.extensions if subset.clips is None else VIDEO_EXTENSIONS
     if subset.label in scanner.without_captions:
-        ending = caption_ending(subset)
+        endings = " or ".join(caption_endings(subset))
         return (
-            f"no image in {folder} that can be used has a caption file ({ending}); write them, or class_tokens for all"
+            f"no image in {folder} that can be used has a caption file ({endings}); write them, or class_tokens for all"
         )
     if any(os.path.splitext(name)[1].lower() in extensions for name in os.listdir(folder)):
         return f"no {medium} in {folder} can be used"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from library.core.errors import ConfigError
 from library.core.file_limits import stem_of
-from library.dataset.captions import caption_ending
+from library.dataset.captions import caption_endings
 from library.dataset.clips.video_files import VIDEO_EXTENSIONS
 from library.dataset.control_files import control_pictures, control_videos, layers
 from library.dataset.items import SubsetParams
@@ -95,27 +95,28 @@ def _is_plain(extension: str) -> bool:
 
 def _frame_folders(listing: Listing, subset: SubsetParams) -> list[str]:
     """Sub-folders that have a caption file: videos in single frames."""
-    ending, files = caption_ending(subset), set(listing.files)
-    return [] if ending is None else [name for name in listing.folders if stem_of(name) + ending in files]
+    captioned = _captioned(listing.folders, listing, subset)
+    return [name for name in listing.folders if stem_of(name) in captioned]
 
 
 def _captioned(names: Sequence[str], listing: Listing, subset: SubsetParams) -> set[str]:
     """Names without extension of those that have a caption file."""
-    ending, files = caption_ending(subset), set(listing.files)
-    return set() if ending is None else {stem for stem in map(stem_of, names) if stem + ending in files}
+    endings, files = caption_endings(subset), set(listing.files)
+    return {stem for stem in map(stem_of, names) if any(stem + ending in files for ending in endings)}
 
 
 def _with_captions(names: list[str], listing: Listing, subset: SubsetParams, scanner: Scanner) -> list[str]:
     """Without the pictures that have no caption file, where a dataset without subsets says what these are called."""
     is_choosy = subset.whole_captions and subset.clips is None and subset.class_tokens is None
-    if not is_choosy or caption_ending(subset) is None or scanner.fail_on_missing_captions:
+    if not is_choosy or not caption_endings(subset) or scanner.fail_on_missing_captions:
         return names
     captioned = _captioned(names, listing, subset)
     bare = [name for name in names if stem_of(name) not in captioned]
     scanner.skipped.update(map(listing.of, bare))
     scanner.without_captions |= {subset.label} if bare else set()
     scanner.summary_warning(
-        bare, f"pictures in {subset.label} have no caption file ({caption_ending(subset)}) and are left out"
+        bare,
+        f"pictures in {subset.label} have no caption file ({' or '.join(caption_endings(subset))}) and are left out",
     )
     return [name for name in names if stem_of(name) in captioned] if bare else names
 

@@ -106,7 +106,10 @@ def info_entry(
 
 
 def _lines(params: SubsetParams) -> bool | str:
-    """Which lines of its file a caption has: the first, those that are not blank, or the whole text."""
+    """Which lines of its file a caption has: the first, those that are not blank, or the whole text; or that it may be
+    JSON."""
+    if params.reads_json:
+        return f"json, {params.enable_wildcard}"
     return "all" if params.whole_captions and not params.enable_wildcard else params.enable_wildcard
 
 

@@ -53,6 +53,8 @@ class SubsetParams:
     class_tokens: str | None = None
     caption_extension: str | None = ".caption"
     """None: there are no caption files"""
+    prefer_json: bool = False
+    """a JSON file beside an image is its caption, before a file of caption_extension"""
     whole_captions: bool = False
     """captions have all lines of their files, and of a folder with caption files the pictures without one are left
     out"""
@@ -80,6 +82,11 @@ class SubsetParams:
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
     """Where the subset stands in the configuration, for messages: `datasets[0].subsets[1]`."""
+
+    @property
+    def reads_json(self) -> bool:
+        """Whether captions may be JSON objects (json_captions.py)."""
+        return self.prefer_json or self.caption_extension == ".json"
 
     @property
     def source(self) -> tuple[str, str] | None:

@@ -15,6 +15,7 @@ from library.dataset import DatasetOptions
 from library.dataset.architectures import ARCHITECTURES
 from library.dataset.datasources import ScanResult, load_datasets
 from library.dataset.info_cache import FILE_NAME
+from library.dataset.text_caching import cached_caption
 
 
 def image(path: Path, size=(32, 16), caption: str | None = "a cat", mode: str = "RGB", **options) -> Path:
@@ -285,6 +286,24 @@ def test_cached_captions_are_of_the_form_of_the_dataset(tmp_path):
     flat = f"[[datasets]]\nresolution = 64\nimage_directory = '{tmp_path / 'a'}'\ncaption_extension = '.txt'\n"
     for text, caption in (2 * [(config(folder(tmp_path / "a")), "one"), (flat, "one\ntwo")])[:3]:
         assert scan(tmp_path, text, cache_info=True).train[0][0].caption == caption
+
+
+def test_captions_in_json_stand_before_others_and_broken_ones_are_told_together(tmp_path):
+    for name in ("1", "2", "3"):
+        image(tmp_path / "a" / f"{name}.png", caption=f"text {name}")
+    (tmp_path / "a" / "1.json").write_text('{"nl": "prose", "tags": ["b", "a"], "trigger": "t"}')
+    text = config(folder(tmp_path / "a") + "\nprefer_json = true", rest="keep_tokens = 2")
+    for _ in range(2):  # the second reads the cache of the folder
+        (items,) = (result := scan(tmp_path, text, cache_info=True)).train
+        assert [cached_caption(item) for item in items] == ["t, b, a. prose", "text 2", "text 3"]
+        assert result.tag_frequency == [{"a": {"t": 1, "b": 1, "a": 1, "text 2": 1, "text 3": 1}}]
+    (tmp_path / "a" / "1.json").write_text('{"tags": ["other"]}')
+    assert cached_caption(scan(tmp_path, text, cache_info=True).train[0][0]) == "other"
+    for name in ("1", "2"):
+        (tmp_path / "a" / f"{name}.json").write_text("{")
+    assert [Path(line.partition(".json")[0]).name for line in problems(tmp_path, text)] == ["1", "2"]
+    refused = problems(tmp_path, text.replace("keep_tokens = 2", 'prefer_json = "yes"'))
+    assert any("prefer_json" in line and "true or false" in line for line in refused)
 
 
 def test_unchanged_images_are_not_read_again(tmp_path):
