@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError
@@ -35,6 +36,15 @@ class PictureFileOptions:
     @property
     def picture_ending(self) -> str:
         return ENDINGS[self.image_format]
+
+    def idle_file_options(self, explicit: Collection[str], writes_pictures: bool = True) -> list[str]:
+        """Lines about options that were written and change nothing."""
+        given = [name for name in ("image_format", "image_quality") if name in explicit]
+        if not writes_pictures:
+            return [f"--{name} has no effect: no pictures are written" for name in given]
+        if "image_quality" in given and self.image_format == "png":
+            return ["--image_quality has no effect: PNG keeps every pixel; --image_format webp and jpeg have a quality"]
+        return []
 
     def raise_file_problems(self) -> None:
         """ConfigError for what contradicts itself."""

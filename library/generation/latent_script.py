@@ -48,6 +48,9 @@ class LatentScript(ImageScript[Request]):
         logger.info("%s", target)
         return [Path(target)]
 
+    def writes_pictures(self, config: Config) -> bool:
+        return config[self.pictures].output_type != "latent"
+
     def make_from_prompts(self, config: Config) -> list[Path]:
         return super().make_all(config)
 
@@ -89,6 +92,9 @@ class LatentScript(ImageScript[Request]):
         if not pictures.save_path:
             found.append(f"--save_path is not given; needed: the folder for the {self.kind}s")
         from_elsewhere = session.interactive or session.from_file
+        if pictures.latent_path and session.from_metadata:
+            found.append("--latent_path decodes latents that are there; leave out --from_metadata")
+            return found
         if pictures.latent_path and (from_elsewhere or pictures.prompt):
             found.append(
                 "--latent_path decodes latents that are there; leave out --prompt, --from_file and --interactive"

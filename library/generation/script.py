@@ -305,6 +305,10 @@ class ImageScript(ABC, Generic[Request]):
         """Lines for the log before the models are loaded."""
         return []
 
+    def writes_pictures(self, config: Config) -> bool:
+        """Whether picture files are among what is written."""
+        return True
+
     def base_request(self, config: Config) -> Request:
         """What the options ask for, before lines of prompts change it."""
         request = config[self.pictures].request
@@ -347,7 +351,8 @@ class ImageScript(ABC, Generic[Request]):
     def make_all(self, config: Config) -> list[Path]:
         first, reader = self.first_request(config), self.line_reader(config)
         requests = planned_requests(config[SessionOptions], first, reader, lambda: self._check_all(config))
-        for line in [*self.notices(config), *self._idle_guidance(config, first)]:
+        files = config[SessionOptions].idle_file_options(config.explicit, self.writes_pictures(config))
+        for line in [*self.notices(config), *self._idle_guidance(config, first), *files]:
             logger.info(line)
         adapters = config[self.adapters]
         if adapters.merge_lora_weights and "merge_lora_weights" in config.explicit and not adapters.num_adapters:

@@ -390,6 +390,9 @@ class VideoScript(LatentScript[VideoRequest]):
         """Whether latents are decoded, or a merged model is written."""
         return bool(config.value("latent_path") or config.value("save_merged_model"))
 
+    def writes_pictures(self, config: Config) -> bool:
+        return config[self.pictures].output_type in FRAME_OUTPUTS or config[self.pictures].keep_pngs
+
     def notices(self, config: Config) -> list[str]:
         from library.generation.video_files import encoder_of
 

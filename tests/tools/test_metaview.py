@@ -18,6 +18,7 @@ from library.generation.video_files import write_video
 from library.safetensors_utils import save_file_atomic
 from tests.library.test_flux_inference import arguments, tiny  # noqa: F401
 from tools import metaview
+from tools.frame_tools.metaview import command_of
 
 TEXTS = {
     "seed": "7", "zeta": "1", "prompt": "日本 \"猫\"\nsecond", "negative-prompt": "ü",
@@ -60,6 +61,11 @@ def test_the_command_line_makes_the_picture_again(tiny, tmp_path, capsys):
     assert script == "flux_minimal_inference.py"
     (again,) = flux_inference.run([*words, f"--output_dir={tmp_path / 'b'}"])
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_what_no_option_can_say_is_taken_from_the_file():
+    settings = RecordedSettings("gen_img.py", {"steps": 3}, {"multipliers": [0.5]})
+    assert command_of({ENTRY: settings.text}, "a b.png") == "python gen_img.py --steps=3 '--from_metadata=a b.png'"
 
 
 def test_entries_of_other_programs_and_files_without_any(tmp_path, capsys):

@@ -320,7 +320,7 @@ def start_notices(config: Config) -> list[str]:
         "noise is drawn on the CPU in float32: a seed means the same picture on every device, and another one than in "
         "scripts that draw elsewhere"
     ]
-    lines += sampler_notices(pictures.sampler)
+    lines += [*sampler_notices(pictures.sampler), *pictures.idle_file_options(config.explicit)]
     if sources.image_path and sources.mask_path:
         lines.append(
             "inpainting: the kept part has the noise of each step's end and none at the end, where other scripts leave "

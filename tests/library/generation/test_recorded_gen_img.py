@@ -43,3 +43,4 @@ def test_gen_img_makes_pictures_again_one_by_one(tiny, network, tmp_path):
     drawn = settings(next((tmp_path / "drawn").glob("*_000_*")))
     assert drawn["line"]["raw_prompt"].startswith("a {cat|dog|bird}") and "n_iter" not in drawn["options"]
     assert drawn["options"]["prompt"].endswith(r"\{x\} --n blue")
+    assert [settings(path)["line"].get("place") for path in sorted((tmp_path / "drawn").iterdir())] == [0, 1, 0, 1]

@@ -101,3 +101,16 @@ def test_the_command_line_that_a_file_tells_can_be_run(tiny, tmp_path):
     assert words[:2] == ["python", "flux_minimal_inference.py"]
     (again,) = flux_inference.run([*words[2:], f"--output_dir={tmp_path / 'b'}"])
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_options_of_files_without_effect_are_told(tiny, tmp_path, caplog):
+    flux_inference.run(flux_arguments(tiny, tmp_path, "--image_quality=50"))
+    assert "--image_quality has no effect: PNG keeps every pixel" in caplog.text
+    small, large = (
+        flux_inference.run(flux_arguments(tiny, tmp_path, "--image_format=jpeg", f"--image_quality={quality}"))[0]
+        for quality in (20, 100)
+    )
+    assert small.stat().st_size < large.stat().st_size
+    (exact,) = flux_inference.run(flux_arguments(tiny, tmp_path, "--image_format=webp", "--image_quality=100"))
+    (plain,) = flux_inference.run(flux_arguments(tiny, tmp_path))
+    assert Image.open(exact).convert("RGB").tobytes() == Image.open(plain).tobytes(), "WebP of 100 is lossless"

@@ -283,7 +283,11 @@ def test_a_video_of_every_kind_is_made_again_of_what_it_tells(run, tmp_path, cap
 def test_codecs_that_files_cannot_hold_are_refused_and_those_without_a_video_are_told(run, caplog, monkeypatch):
     with pytest.raises(ConfigError, match="--codec is h265: h265 is written into files that end in .mp4, .mov, .mkv"):
         run("--codec=h265", "--container=webm")
-    run("--codec=h265", "--keep_pngs", "--output_type=latent")
+    run("--codec=h265", "--keep_pngs", "--output_type=images")
+    run("--image_format=webp")
+    assert "--image_format has no effect: no pictures are written" in caplog.text
+    with pytest.raises(ConfigError, match="leave out --from_metadata"):
+        run("--latent_path=a.safetensors", f"--from_metadata={run()[0]}", prompt=False)
     assert "--codec has no effect" in caplog.text and "--keep_pngs has no effect" in caplog.text
     monkeypatch.setattr("library.generation.video_files.has_pyav", lambda: False)
     encoder_of.cache_clear()
