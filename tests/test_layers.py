@@ -48,6 +48,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/training/sampling_prompts.py", 0),
     ("library/training/option_groups.py", 0), ("library/training/option_reader.py", 0),
     ("library/training/option_bounds.py", 0), ("library/training/computing_options.py", 0),
+    ("library/training/alignment/options.py", 0),
     ("library/training/config_file.py", 0), ("library/training/attention_options.py", 0),
     ("library/training/keyword_args.py", 0), ("library/training/timestep_samplers/modes.py", 0),
     ("library/training/known_options*.py", 0),

@@ -8,6 +8,7 @@ from typing import Any
 from library.core.errors import ConfigError, Problems
 from library.core.options import Config, Ignored
 from library.training import loss_weights, losses, optimizers, schedulers, timestep_samplers
+from library.training.alignment import SelfFlowOptions
 from library.training.computing_options import PrecisionOptions
 from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions
@@ -23,6 +24,7 @@ def formula_problems(config: Config) -> list[str]:
     steps = None if loop.max_train_epochs else loop.max_train_steps
     checks: tuple[Callable[[], Any], ...] = (
         lambda: _check_optimizer(config),
+        lambda: _check_average(config),
         lambda: optimizers.check_float16(optimizer) if _trains_in_float16(config) else None,
         lambda: schedulers.check(config[SchedulerOptions], optimizer, steps),
         lambda: losses.check(config[LossOptions]),
@@ -46,6 +48,14 @@ def _check_optimizer(config: Config) -> None:
             "(schedule-free);"
             " leave --ema out, or choose another optimizer"
         )
+
+
+def _check_average(config: Config) -> None:
+    """The decay of an average is that of --ema or of the teacher of Self-Flow."""
+    if EmaOptions not in config or config[EmaOptions].ema or config[EmaOptions].ema_decay == EmaOptions().ema_decay:
+        return
+    if not (SelfFlowOptions in config and config[SelfFlowOptions].self_flow):
+        raise ConfigError("--ema_decay is set without --ema, which it belongs to; add it")
 
 
 def _trains_in_float16(config: Config) -> bool:

@@ -6,14 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from library.core.options import Config, Ignored, without_effect
+from library.core.options import Config, Ignored, option_fields, without_effect
 from library.dataset import FOLDER_OPTIONS, DatasetOptions
 from library.training import loss_weights
+from library.training.alignment import LeapOptions, SelfFlowOptions, SraOptions
 from library.training.computing_options import MemoryOptions, PrecisionOptions
 from library.training.formula_checks import idle_formulas
 from library.training.option_groups import (
     ConfigFileOptions,
     ConsoleOptions,
+    HookOptions,
     HubOptions,
     LoggingOptions,
     LoopOptions,
@@ -24,6 +26,8 @@ from library.training.option_groups import (
     SavingOptions,
     ValidationOptions,
 )
+
+from library.training.timestep_samplers.info_noise_options import InfoNoiseOptions
 
 if TYPE_CHECKING:
     from library.training.trainables.base import Trainable
@@ -43,6 +47,11 @@ _NOISE = {
     "multires_noise_discount": "multires_noise_iterations",
 }
 """settings of a kind of noise -> what switches it on"""
+PLUG_INS: dict[type, str] = {
+    InfoNoiseOptions: "infonoise_enabled", SelfFlowOptions: "self_flow", SraOptions: "sra_enabled",
+    LeapOptions: "leap_enabled",
+}  # fmt: skip
+"""groups of options -> the switch of each"""
 
 
 def ignored(config: Config, family: ModelFamily | None = None, trainable: Trainable | None = None) -> list[Ignored]:
@@ -78,6 +87,7 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
     yield from _idle_samples(config[SamplingOptions])
     yield from _idle_memory(config)
     yield from _idle_logs(config[LoggingOptions])
+    yield from _idle_plug_ins(config)
     progress = config[ProgressOptions]
     hidden = config[ConsoleOptions].console_log_level
     if progress.display == "lines" and hidden in ("WARNING", "ERROR", "CRITICAL"):
@@ -97,6 +107,15 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
     if resume.resume_from_huggingface and not resume.resume:
         yield "resume_from_huggingface", "has no effect without --resume"
     yield from _idle_data(config)
+
+
+def _idle_plug_ins(config: Config) -> Iterator[tuple[str, str]]:
+    """Settings of what a switch of their group puts on, without it. A hook that is named by its path may read any."""
+    for group, switch in PLUG_INS.items():
+        is_off = group in config and not getattr(config[group], switch)
+        if is_off and not (HookOptions in config and config[HookOptions].hook):
+            written = (name for name in option_fields(group) if name in config.explicit and name != switch)
+            yield from ((name, f"has no effect without --{switch}") for name in written)
 
 
 def _idle_data(config: Config) -> Iterator[tuple[str, str]]:

@@ -265,7 +265,6 @@ class EmaOptions:
         if self.ema_power is not None and not 0 < self.ema_power <= 1:
             problems.append(f"--ema_power is {self.ema_power}; needed: a number above 0, up to 1")
         given = [name for name in ("ema_power", "ema_start_step", "ema_on_cpu") if getattr(self, name)]
-        given += ["ema_decay"] if self.ema_decay != 0.999 else []
         given += ["ema_every_n_steps"] if self.ema_every_n_steps != 1 else []
         if given and not self.ema:
             problems.append(f"--{given[0]} is set without --ema, which it belongs to; add it")

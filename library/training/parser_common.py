@@ -39,6 +39,9 @@ PACKAGE_GROUPS: tuple[str, ...] = (
     "library.training.loss_weights:LossWeightOptions",
     "library.training.timestep_samplers:TimestepOptions",
     "library.training.timestep_samplers.info_noise_options:InfoNoiseOptions",
+    "library.training.alignment:SelfFlowOptions",
+    "library.training.alignment:SraOptions",
+    "library.training.alignment:LeapOptions",
     "library.training.inference_samplers:SamplerOptions",
 )
 PATH_OPTIONS: tuple[str, ...] = (

@@ -73,6 +73,14 @@ class TrainStep:
 
     def process_batch(self, batch: Batch, times: torch.Tensor | None = None) -> StepOutput:
         """The body of the step, which one hook may replace."""
+        output, sample, batch = self.forward(batch, times)
+        return self.result(*self.loss_of(output, sample, batch), batch)
+
+    def forward(
+        self, batch: Batch, times: torch.Tensor | None = None, **inputs: object
+    ) -> tuple[DiTOutput, NoisyLatents, Batch]:
+        """One forward as in every step: the output, what was noised, and the batch with latents. `inputs` go to
+        `predict`."""
         draws = self.begin(batch, times)
         batch = self.with_latents(batch)
         latents = self.latents_of(batch)  # [B, C, H, W] or [B, C, F, H, W]
@@ -83,9 +91,8 @@ class TrainStep:
         if batch.request.is_training:
             self.trainable.on_sample(sample)
         conditioning = self.conditioning_of(batch)
-        output = self.predict(sample, conditioning, batch)
-        output = self.with_preserved_targets(output, sample, batch, conditioning)
-        return self.result(*self.loss_of(output, sample, batch), batch)
+        output = self.predict(sample, conditioning, batch, **inputs)
+        return self.with_preserved_targets(output, sample, batch, conditioning), sample, batch
 
     # -- the pieces of the body, which hooks put together in their own ways --------------------------------------------
 

@@ -27,6 +27,7 @@ from library.dataset.strategies import StrategySet, Texts
 from library.device_utils import clean_memory_on_device
 from library.training import checks, loss_weights, losses, optimizers, schedulers
 from library.training.accelerator_setup import Runtime, is_main_process, prepare_runtime, with_forms
+from library.training.alignment import alignment_hooks
 from library.training.checkpoint import resume_point
 from library.training.compilation import checkpoint_activations, compile_blocks
 from library.training.computing_options import MemoryOptions, PrecisionOptions
@@ -98,7 +99,7 @@ class Trainer:
         self.config = config
         self.family = family
         self.trainable = trainable
-        self.own_hooks = [*(hooks or ()), *make_hooks(config)]
+        self.own_hooks = [*(hooks or ()), *make_hooks(config), *alignment_hooks(config)]
         self.trainable_hooks = trainable.hooks()
         self.started_at = time.time()
         self._claims = ExitStack()

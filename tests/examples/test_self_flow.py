@@ -89,15 +89,15 @@ def test_the_teacher_may_be_told_the_noisier_time(work: Work) -> None:
     batch = next(iter(run.data.batches(1, 0)))
     latents, draws = run.step.latents_of(batch), run.step.draws_of(batch, None)
     student, plain = hook.views(run.step, latents, draws)
-    hook.options = options
+    hook.opts = options
     _, told = hook.views(run.step, latents, draws)
     assert torch.equal(told.noisy_latents, plain.noisy_latents)
     for of_student, of_teacher, cleaner in zip(student.sigmas, told.sigmas, plain.sigmas, strict=True):
         wanted = torch.where(of_student == cleaner, of_student.max(), cleaner)
         assert torch.equal(of_teacher, wanted) and torch.equal(told.timesteps, told.sigmas * 1000)
-    hook.options = dataclasses.replace(options, self_flow_teacher_mismatch_ratio=0.0)
+    hook.opts = dataclasses.replace(options, self_flow_teacher_mismatch_ratio=0.0)
     assert (hook.views(run.step, latents, draws)[1].sigmas == plain.sigmas[:, None]).all()
-    hook.options = options
+    hook.opts = options
     hook.on_train_start(run)
     assert math.isfinite(run.step(batch).loss_sum)
 

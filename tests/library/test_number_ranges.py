@@ -171,7 +171,7 @@ TEXTS = {
     "image_path",
     "end_image_path",
 }
-TEXTS |= {"control_image_path", "control_video_path", "one_frame"}
+TEXTS |= {"cfg_schedule", "control_image_path", "control_video_path", "one_frame"}
 
 
 @pytest.mark.parametrize("script", LINES)

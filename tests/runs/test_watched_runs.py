@@ -16,6 +16,7 @@ from library.core.errors import RunInterrupted, TrainingError
 from library.training import cli, loop
 from library.training.hooks import events
 from library.training.hooks.losses import LossReader
+from tests.forked import run_ranks
 from tests.runs.conftest import Work, fingerprint, read_parts
 
 BRIEF = "--t5xxl_max_token_length=32"
@@ -152,6 +153,20 @@ def test_an_error_of_the_training_and_a_reader_that_is_gone(work: Work, monkeypa
         cli.run("flux", "network", work.argv("gone", BRIEF, "--emit_events", "--max_train_steps=2"))
     assert sum("nobody reads the events" in record.getMessage() for record in caplog.records) == 1
     assert (work.folder / "gone" / "lora.safetensors").is_file()
+
+
+def test_of_two_processes_the_first_alone_shows_and_writes(work: Work) -> None:
+    argv = work.argv(
+        "out", BRIEF, "--max_train_steps=4", "--log_metrics", "--emit_events", "--log_every=2",
+        "--console_log_level=INFO",
+    )
+    run_ranks(2, lambda: cli.run("flux", "network", argv), work.folder / "notes")
+    first, second = ((work.folder / "notes" / f"rank{rank}.txt").read_text(encoding="utf-8") for rank in (0, 1))
+    assert [kind for kind, _ in events_in(first.splitlines())] == [
+        "train_loop_started", "model_written", "eval_training_finished",
+    ]  # fmt: skip
+    assert re.findall(r"step (\d)/4, epoch", first) == ["2", "4"] and "step" not in second and events.MARK not in second
+    assert [line["step"] for line in metrics_of(work, "out") if line["axis"] == "step"] == [1, 2, 3, 4]
 
 
 def test_the_page_tells_every_event() -> None:

@@ -42,6 +42,9 @@ class Hook:
     reads_saved_files: ClassVar[bool] = True
     """whether its `on_post_save`, if it has one, needs the file, and its `save_companion` what that wrote: the run then
     waits until it is written"""
+    draws_own_times: ClassVar[bool] = True
+    """whether a `process_batch`, if it has one, gives `loss_of` predictions at other noise levels than the run's law has,
+    or of something else"""
     process_batch: StepBody | None = None
     compute_loss: LossBody | None = None
 

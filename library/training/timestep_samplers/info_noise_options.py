@@ -76,7 +76,7 @@ def is_enabled(config: Config) -> bool:
 
 def check_hooks(config: Config, hooks: Iterable[Hook]) -> None:
     """ConfigError when a hook replaces the body of the step, whose losses InfoNoise would not know."""
-    names = [type(hook).__name__ for hook in hooks if hook.process_batch is not None]
+    names = [type(hook).__name__ for hook in hooks if hook.process_batch is not None and hook.draws_own_times]
     if is_enabled(config) and names:
         raise ConfigError(
             f"--infonoise_enabled is set and {names[0]} has a step of its own, with noise levels of its own; use one of them"

@@ -68,8 +68,14 @@ OWN_OF_ALL = {
     "plugins", "loss_weight", "loss_weighting", "loss_weighting_gamma", "detail_inv_t_min", "detail_inv_t_max",
     "weight_cap_ratio", "timestep_schedule_shift", "timestep_mix_low_prob", "hook", "textual_inversion_embeddings", "sigma_table", "show_timesteps_resolution",
     "dynamo_cache_size_limit", "vram_budget", "fp8_fast", "quantize_base", "quantize_text_encoder", "offload_optimizer",
-    "progress", "no_progress", "log_every", "loss_curve_steps", "log_metrics", "emit_events",
-    "infonoise_enabled", "infonoise_K", "infonoise_N_warm", "infonoise_M", "infonoise_B", "infonoise_beta",
+    "progress", "no_progress", "log_every", "loss_curve_steps", "log_metrics", "emit_events", "self_flow",
+    "self_flow_ema_decay", "self_flow_head", "sra_enabled", "sra_block", "sra_weight", "sra_decay", "sra_decay_start",
+    "sra_decay_end", "leap_enabled", "leap_ratio", "leap_variant", "leap_nested_grad_coe", "leap_min_gap",
+    "leap_distance_weighting", "self_flow_gamma", "self_flow_gamma_warmup_steps", "mask_ratio",
+    "student_feature_layer", "teacher_feature_layer", "network_weights_ema", "network_weights_proj",
+    "self_flow_teacher_coupling_prob", "self_flow_teacher_mismatch_ratio", "self_flow_teacher_coupling_decay",
+    "self_flow_teacher_coupling_decay_steps", "infonoise_enabled", "infonoise_K", "infonoise_N_warm", "infonoise_M",
+    "infonoise_B", "infonoise_beta", "prefer_json",
     "infonoise_N_min", "infonoise_gate_pivot_c",
 }
 VIDEO = ("hunyuan_video_network", "wan_network", "framepack_network", "hunyuan_video_full")

@@ -1,0 +1,174 @@
+"""Leap: the model learns to reach the clean latents in a few large steps.
+
+In a share of the optimizer steps a sample is noised to two levels k > j. The first step goes from k to j, the second
+from there to 0; the loss is the squared error of where it ends. The second begins at the true latents of level j (a
+"connector"), through which a part of its gradient goes on into the first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from library.core.errors import Problems, UnsupportedCombination
+from library.training.alignment.options import LeapOptions
+from library.training.hooks.base import Hook
+from library.training.loss_weights import LossWeightOptions
+from library.training.losses import LossOptions
+from library.training.objective import expand_like
+from library.training.run import DiTOutput
+from library.training.timesteps import NUM_TIMESTEPS
+
+if TYPE_CHECKING:
+    from library.core.keyed_random import StepDraws
+    from library.core.options import Config
+    from library.dataset.batch import Batch
+    from library.training.objective import NoisyLatents, Objective
+    from library.training.run import StepOutput
+    from library.training.step import TrainStep
+    from library.training.trainables.base import Trainable
+    from library.training.wiring.base import ModelFamily
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""(latents [B, C, ...], levels [B]) -> noise - data [B, C, ...]"""
+SMALLEST_DISTANCE = 0.1
+NEARLY_CLEAN = 1e-3
+"""level at which the velocity at the end of a path is asked for"""
+
+
+def two_levels(first: Tensor, second: Tensor, gap: float) -> tuple[Tensor, Tensor]:
+    """Levels k > j [B] from two draws, at least `gap` apart: closer ones are moved apart around their middle, within
+    0..1."""
+    high, low = torch.maximum(first, second), torch.minimum(first, second)
+    middle = ((high + low) / 2).clamp(gap / 2, 1 - gap / 2)
+    is_close = high - low < gap
+    return torch.where(is_close, middle + gap / 2, high), torch.where(is_close, middle - gap / 2, low)
+
+
+def stratified_levels(u: Tensor) -> tuple[Tensor, ...]:
+    """Falling levels [B] from uniform numbers [B, K], one in each K-th of 0..1."""
+    count = u.shape[1]
+    return tuple((count - 1 - number + u[:, number]) / count for number in range(count))
+
+
+def connected(true: Tensor, reached: Tensor, coe: float, *, keeps_true: bool) -> Tensor:
+    """Where the second step begins: at the true place or at the reached one, with `coe` of its gradient going into what
+    reached it."""
+    flowing = coe * (reached - reached.detach())
+    return (true if keeps_true else reached.detach()) + flowing
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaps:
+    """Two steps, or more, from noised latents to clean ones. `place(levels)` noises the latents."""
+
+    velocity: Velocity
+    place: Callable[[Tensor], Tensor]
+    coe: float
+
+    def two_steps(self, k: Tensor, j: Tensor, *, keeps_true: bool) -> tuple[Tensor, Tensor]:
+        """(place reached at j, clean latents reached)."""
+        start = self.place(k)
+        reached = start - expand_like(k - j, start) * self.velocity(start, k)
+        begin = connected(self.place(j), reached, self.coe, keeps_true=keeps_true)
+        return reached, begin - expand_like(j, start) * self.velocity(begin, j)
+
+    def telescope(self, levels: tuple[Tensor, ...]) -> Tensor:
+        """The clean latents reached from the noisiest place, by the velocities at the true places of falling levels."""
+        reached = self.place(levels[0])
+        for level, following in zip(levels, (*levels[1:], torch.zeros_like(levels[0]))):
+            reached = reached - expand_like(level - following, reached) * self.velocity(self.place(level), level)
+        return reached
+
+    def simpson(self, k: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """As `two_steps`, each step by the velocities at its ends and its middle, 1 : 4 : 1."""
+        start, middle = self.place(k), (k + j) / 2
+        total = self.velocity(start, k) + 4 * self.velocity(self.place(middle), middle) + self.velocity(self.place(j), j)
+        reached = start - expand_like((k - j) / 6, start) * total
+        begin, end = connected(self.place(j), reached, self.coe, keeps_true=True), torch.full_like(j, NEARLY_CLEAN)
+        total = self.velocity(begin, j) + 4 * self.velocity(self.place(j / 2), j / 2) + self.velocity(self.place(end), end)
+        return reached, begin - expand_like(j / 6, start) * total
+
+
+def velocity_of(output: DiTOutput, sample: NoisyLatents, objective: Objective) -> Tensor:
+    """noise - data [B, C, ...] in float32, whatever the family predicts or compares."""
+    prediction = output.pred.float()
+    if objective.target == "latents":
+        return (sample.noisy_latents - prediction) / expand_like(sample.sigmas, prediction)
+    return -prediction if objective.target == "reverse_velocity" else prediction
+
+
+def distance(first: Tensor, second: Tensor) -> Tensor:
+    """Mean absolute difference [B], at least SMALLEST_DISTANCE."""
+    return (first - second).detach().abs().flatten(1).mean(dim=1).clamp(min=SMALLEST_DISTANCE)
+
+
+class Leap(Hook):
+    """Takes such steps in the place of the usual ones in a drawn share of the optimizer steps."""
+
+    def __init__(self, options: LeapOptions | None = None) -> None:
+        """Without `options` they are those of the run."""
+        super().__init__(options)
+
+    def check(self, config: Config, family: ModelFamily, trainable: Trainable) -> None:
+        self.opts = self.opts or config[LeapOptions]
+        problems = Problems()
+        if not family.gives_features:
+            problems.add(f"--leap_enabled needs a flow model; {family.name} is none that has it")
+        else:
+            loss, weights = config[LossOptions].loss_type, config[LossWeightOptions]
+            if loss.lower() != "l2":
+                problems.add(f"--loss_type is {loss}; --leap_enabled compares clean latents by their squared error: use l2")
+            if weights.loss_weighting != "none" or getattr(family.objective(), "weighs", False):
+                problems.add(
+                    "the loss is weighed by noise level (--loss_weighting, --weighting_scheme); --leap_enabled has two levels"
+                    " in one loss: leave the weight out"
+                )
+        problems.raise_if_any()
+
+    def process_batch(self, step: TrainStep, batch: Batch, times: Tensor | None) -> StepOutput:
+        draws = step.draws_of(batch, times)
+        if not batch.request.is_training or draws.batch_uniform("leap") >= self.opts.leap_ratio:
+            return step.process_batch(batch, times)
+        draws, batch = step.begin(batch), step.with_latents(batch)
+        latents, conditioning = step.latents_of(batch), step.conditioning_of(batch)
+        noise = step.noise_of(latents, draws) if batch.noise is None else batch.noise.view_as(latents)
+        if any(attributes.get("diff_output_preservation") for attributes in batch.custom_attributes):
+            raise UnsupportedCombination("--leap_enabled cannot keep what the untouched model predicts (diff_output_preservation)")
+
+        def noised(levels: Tensor) -> NoisyLatents:
+            return step.objective.corrupt(latents, noise, levels, draws)
+
+        def velocity(places: Tensor, levels: Tensor) -> Tensor:
+            sample = dataclasses.replace(noised(levels), noisy_latents=places)
+            step.trainable.on_sample(sample)
+            return velocity_of(step.predict(sample, conditioning, batch), sample, step.objective)
+
+        leaps = Leaps(velocity, lambda levels: noised(levels).noisy_latents, self.opts.leap_nested_grad_coe)
+        first, ended, k = self.taken(leaps, step, latents, draws)
+        per_sample, logs = step.loss_of(DiTOutput(ended, latents), noised(k), batch)
+        if self.opts.leap_distance_weighting:
+            off = distance(ended, latents) + (distance(*first) if first is not None else 0.0)
+            per_sample = per_sample / off
+        return step.result(per_sample, {**logs, "loss/leap": per_sample.detach().mean()}, batch)
+
+    def taken(
+        self, leaps: Leaps, step: TrainStep, latents: Tensor, draws: StepDraws
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor, Tensor]:
+        """((place reached first, where it should be) or None, clean latents reached, noisiest levels [B])."""
+        if self.opts.leap_variant == "sparse":
+            levels = stratified_levels(draws.uniform("leap levels", (3,)).to(latents.device))
+            levels = tuple(level.clamp(1 / NUM_TIMESTEPS, 1 - 1 / NUM_TIMESTEPS) for level in levels)
+            return None, leaps.telescope(levels), levels[0]
+        k, j = two_levels(
+            step.times_of(latents, draws), step.times_of(latents, draws.apart("leap")), self.opts.leap_min_gap
+        )
+        if self.opts.leap_variant == "lagrange":
+            reached, ended = leaps.simpson(k, j)
+        else:
+            reached, ended = leaps.two_steps(k, j, keeps_true=self.opts.leap_variant == "original")
+        return (reached, leaps.place(j)), ended, k

@@ -1,0 +1,180 @@
+"""Self-Flow, SRA and Leap through the command line: their losses fall, files have no foreign keys, resumed runs are the
+same, and a step of Self-Flow is what a second computation gives."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.core.errors import ConfigError
+from library.safetensors_utils import load_safetensors
+from library.training import cli
+from library.training.alignment.self_flow import SelfFlow
+from library.training.loop import fit
+from tests.runs.conftest import Stopped, Work, fingerprint, stop_after
+from tests.runs.families import Tinies, refused_run
+
+SELF_FLOW = ("--self_flow", "--student_feature_layer=0", "--teacher_feature_layer=1", "--self_flow_ema_decay=0.5")
+SRA = ("--sra_enabled", "--sra_decay=none", "--sra_weight=1")
+LEAP = ("--leap_enabled", "--leap_ratio=1")
+WAYS = {
+    "self_flow": (SELF_FLOW, "loss/rep"), "sra": (SRA, "loss/sra"),
+    **{name: ((*LEAP, f"--leap_variant={name}"), "loss/leap") for name in ("original", "bridge", "sparse", "lagrange")},
+}  # fmt: skip
+UNWEIGHED = {"anima": ("--weighting_scheme=none",), "sd3": ("--weighting_scheme=none",)}
+
+
+@pytest.fixture(scope="module")
+def tinies(tmp_path_factory: pytest.TempPathFactory) -> Tinies:
+    return Tinies(tmp_path_factory)
+
+
+def column(final: Path, name: str) -> list[float]:
+    with open(final.with_name("lora-loss.csv"), encoding="utf-8") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+class Noted:
+    """A hook that keeps a value of every step."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.values = name, []
+
+    def __call__(self, losses) -> None:
+        self.values += [entry.logs[self.name] for entry in losses if self.name in entry.logs]
+
+
+@pytest.mark.parametrize("family", ["flux", "anima", "wan"])
+@pytest.mark.parametrize("way", [
+    "self_flow", "sra", "original", *(pytest.param(name, marks=pytest.mark.full) for name in ("bridge", "lagrange")), "sparse",
+])  # fmt: skip
+def test_the_loss_falls_and_the_file_is_that_of_an_adapter(tinies: Tinies, tmp_path: Path, family: str, way: str) -> None:
+    """One batch again and again, with a rate at which something is learned."""
+    from library.training.hooks.losses import LossReader
+
+    words, name = WAYS[way]
+    work = tinies.work(family, tmp_path)
+    more = ("--max_train_steps=30", "--learning_rate=5e-3", "--network_dim=8", "--timestep_sampling=uniform")
+    run = work.prepare("out", *words, *UNWEIGHED.get(family, ()), *more)
+    noted = Noted(name)
+    run.hooks.find(LossReader).listen(noted)
+    fit(run)
+    assert len(noted.values) == 30
+    assert sum(noted.values[-10:]) < 0.97 * sum(noted.values[:10]) if name != "loss/rep" else (
+        sum(noted.values[-10:]) < sum(noted.values[:10])
+    )
+    plain = work.prepare("plain", "--max_train_steps=1")
+    assert set(load_safetensors(work.folder / "out" / "lora.safetensors")) == set(plain.trainable.network.state_dict())
+
+
+@pytest.mark.parametrize("way", ["sra", "original", "sparse"])
+def test_a_resumed_run_is_the_same(tinies: Tinies, tmp_path: Path, way: str) -> None:
+    work, words = tinies.work("flux", tmp_path), (*WAYS[way][0], "--max_train_steps=4")
+    whole = work.train("whole", *words)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            work.train("parts", *words, "--save_every_n_steps=2", "--save_state")
+    assert fingerprint(work.train("parts", *words, "--resume=latest")) == fingerprint(whole)
+    assert [path.name for path in whole.parent.glob("*.safetensors")] == ["lora.safetensors"]
+
+
+def test_a_step_of_self_flow_computed_again_on_flux(tinies: Tinies, tmp_path: Path) -> None:
+    """From the equations alone: two levels for tokens, teacher at the cleaner one, cosine of head and teacher."""
+    from library.flux_train_utils import predict_velocity
+
+    run = tinies.work("flux", tmp_path).prepare("out", *SELF_FLOW, "--mask_ratio=0.5", "--network_args", "rank_dropout=0")
+    hook = run.hooks.find(SelfFlow)
+    hook.on_train_start(run)
+    network, denoiser, step = run.trainable.network, run.models.denoiser, run.step
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    batch = next(iter(run.data.batches(1)))
+    found = step(batch)
+
+    draws, latents = step.draws_of(batch, None), step.latents_of(batch)  # [B, 16, h, w]
+    b, _, h, w = latents.shape
+    noise = draws.normal("noise", latents.shape[1:])
+    t, s = (step.timestep_sampler.sample(tuple(latents.shape), d) for d in (draws, draws.apart("self flow")))
+    masked = draws.uniform("self flow mask", (h // 2 * w // 2,)) < 0.5
+    tau = torch.stack([torch.where(m, s[i], t[i]) for i, m in enumerate(masked)])  # [B, L]
+    conditioning, guidance = step.conditioning_of(batch), run.family.opts.guidance_scale
+
+    def noised(levels: torch.Tensor) -> torch.Tensor:  # [B, L]
+        squares = levels.view(b, h // 2, 1, w // 2, 1).expand(b, h // 2, 2, w // 2, 2).reshape(b, 1, h, w)
+        return (1 - squares) * latents + squares * noise
+
+    student = {name: p.detach().clone() for name, p in network.named_parameters()}
+    cleaner = torch.minimum(t, s)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            p.copy_(hook.teacher.tensors[f"network.{name}"])
+        x = noised(cleaner[:, None].expand_as(tau))
+        _, z = predict_velocity(denoiser, x, cleaner * 1000, conditioning, guidance=guidance, feature_layer=1)
+        for name, p in network.named_parameters():
+            p.copy_(student[name])
+        v, f = predict_velocity(denoiser, noised(tau), tau * 1000, conditioning, guidance=guidance, feature_layer=0)
+        head = hook.head.state_dict()
+        told = torch.nn.functional.gelu(f @ head["0.weight"].T + head["0.bias"]) @ head["2.weight"].T + head["2.bias"]
+        cosine = (told * z).sum(-1) / (told.norm(dim=-1) * z.norm(dim=-1))
+        wanted = ((v - (noise - latents)) ** 2).mean() - 0.8 * cosine.mean()
+    assert float(found.loss_sum / b) == pytest.approx(float(wanted), rel=2e-4)
+    assert float(found.logs["loss/rep"]) == pytest.approx(-float(cosine.mean()), rel=2e-4)
+
+
+def test_teacher_and_head_of_an_earlier_run_are_read_back(tinies: Tinies, tmp_path: Path) -> None:
+    work = tinies.work("flux", tmp_path)
+    first = work.train("first", *SELF_FLOW, "--max_train_steps=2", "--self_flow_head=silu")
+    files = {name: first.with_name(f"lora-{name}.safetensors") for name in ("ema", "proj")}
+    words = (*SELF_FLOW, f"--network_weights={first}", *(f"--network_weights_{name}={path}" for name, path in files.items()))
+    run = work.prepare("second", *words, "--self_flow_head=silu")
+    hook = run.hooks.find(SelfFlow)
+    hook.on_train_start(run)
+    kept = load_safetensors(files["ema"])
+    for name, tensor in hook.teacher.tensors.items():
+        if f"{name.removeprefix('network.')}" in kept:
+            torch.testing.assert_close(tensor, kept[name.removeprefix("network.")])
+    weights = load_safetensors(first)
+    assert all(torch.equal(p, weights[name]) for name, p in run.trainable.network.named_parameters())
+    assert all(torch.equal(p, load_safetensors(files["proj"])[name]) for name, p in hook.head.state_dict().items())
+    with pytest.raises(Exception, match="which is no head gelu"):
+        work.prepare("third", *words)
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    ((*SELF_FLOW, *SRA), "all replace process_batch"), ((*SELF_FLOW, "--num_timestep_buckets=4"), "two noise levels"),
+    ((*LEAP, "--loss_type=huber"), "use l2"), ((*SRA, "--sra_block=9"), "--sra_block is 9"),
+    ((*LEAP, "--loss_weighting=cosmap"), "leave the weight out"), ((*LEAP, "--infonoise_enabled"), "step of its own"),
+    (("--self_flow", "--network_weights_ema=none.safetensors"), "which is not there"),
+])  # fmt: skip
+def test_what_cannot_be(tinies: Tinies, tmp_path: Path, words: tuple[str, ...], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        cli.run("flux", "network", tinies.work("flux", tmp_path).argv("out", *words))
+
+
+@pytest.mark.parametrize("words", [SELF_FLOW[:1], SRA[:1], LEAP[:1]])
+def test_families_with_a_table_are_refused(
+    tinies: Tinies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: tuple[str, ...]
+) -> None:
+    told = refused_run("sd", tinies.work("sd", tmp_path).argv("out", *words), monkeypatch, capsys)
+    assert "flow model" in told
+
+
+def test_sra_goes_with_infonoise_and_is_gone_when_its_weight_is(tinies: Tinies, tmp_path: Path) -> None:
+    work: Work = tinies.work("flux", tmp_path)
+    work.train("both", *SRA, "--infonoise_enabled", "--max_train_steps=2")
+    off = work.train("off", "--sra_enabled", "--sra_weight=0", "--max_train_steps=2")
+    assert fingerprint(off) == fingerprint(work.train("plain", "--max_train_steps=2"))
+
+
+def test_settings_of_what_is_off_are_told(tinies: Tinies, tmp_path: Path) -> None:
+    words = ("--sra_weight=0.5", "--leap_ratio=0.1", "--mask_ratio=0.1", "--infonoise_K=32", "--strict")
+    with pytest.raises(ConfigError) as told:
+        tinies.work("flux", tmp_path).prepare("out", *words)
+    for option, switch in (("sra_weight", "sra_enabled"), ("leap_ratio", "leap_enabled"), ("mask_ratio", "self_flow"),
+                           ("infonoise_K", "infonoise_enabled")):  # fmt: skip
+        assert f"--{option}: has no effect without --{switch}" in str(told.value)
