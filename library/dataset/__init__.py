@@ -75,7 +75,8 @@ class DatasetOptions:
     caption_extension: str = option(".caption", help="extension of caption files")
     caption_extention: str | None = option(None, help="old spelling of --caption_extension; wins when both are given")
     prefer_json: bool = option(
-        False, help="a JSON file beside an image is its caption, with tags by category, before one of --caption_extension"
+        False,
+        help="a JSON file beside an image is its caption, with tags by category, before one of --caption_extension",
     )
     keep_tokens: int = option(0, help="tags at the start that are never shuffled or dropped")
     keep_tokens_separator: str = option(

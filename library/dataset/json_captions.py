@@ -63,15 +63,14 @@ def caption_of_json(text: str, path: str) -> str:
     with the path when it is none."""
     values = parse_json(text, path)
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} is no caption; needed: an object such as {{\"tags\": [\"hat\"], \"nl\": \"A hat.\"}}")
+        raise ConfigError(f'{path} is no caption; needed: an object such as {{"tags": ["hat"], "nl": "A hat."}}')
     known = (*FIXED, *FREE, PROSE)
     for name, value in values.items():
         if name not in known:
             _warn_of_entry(name)
         elif not _is_tags(value):
-            raise ConfigError(
-                f"{path} has the entry {name} {json.dumps(value, ensure_ascii=False)}; needed: a text or a list of texts"
-            )
+            given = json.dumps(value, ensure_ascii=False)
+            raise ConfigError(f"{path} has the entry {name} {given}; needed: a text or a list of texts")
     kept = {name: value for name, value in values.items() if name in known}
     caption = json.dumps(kept, ensure_ascii=False)
     parsed = parsed_caption(caption)

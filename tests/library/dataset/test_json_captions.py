@@ -24,8 +24,8 @@ from library.dataset.items import SubsetParams
 
 FULL = {
     "nl": "A zorbit, in\na wood.", "environment": ["wood", "night"], "tags": "hat, smile,, hat ,1girl",
-    "appearance": ["blue eyes", "long hair", "big ears"], "artist": None, "series": "", "character": ["zorbit"], "count": "1girl",
-    "quality": "masterpiece, best", "trigger": "zrb",
+    "appearance": ["blue eyes", "long hair", "big ears"], "artist": None, "series": "",
+    "character": ["zorbit"], "count": "1girl", "quality": "masterpiece, best", "trigger": "zrb",
 }  # fmt: skip
 HEAD, TAIL = "zrb, masterpiece, best, 1girl, zorbit", ". A zorbit, in a wood."
 
