@@ -14,6 +14,7 @@ from library.core.options import (
     option,
 )
 from library.core.plugins import PluginOptions
+from library.core.text_seeds import seed_of
 from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import (
@@ -114,7 +115,7 @@ class PromptOptions:
     width: int = option(1360, help="width in pixels, rounded down to a multiple of 16", most=LARGEST_PICTURE_SIDE)
     height: int = option(768, help="height in pixels, rounded down to a multiple of 16", most=LARGEST_PICTURE_SIDE)
     seed: int | None = option(
-        None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED
+        None, convert=seed_of, help="number, or any text, that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED
     )
     steps: int | None = option(
         None, help=f"steps; {STEPS_SCHNELL} for schnell, {STEPS_DEV} for dev when not given", most=LARGEST_STEPS

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from library.core.attention_modes import MODE_NAMES
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, option
+from library.core.text_seeds import seed_of
 from library.generation.requests import DTYPE_NAMES, OUTPUT_TYPES, dtype_problem, too_small_problems
 from library.training.sampling_prompts import DRAWN
 
@@ -68,7 +69,7 @@ class LatentPictureOptions:
     guidance_scale: float = option(3.5, help="classifier-free guidance; 1 = off, else two forwards per step")
     flow_shift: float = option(5.0, help="how far the steps lie towards noise; 1 = evenly spaced")
     seed: int | None = option(
-        None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED
+        None, convert=seed_of, help="number, or any text, that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED
     )
     save_path: str | None = option(None, help="folder of the pictures; made when missing")
     output_type: str = option(

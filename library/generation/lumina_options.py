@@ -16,6 +16,7 @@ from library.core.options import (
     option,
 )
 from library.core.plugins import PluginOptions
+from library.core.text_seeds import seed_of
 from library.generation.adapter_files import AdapterChoice, parse_adapter_argument
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import (
@@ -127,7 +128,7 @@ class LuminaPromptOptions:
     )
     discrete_flow_shift: float = option(6.0, help="how far the steps lie towards noise; 1 = evenly spaced")
     seed: int | None = option(
-        None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED
+        None, convert=seed_of, help="number, or any text, that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED
     )
     output_dir: str = option("outputs", help="folder of the pictures; made when missing")
 

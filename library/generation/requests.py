@@ -130,8 +130,15 @@ class SessionOptions(PictureFileOptions):
         None, help="text file with one prompt per line, with options behind it; # begins a comment line"
     )
 
+    prompt_wildcards: str | None = option(
+        None, metavar="FOLDER", help="folder of NAME.txt files, a line of which stands for each __NAME__ of a prompt, drawn"
+        " by the seed; lines are TEXT or TEXT:WEIGHT",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         self.raise_file_problems()
+        if self.prompt_wildcards is not None and not Path(self.prompt_wildcards).is_dir():
+            raise ConfigError(f"--prompt_wildcards is {self.prompt_wildcards}; needed: a folder with files NAME.txt")
         if self.interactive and self.from_file:
             raise ConfigError(
                 "--interactive and --from_file are both given; prompts come from one place, leave one out"

@@ -35,6 +35,7 @@ from library.generation.picture_files import settings_texts, write_picture
 from library.generation.recorded_requests import ENTRY, RecordedSettings, shaping_options
 from library.generation.requests import PictureRequest, Request, SessionOptions
 from library.generation.step_options import SamplerStepOptions, StepOptions
+from library.generation.wildcards import Wildcards
 from library.scripts.command_line import (
     read_command,
     refused_problems,
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LARGEST_DRAWN_SEED = 2**32 - 1
+PROMPT_FIELDS = ("prompt", "negative_prompt", "prompt2", "prompt_2")
+"""fields of requests that hold texts, as far as a request has them"""
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -173,8 +176,35 @@ def with_seed_and_size(request: Request, size_step: int) -> Request:
         logger.warning(
             "the size is %dx%d; made %dx%d, a multiple of %d", request.width, request.height, width, height, size_step
         )
-    seed = random.SystemRandom().randint(0, LARGEST_DRAWN_SEED) if request.seed in (None, DRAWN) else request.seed
-    return dataclasses.replace(request, width=width, height=height, seed=seed)
+    return dataclasses.replace(request, width=width, height=height, seed=taken_seed(request))
+
+
+def taken_seed(request: PictureRequest) -> int:
+    """The seed of a request, or a drawn one."""
+    return random.SystemRandom().randint(0, LARGEST_DRAWN_SEED) if request.seed in (None, DRAWN) else request.seed
+
+
+def prompts_of(request: PictureRequest) -> dict[str, str]:
+    """The texts of a request that wildcards may stand in, by their fields."""
+    found = {name: getattr(request, name, None) for name in PROMPT_FIELDS}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def wildcard_problems(request: PictureRequest, folder: str) -> list[str]:
+    return [problem for text in prompts_of(request).values() for problem in Wildcards(folder).problems(text)]
+
+
+def with_drawn_words(requests: Iterable[Request], folder: str | None) -> Iterable[Request]:
+    """Requests whose wildcards are drawn, by their seeds. ConfigError; what is typed is drawn as it comes."""
+    if folder is None:
+        return requests
+
+    def drawn(request: Request) -> Request:
+        seed = taken_seed(request)
+        texts = {name: Wildcards(folder).expanded(text, seed, name) for name, text in prompts_of(request).items()}
+        return dataclasses.replace(request, seed=seed, **texts)
+
+    return list(map(drawn, requests)) if isinstance(requests, Sequence) else map(drawn, requests)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -351,6 +381,7 @@ class ImageScript(ABC, Generic[Request]):
     def make_all(self, config: Config) -> list[Path]:
         first, reader = self.first_request(config), self.line_reader(config)
         requests = planned_requests(config[SessionOptions], first, reader, lambda: self._check_all(config))
+        requests = with_drawn_words(requests, config[SessionOptions].prompt_wildcards)
         files = config[SessionOptions].idle_file_options(config.explicit, self.writes_pictures(config))
         for line in [*self.notices(config), *self._idle_guidance(config, first), *files]:
             logger.info(line)
@@ -436,6 +467,8 @@ class ImageScript(ABC, Generic[Request]):
             too_large = limit() and limit().problem(width, height)
             found = multiplier_problems(request.multipliers, count, merged=merged)
             found += request_guidance_problems(request)
+            folder = config[SessionOptions].prompt_wildcards
+            found += wildcard_problems(request, folder) if folder else []
             found += self.request_problems(config, request)
             return [*found, too_large] if too_large else found
 

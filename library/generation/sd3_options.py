@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from library.core.errors import ConfigError, Problems
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, LARGEST_TOKENS, option
 from library.core.plugins import PluginOptions
+from library.core.text_seeds import seed_of
 from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import (
@@ -96,7 +97,7 @@ class Sd3PromptOptions:
     height: int = option(
         1024, help=f"height in pixels, rounded down to a multiple of {SIZE_STEP}", most=LARGEST_PICTURE_SIDE
     )
-    seed: int | None = option(1, help="number that fixes the picture; a drawn one is shown with -1", most=LARGEST_SEED)
+    seed: int | None = option(1, convert=seed_of, help="number, or any text, that fixes the picture; a drawn one is shown with -1", most=LARGEST_SEED)
     steps: int = option(50, help="steps", most=LARGEST_STEPS)
     cfg_scale: float = option(5.0, help="classifier-free guidance; 1 = off, else two forwards per step")
     output_dir: str = option(".", help="folder of the pictures; made when missing")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from library.core.errors import ConfigError, problems_of
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, option
 from library.core.plugins import PluginOptions
+from library.core.text_seeds import seed_of
 from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.requests import (
@@ -86,7 +87,7 @@ class SdxlPromptOptions:
     cfg_scale: float = option(7.0, help="classifier-free guidance; 1 = off, else two forwards per step")
     sampler: str = option("euler", help="how a step is made: " + ", ".join(SAMPLER_NAMES) + SAMPLER_HELP)
     seed: int | None = option(
-        None, help="number that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED
+        None, convert=seed_of, help="number, or any text, that fixes the picture; a drawn one is shown when not given, or with -1", most=LARGEST_SEED
     )
     output_dir: str = option(".", help="folder of the pictures; made when missing")
 

@@ -14,6 +14,7 @@ from library.core.options import (
     equivalent_option,
     option,
 )
+from library.core.text_seeds import seed_of
 from library.generation.adapter_files import LayerFilter, ListedAdapterOptions
 from library.generation.requests import DTYPE_NAMES, dtype_problem, too_small_problems
 from library.generation.video_requests import (
@@ -217,7 +218,7 @@ class ClipOptions:
     split_uncond: bool = option(False, help="both forwards of guidance one after the other: less memory")
     flow_shift: float | None = option(None, help="how far the steps lie towards noise; 1 = evenly spaced")
     seed: int | None = option(
-        None, help="number that fixes the video; a drawn one is shown when not given, or with -1", most=LARGEST_SEED
+        None, convert=seed_of, help="number, or any text, that fixes the video; a drawn one is shown when not given, or with -1", most=LARGEST_SEED
     )
     save_path: str | None = option(None, help="folder of the videos; made when missing")
     output_type: str = option(

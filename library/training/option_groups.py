@@ -18,6 +18,7 @@ from library.core.options import (
     option,
 )
 from library.core.plugins import PluginOptions
+from library.core.text_seeds import seed_of
 from library.dataset import parse_resolution
 from library.training.attention_options import AttentionOptions
 from library.training.computing_options import DdpOptions, DeepSpeedOptions, MemoryOptions, PrecisionOptions
@@ -149,7 +150,8 @@ class LoopOptions:
         help="keep the reading processes from epoch to epoch; always so on Windows and macOS, where each starts anew"
     )
     seed: int | None = option(
-        None, help="number that fixes every random draw; a drawn one is logged when not given", most=LARGEST_SEED
+        None, convert=seed_of, most=LARGEST_SEED,
+        help="number, or any text, that fixes every random draw; a drawn one is logged when not given",
     )
     gradient_accumulation_steps: int = option(1, help="batches per optimizer step", most=LARGEST_BATCH)
 

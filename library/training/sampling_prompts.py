@@ -21,6 +21,7 @@ from library.core.errors import ConfigError, Problems, did_you_mean
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_STEPS, LARGEST_WHOLE, number_problem
 from library.core.text_files import parse_json, parse_toml
 from library.core.text_files import read_text as read_text_file
+from library.core.text_seeds import seed_of
 from library.families.record import SampleDefaults
 from library.families.registry import by_family
 
@@ -97,10 +98,12 @@ class Whole:
 
 
 class Seed(Whole):
-    """-1 stands for a seed that is drawn, as when none is given."""
+    """-1 stands for a seed that is drawn, as when none is given; a text that is no number is one too (`seed_of`)."""
 
     def __call__(self, text: str) -> int | None:
-        return None if text == str(DRAWN) else super().__call__(text)
+        if text == str(DRAWN):
+            return None
+        return super().__call__(text if re.fullmatch(r"[0-9]+", text) else str(seed_of(text)))
 
     def checked(self, value: int) -> int | None:
         return None if value == DRAWN else super().checked(value)

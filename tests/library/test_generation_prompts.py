@@ -59,7 +59,7 @@ def test_the_first_piece_is_the_prompt_whatever_it_says():
 @pytest.mark.parametrize(
     ("piece", "message"),
     [
-        ("w 0", "--w is '0'; 1 or more"), ("w 5.5", "a whole number"), ("d 1,x", "a whole number"),
+        ("w 0", "--w is '0'; 1 or more"), ("w 5.5", "a whole number"), ("d 1,", "a number or a text"),
         ("d 4294967296", "at most 4294967295"),
         ("t 1.5", "from 0 to 1"), ("nl no", "a number is needed"), ("am 1,,2", "a number is needed"),
         ("glr 0", "above 0"),

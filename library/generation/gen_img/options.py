@@ -15,6 +15,7 @@ from library.core.options import (
     refused_option,
 )
 from library.core.plugins import PluginOptions
+from library.core.text_seeds import seed_of
 from library.generation.file_options import PictureFileOptions
 from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS
 from library.training.inference_samplers import DEFAULT_SAMPLER, SAMPLER_HELP, SAMPLER_NAMES, check_sampler
@@ -309,10 +310,14 @@ class GenerationPromptOptions:
     batch_size: int = option(1, help="pictures that are made together", most=LARGEST_BATCH)
     shuffle_prompts: bool = option(False, help="put the prompts into another order for each round")
     seed: int | None = option(
-        None,
-        help="the picture's seed, or with several pictures what their seeds are drawn from; a drawn one is shown when not given, or with -1",
+        None, convert=seed_of,
+        help="the picture's seed, a number or any text, or with several pictures what their seeds are drawn from; a drawn one is shown when not given, or with -1",
         most=LARGEST_SEED,
     )
+    prompt_wildcards: str | None = option(
+        None, metavar="FOLDER", help="folder of NAME.txt files, a line of which stands for each __NAME__ of a prompt, drawn"
+        " by the seed; lines are TEXT or TEXT:WEIGHT",
+    )  # fmt: skip
     iter_same_seed: bool = option(False, help="the same seed for all prompts of a round")
     max_embeddings_multiples: int | None = option(
         None, help="longest prompt in rows of 75 tokens; 1 when not given", most=1000
@@ -325,6 +330,8 @@ class GenerationPromptOptions:
 
     def __post_init__(self) -> None:
         problems = _least(self, n_iter=1, images_per_prompt=1, batch_size=1, seed=DRAWN, max_embeddings_multiples=1)
+        if self.prompt_wildcards is not None and not Path(self.prompt_wildcards).is_dir():
+            problems.append(f"--prompt_wildcards is {self.prompt_wildcards}; needed: a folder with files NAME.txt")
         sources = [f"--{name}" for name in ("prompt", "from_file", "from_module", "interactive") if getattr(self, name)]
         if len(sources) > 1:
             problems.append(f"{' and '.join(sources)} are given; prompts come from one of them")

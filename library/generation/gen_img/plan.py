@@ -24,6 +24,7 @@ from library.generation.gen_img.options import (
     GenerationSourceOptions,
 )
 from library.generation.gen_img.prompts import LARGEST_SEED, NO_NEGATIVE_SCALE, GenerationPrompt, parse_generation_line
+from library.generation.wildcards import Wildcards
 from library.training.sampling_prompts import DRAWN
 
 logger = logging.getLogger(__name__)
@@ -138,11 +139,15 @@ class Planner:
         self.is_alone = is_alone
         given = self.prompts.seed
         self.base_seed = random.SystemRandom().randint(0, LARGEST_SEED) if given in (None, DRAWN) else given
+        self.wildcards = Wildcards(self.prompts.prompt_wildcards) if self.prompts.prompt_wildcards else None
         self.number = 0
         self._told: set[str] = set()
 
     def check(self, line: PromptLine) -> list[ImageRequest]:
         """The first picture of a line, as examples; ConfigError, with its place, for a line that cannot be made."""
+        problems = self.wildcards.problems(line.text) if self.wildcards else []
+        if problems:
+            raise ConfigError([f"{line.where}: {problem}" for problem in problems])
         given = _given_seeds(line)
         return list(self._requests(line, seed=(given[0] or 0) if given else 0, index=0))
 
@@ -168,7 +173,8 @@ class Planner:
     def _requests(self, line: PromptLine, seed: int, index: int) -> Iterator[ImageRequest]:
         """One request for each combination, made when it is asked for: its number is that of the picture then."""
         try:
-            texts = expand_prompt(line.text, seed)
+            text = line.text if self.wildcards is None else self.wildcards.expanded(line.text, seed)
+            texts = expand_prompt(text, seed)
         except ConfigError as error:
             raise ConfigError([f"{line.where}: {problem}" for problem in error.problems]) from error
         for text in texts:
