@@ -272,14 +272,37 @@ def _write_pyav(
             stream.bit_rate = BITS_PER_SECOND
         stream.thread_count = 1
         stream.codec_context.time_base = 1 / rate
-        for pixels in itertools.chain([first], numbered):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            if coding:
-                frame = frame.reformat(format=coding.pixels, dst_colorspace="ITU709", dst_color_range="MPEG")
+        given = (av.VideoFrame.from_ndarray(pixels, format="rgb24") for pixels in itertools.chain([first], numbered))
+        for frame in _converted(given, coding.pixels, first.shape, 1 / rate) if coding else given:
             for packet in stream.encode(frame):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
+
+
+def _converted(frames: Iterable[Any], pixels: str, shape: Sequence[int], time_base: Fraction) -> Iterator[Any]:
+    """Frames in another form of pixels, of BT.709 from black at 16 to white at 235.
+
+    By filters, whose frames have room behind their rows: without it the conversion, and encoders that work in the
+    frame itself, read on behind them, and two runs differ.
+    """
+    import av.filter
+
+    graph = av.filter.Graph()
+    chain = [
+        graph.add_buffer(width=shape[1], height=shape[0], format="rgb24", time_base=time_base),
+        graph.add("scale", "out_color_matrix=bt709:out_range=limited:flags=bicubic+accurate_rnd+bitexact"),
+        graph.add("format", pixels), graph.add("buffersink"),
+    ]  # fmt: skip
+    for before, after in itertools.pairwise(chain):
+        before.link_to(after)
+    graph.configure()
+    for number, frame in enumerate(frames):
+        frame.pts, frame.time_base = number, time_base
+        graph.push(frame)
+        made = graph.pull()
+        made.pts, made.time_base = number, time_base
+        yield made
 
 
 def _tell_colours(context: Any) -> None:
