@@ -36,6 +36,9 @@ BITS_PER_SECOND = 4_000_000
 LARGEST_FPS = 1000
 CONTACT_CELLS = 9
 """frames on a contact sheet"""
+_STEADY = {"libx264": {"x264-params": "mbtree=0"}}
+"""settings by which an encoder gives equal bytes: libx264's macroblock tree reads on behind the blocks of a row, so that
+two runs differ now and then"""
 _SIDE_STEP = 2  # colours are stored at half the size
 
 _PYAV_CODECS: Mapping[str, tuple[str, ...]] = {
@@ -256,9 +259,10 @@ def _write_pyav(
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         if texts:
             container.metadata[COMMENT] = json.dumps(dict(texts), ensure_ascii=False, sort_keys=True)
-        stream = container.add_stream(codec, rate=rate, options=dict(coding.settings) if coding else {})
         numbered = iter(frames)
         first = next(numbered)
+        settings = {**(coding.settings if coding else {}), **_STEADY.get(codec, {})}
+        stream = container.add_stream(codec, rate=rate, options=settings)
         stream.height, stream.width = first.shape[:2]
         if coding:
             stream.pix_fmt = coding.pixels
