@@ -178,3 +178,11 @@ def test_settings_of_what_is_off_are_told(tinies: Tinies, tmp_path: Path) -> Non
     for option, switch in (("sra_weight", "sra_enabled"), ("leap_ratio", "leap_enabled"), ("mask_ratio", "self_flow"),
                            ("infonoise_K", "infonoise_enabled")):  # fmt: skip
         assert f"--{option}: has no effect without --{switch}" in str(told.value)
+
+
+def test_a_family_without_a_time_per_token_has_the_others(tinies: Tinies, tmp_path: Path) -> None:
+    work = tinies.work("chroma", tmp_path)
+    with pytest.raises(ConfigError, match="takes a time per token; chroma does not"):
+        work.prepare("out", *SELF_FLOW)
+    for way in ("sra", "original"):
+        work.train(way, *WAYS[way][0], "--max_train_steps=1")

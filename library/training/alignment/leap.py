@@ -117,8 +117,8 @@ class Leap(Hook):
     def check(self, config: Config, family: ModelFamily, trainable: Trainable) -> None:
         self.opts = self.opts or config[LeapOptions]
         problems = Problems()
-        if not family.gives_features:
-            problems.add(f"--leap_enabled needs a flow model; {family.name} is none that has it")
+        if not family.objective().is_flow:
+            problems.add(f"--leap_enabled needs a flow model; {family.name} is none")
         else:
             loss, weights = config[LossOptions].loss_type, config[LossWeightOptions]
             if loss.lower() != "l2":

@@ -85,7 +85,7 @@ class SelfFlow(Hook):
     def check(self, config: Config, family: ModelFamily, trainable: Trainable) -> None:
         problems = Problems()
         self.opts = self.opts or config[SelfFlowOptions]
-        if not family.gives_features:
+        if not (family.gives_features and family.takes_token_times):
             problems.add(
                 f"Self-Flow needs a flow model that gives features and takes a time per token; {family.name} does not"
             )

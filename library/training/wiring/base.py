@@ -171,8 +171,9 @@ class ModelFamily(ABC):
 
     gives_features: ClassVar[bool] = False
     """whether `predict` takes `feature_layer` and gives the image tokens [B, L, hidden] after that block of
-    `repeated_blocks` as DiTOutput.extra["features"], and takes times per token; the denoiser has a `feature_width`
-    then"""
+    `repeated_blocks` as DiTOutput.extra["features"]; the denoiser has a `feature_width` then"""
+    takes_token_times: ClassVar[bool] = False
+    """whether `predict` takes times per token"""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -509,7 +510,7 @@ class FlowFamily(ModelFamily):
     """What families of flow models with a denoiser, text encoders and a VAE in files of their own check alike. Their
     `predict` takes times per token and `feature_layer`, unless they say otherwise."""
 
-    gives_features = True
+    gives_features = takes_token_times = True
 
     timestep_modes: ClassVar[Sequence[str]] = timestep_samplers.MODES
     """the modes of --timestep_sampling that the family has"""

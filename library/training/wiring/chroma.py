@@ -61,7 +61,7 @@ class ChromaFamily(FluxFamily):
     denoiser_kinds = ("chroma",)
     denoiser_writer = "library.chroma_utils:save_chroma"
     options = ChromaOptions
-    gives_features = False
+    takes_token_times = False
     """its approximator makes the vectors of all blocks for one time per sample; one per token would need hundreds of
     vectors for each"""
     part_options = {
