@@ -37,8 +37,8 @@ LARGEST_FPS = 1000
 CONTACT_CELLS = 9
 """frames on a contact sheet"""
 _STEADY = {"libx264": {"x264-params": "mbtree=0"}}
-"""settings by which an encoder gives equal bytes: libx264's macroblock tree reads on behind the blocks of a row, so that
-two runs differ now and then"""
+"""settings by which an encoder gives equal bytes: libx264's macroblock tree reads on behind the blocks of a row, so
+that two runs differ now and then"""
 _SIDE_STEP = 2  # colours are stored at half the size
 
 _PYAV_CODECS: Mapping[str, tuple[str, ...]] = {
@@ -169,8 +169,8 @@ def write_pixels(
     frames: Iterable[numpy.ndarray], path: Path, fps: float, codec: str | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Path:
-    """As `write_video`, of frames [H, W, 3] uint8 that are written as they come, so that few are in memory. AtelierError
-    too where a later frame has another size."""
+    """As `write_video`, of frames [H, W, 3] uint8 that are written as they come, so that few are in memory.
+    AtelierError too where a later frame has another size."""
     numbered = iter(frames)
     first = next(numbered, None)
     problems = shape_problems([] if first is None else [first], fps)
