@@ -113,10 +113,9 @@ def enlarged(model: RRDBNet, pixels: Tensor, tile: int = 0, overlap: int = 16) -
                    min(left + step + overlap, width))  # fmt: skip
             part = _whole(model, pixels[:, box[0] : box[1], box[2] : box[3]])
             bottom, right = min(top + step, height), min(left + step, width)
-            inner = part[
-                :, (top - box[0]) * scale : (bottom - box[0]) * scale, (left - box[2]) * scale : (right - box[2]) * scale
-            ]
-            result[:, top * scale : bottom * scale, left * scale : right * scale] = inner
+            rows = slice((top - box[0]) * scale, (bottom - box[0]) * scale)
+            columns = slice((left - box[2]) * scale, (right - box[2]) * scale)
+            result[:, top * scale : bottom * scale, left * scale : right * scale] = part[:, rows, columns]
     return result.clamp_(0, 1)
 
 

@@ -72,12 +72,16 @@ def settings_of_file(
     if ENTRY in texts:
         settings = RecordedSettings.of_text(texts[ENTRY], str(path))
         if settings.script != script:
-            raise ConfigError(f"--from_metadata is {path}, which {settings.script} has made; needed: a file of {script}")
+            raise ConfigError(
+                f"--from_metadata is {path}, which {settings.script} has made; needed: a file of {script}"
+            )
         return settings
     plain = {name.lower().removeprefix(PREFIX): text for name, text in texts.items()}
     fields: dict[str, Any] = {SPELLINGS[name]: text for name, text in plain.items() if name in SPELLINGS}
     if "prompt" not in fields:
-        raise ConfigError(f"--from_metadata is {path}; it tells no settings, it may have been written with --no_metadata")
+        raise ConfigError(
+            f"--from_metadata is {path}; it tells no settings, it may have been written with --no_metadata"
+        )
     size = size_of(path)
     if size is not None:
         fields["width"], fields["height"] = size

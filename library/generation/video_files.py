@@ -37,8 +37,8 @@ LARGEST_FPS = 1000
 CONTACT_CELLS = 9
 """frames on a contact sheet"""
 _STEADY = {"libx264": {"x264-params": "mbtree=0"}}
-"""settings by which an encoder gives equal bytes: libx264's macroblock tree reads on behind the blocks of a row, so that
-two runs differ now and then"""
+"""settings by which an encoder gives equal bytes: libx264's macroblock tree reads on behind the blocks of a row, so
+that two runs differ now and then"""
 _SIDE_STEP = 2  # colours are stored at half the size
 
 _PYAV_CODECS: Mapping[str, tuple[str, ...]] = {
@@ -169,8 +169,8 @@ def write_pixels(
     frames: Iterable[numpy.ndarray], path: Path, fps: float, codec: str | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Path:
-    """As `write_video`, of frames [H, W, 3] uint8 that are written as they come, so that few are in memory. AtelierError
-    too where a later frame has another size."""
+    """As `write_video`, of frames [H, W, 3] uint8 that are written as they come, so that few are in memory.
+    AtelierError too where a later frame has another size."""
     numbered = iter(frames)
     first = next(numbered, None)
     problems = shape_problems([] if first is None else [first], fps)
@@ -272,14 +272,37 @@ def _write_pyav(
             stream.bit_rate = BITS_PER_SECOND
         stream.thread_count = 1
         stream.codec_context.time_base = 1 / rate
-        for pixels in itertools.chain([first], numbered):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            if coding:
-                frame = frame.reformat(format=coding.pixels, dst_colorspace="ITU709", dst_color_range="MPEG")
+        given = (av.VideoFrame.from_ndarray(pixels, format="rgb24") for pixels in itertools.chain([first], numbered))
+        for frame in _converted(given, coding.pixels, first.shape, 1 / rate) if coding else given:
             for packet in stream.encode(frame):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
+
+
+def _converted(frames: Iterable[Any], pixels: str, shape: Sequence[int], time_base: Fraction) -> Iterator[Any]:
+    """Frames in another form of pixels, of BT.709 from black at 16 to white at 235.
+
+    By filters, whose frames have room behind their rows: without it the conversion, and encoders that work in the
+    frame itself, read on behind them, and two runs differ.
+    """
+    import av.filter
+
+    graph = av.filter.Graph()
+    chain = [
+        graph.add_buffer(width=shape[1], height=shape[0], format="rgb24", time_base=time_base),
+        graph.add("scale", "out_color_matrix=bt709:out_range=limited:flags=bicubic+accurate_rnd+bitexact"),
+        graph.add("format", pixels), graph.add("buffersink"),
+    ]  # fmt: skip
+    for before, after in itertools.pairwise(chain):
+        before.link_to(after)
+    graph.configure()
+    for number, frame in enumerate(frames):
+        frame.pts, frame.time_base = number, time_base
+        graph.push(frame)
+        made = graph.pull()
+        made.pts, made.time_base = number, time_base
+        yield made
 
 
 def _tell_colours(context: Any) -> None:

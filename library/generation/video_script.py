@@ -403,7 +403,8 @@ class VideoScript(LatentScript[VideoRequest]):
             if encoder.package != "PyAV" and not config[SessionOptions].no_metadata:
                 found.append("settings are not written into video files by OpenCV; PyAV does: pip install av")
             if options.video_ending != f".{options.container}":
-                found.append(f"--codec {options.codec}: {options.video_ending[1:]} files, as {options.container} has none")
+                ending = options.video_ending[1:]
+                found.append(f"--codec {options.codec}: {ending} files, as {options.container} has none")
         else:
             names = [name for name in ("codec", "keep_pngs", "container") if name in config.explicit]
             found += [f"--{name} has no effect: --output_type {options.output_type} writes no video" for name in names]

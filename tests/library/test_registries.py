@@ -4,7 +4,7 @@ and does its work once, and a page tells of it. A table that is new here wants a
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import importlib.metadata
 import inspect
 import re
 from collections.abc import Callable
@@ -62,9 +62,11 @@ QUOTED = {word.lower() for span in SPANS for word in re.findall(r"[\w+]+", span)
 
 def is_installed(group: str, name: str) -> bool:
     """Whether the package that a name needs is there; without one of its own it has to be."""
-    entry = TABLES[group].entry(name)
-    top = re.match(r"\w+", entry.target)[0]
-    return entry.package is None or importlib.util.find_spec(top) is not None
+    package = TABLES[group].entry(name).package
+    try:
+        return package is None or bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def an_optimizer(name: str) -> None:

@@ -196,7 +196,8 @@ def test_wrong_options_of_frame_tools_are_told_together(folder, tmp_path):
     (folder / "x.mkv").write_bytes((folder / "v.mp4").read_bytes())
     (folder / "x.mp4").write_bytes((folder / "v.mp4").read_bytes())
     with pytest.raises(ConfigError) as caught:
-        upscale.TOOL.run(["--input", str(folder), "--scale", "-1", "--dtype", "fp8", "--codec", "h265", "--container", "avi"])
+        wrong = ["--scale", "-1", "--dtype", "fp8", "--codec", "h265", "--container", "avi"]
+        upscale.TOOL.run(["--input", str(folder), *wrong])
     told = str(caught.value)
     for part in ("--model is missing", "--scale is -1", "--dtype is fp8", "would both become", "--codec is h265"):
         assert part in told, part
@@ -225,7 +226,8 @@ def test_a_file_that_cannot_be_read_does_not_end_the_run(folder, tmp_path, caplo
 def test_faces_are_blurred_softly_and_the_rest_is_kept(folder, tmp_path):
     frame = np.random.default_rng(1).integers(0, 255, (80, 100, 3), dtype=np.uint8)
     made = blur.FaceBlur(lambda image: [(20, 30, 20, 20), (-10, -10, 20, 20)], strength=20, sigma=8).picture(frame)
-    assert made.shape == frame.shape and np.array_equal(made[60:], frame[60:]) and np.array_equal(made[:, 60:], frame[:, 60:])
+    assert made.shape == frame.shape
+    assert np.array_equal(made[60:], frame[60:]) and np.array_equal(made[:, 60:], frame[:, 60:])
     inside = (slice(32, 48), slice(22, 38))
     assert made[inside].std() < 0.2 * frame[inside].std() and made[:8, :8].std() < 0.3 * frame[:8, :8].std()
     mask = blur.face_mask((80, 100), [(20, 30, 20, 20)])
@@ -247,7 +249,8 @@ def test_frames_stay_and_those_between_lie_between(factor, count):
     assert len(made) == (count - 1) * factor + 1
     assert all(np.array_equal(made[number * factor], frame) for number, frame in enumerate(frames))
     if count > 2:
-        places = [np.average(np.arange(64), weights=frame[24, :, 0].astype(float) - 59) for frame in made[factor:-factor]]
+        inner = made[factor:-factor]
+        places = [np.average(np.arange(64), weights=frame[24, :, 0].astype(float) - 59) for frame in inner]
         assert all(first < second for first, second in zip(places, places[1:])), "the bar moves on in each"
 
 

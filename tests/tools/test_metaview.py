@@ -50,7 +50,8 @@ def test_each_kind_of_file_tells_the_same(tmp_path, capsys):
         assert words == ["python", "gen_img.py", "--prompt=it's 日本", "--steps=3", "--v2=true"], kind
     assert metaview.main([str(path), str(tmp_path / "a.png"), "--max-rows", "3"]) == 0
     out = capsys.readouterr().out
-    assert f"{tmp_path / 'a.png'}:\nprompt: 日本 \"猫\"\n    second\nnegative-prompt: ü\nseed: 7\nzeta: 1\ncommand: python" in out
+    entries = 'prompt: 日本 "猫"\n    second\nnegative-prompt: ü\nseed: 7\nzeta: 1\ncommand: python'
+    assert f"{tmp_path / 'a.png'}:\n{entries}" in out
 
 
 def test_the_command_line_makes_the_picture_again(tiny, tmp_path, capsys):
@@ -69,7 +70,8 @@ def test_what_no_option_can_say_is_taken_from_the_file():
 
 
 def test_entries_of_other_programs_and_files_without_any(tmp_path, capsys):
-    known = write_picture(Image.new("RGB", (8, 8)), tmp_path / "k.png", {"bt_seeds": "3", "bt_prompt": "x", "bt_fps": "8"})
+    entries = {"bt_seeds": "3", "bt_prompt": "x", "bt_fps": "8"}
+    known = write_picture(Image.new("RGB", (8, 8)), tmp_path / "k.png", entries)
     bare = write_picture(Image.new("RGB", (8, 8)), tmp_path / "b.jpg")
     (tmp_path / "n.png").write_bytes(b"no picture")
     assert metaview.main([str(known)]) == 0 and capsys.readouterr().out == "prompt: x\nseeds: 3\nfps: 8\n"

@@ -35,8 +35,8 @@ DEFAULT_RATE = 24.0
 
 
 class FrameProcessor(ABC):
-    """What a tool does with frames. One that looks at each alone fills `picture`; one that looks at neighbours, or gives
-    more frames than it takes, `frames`."""
+    """What a tool does with frames. One that looks at each alone fills `picture`; one that looks at neighbours, or
+    gives more frames than it takes, `frames`."""
 
     rate: int = 1
     """frames that are given per frame, and so the factor of a video's frames per second"""

@@ -30,8 +30,9 @@ class UpscaleFilesOptions:
         reason="--mode: the file tells which network it is",
     )  # fmt: skip
     scale: float | None = option(
-        None, help="sides of the result / sides of the picture; what the network does when not given, else resized to it"
-    )
+        None, help="sides of the result / sides of the picture; what the network does when not given, else resized to"
+        " it",
+    )  # fmt: skip
     tile_size: int = option(
         0, help="sides of the parts that are computed one by one, to save memory; 0 = pictures whole", least=0
     )
@@ -104,7 +105,9 @@ def load(config: Config) -> Upscaler:
 def spandrel_problem() -> str | None:
     """Why spandrel cannot be used, or None: it imports torchvision, which has to fit the installed torch."""
     if find_spec("torchvision") is None:
-        return "the package spandrel, which reads it, needs torchvision; install the one that fits your torch, and spandrel"
+        return (
+            "the package spandrel, which reads it, needs torchvision; install the one that fits your torch, and spandrel"
+        )
     if find_spec(NEEDED) is None:
         return "the package spandrel, which reads it, is not installed: pip install spandrel"
     try:

@@ -75,7 +75,8 @@ CLASSES = (UtilityOptions, OutputOptions, OverflowOptions, ConsoleOptions)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return script_parser("List tensors of a model, or write them in other number formats by parts of their names", CLASSES)
+    title = "List tensors of a model, or write them in other number formats by parts of their names"
+    return script_parser(title, CLASSES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,7 +32,8 @@ OF_MANY = frozenset({
 })  # fmt: skip
 """options about several pictures and their names"""
 RAW_PROMPT, PLACE = "raw_prompt", "place"
-"""what is told beside options: the line before its choices were drawn; the place in a batch, on which last bits depend"""
+"""what is told beside options: the line before its choices were drawn; the place in a batch, on which last bits
+depend"""
 _FIELDS = {"width": "W", "height": "H", "steps": "steps", "cfg_scale": "scale", "seed": "seed", "sampler": "sampler"}
 """fields of requests of other scripts -> options"""
 

@@ -39,7 +39,8 @@ def test_pictures_of_every_kind_of_file_are_made_again_of_what_they_tell(tiny, a
     first = settings(paths[0])
     assert first["options"]["prompt"] == "日本の猫" and first["options"]["width"] == 50
     assert first["line"] == {"multipliers": [0.5]} and "output_dir" not in first["options"]
-    (other,) = flux_inference.run([f"--from_metadata={paths[1]}", "--prompt=a dog", f"--output_dir={tmp_path / 'other'}"])
+    words = [f"--from_metadata={paths[1]}", "--prompt=a dog", f"--output_dir={tmp_path / 'other'}"]
+    (other,) = flux_inference.run(words)
     assert read_texts(other)["prompt"] == "a dog" and read_texts(other)["seed"] == "9"
 
 

@@ -266,7 +266,8 @@ def test_a_video_of_every_kind_is_made_again_of_what_it_tells(run, tmp_path, cap
     ]  # fmt: skip
     for number, (words, ending) in enumerate(kinds):
         (made,) = run(*words, f"--from_file={lines}", prompt=False, folder=f"first{number}")
-        (again,) = ToyScript().run([f"--from_metadata={made}", f"--save_path={tmp_path / f'again{number}'}", *words[1:2]])
+        folder = f"--save_path={tmp_path / f'again{number}'}"
+        (again,) = ToyScript().run([f"--from_metadata={made}", folder, *words[1:2]])
         assert made.suffix == ending and made.read_bytes() == again.read_bytes(), words
         told = read_file_texts(made)
         assert told["prompt"] == "a 日本 cat" and json.loads(told[ENTRY])["options"]["video_size"] == [32, 32]
