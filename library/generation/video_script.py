@@ -165,6 +165,7 @@ class VideoScript(LatentScript[VideoRequest]):
         maker = VideoMaker(
             self.pipeline(config, None, None), self.strategies(config), self.load_encoders(config),
             LoadedAdapters(None, []), device, self.text_device(config), text_waits=True,
+            weighs_words=config[SessionOptions].prompt_weighting,
         )  # fmt: skip
         if isinstance(requests, Sequence):
             for request in requests:
