@@ -523,7 +523,7 @@ class ImageScript(ABC, Generic[Request]):
         """The options of the run, changed by what the prompt line says, with the seed that was taken."""
         base, options = self.base_request(config), shaping_options(config, self.variant_options)
         letters = (letter.field for letter in self.line_options.values() if not letter.ignored)
-        fields = {"prompt", *letters} - {"seed"}
+        fields = {"prompt", *prompts_of(asked), *letters} - {"seed"}
         changed = {name: getattr(asked, name) for name in fields if getattr(asked, name) != getattr(base, name)}
         beside = {name: getattr(asked, name) for field, name in self.recorded_with.items() if field in changed}
         options |= self.as_options({**changed, **beside, "seed": made.seed}, asked)
