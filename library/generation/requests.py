@@ -131,6 +131,9 @@ class SessionOptions(PictureFileOptions):
         None, help="text file with one prompt per line, with options behind it; # begins a comment line"
     )
 
+    prompt_weighting: bool = option(
+        False, help="weights of words in prompts: (words:1.4), (words) 1.1, [words] 0.91; \\( is a bracket"
+    )
     prompt_wildcards: str | None = option(
         None, metavar="FOLDER", help="folder of NAME.txt files, a line of which stands for each __NAME__ of a prompt, drawn"
         " by the seed; lines are TEXT or TEXT:WEIGHT",
