@@ -79,3 +79,9 @@ def test_options_take_a_folder_and_refuse_what_is_none(group: Any, tmp_path: Pat
     assert group(prompt_wildcards=str(tmp_path)).prompt_wildcards == str(tmp_path)
     with pytest.raises(ConfigError, match="needed: a folder with files NAME.txt"):
         group(prompt_wildcards=str(tmp_path / "absent"))
+
+
+def test_a_line_with_its_own_wildcard_twice_is_told_at_once(tmp_path):
+    (tmp_path / "loop.txt").write_text("__loop__ and __loop__\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        Wildcards(str(tmp_path)).expanded("__loop__", 1)
