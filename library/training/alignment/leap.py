@@ -111,6 +111,8 @@ def distance(first: Tensor, second: Tensor) -> Tensor:
 class Leap(Hook):
     """Takes such steps in the place of the usual ones in a drawn share of the optimizer steps."""
 
+    told_as = "--leap_enabled"
+
     def __init__(self, options: LeapOptions | None = None) -> None:
         """Without `options` they are those of the run."""
         super().__init__(options)
