@@ -442,7 +442,7 @@ def test_the_rest_goes_on_with_skip_bad_images(work: Work, capsys, more: list[st
 
 def test_problems_of_options_files_and_data_come_together(work: Work, refused):
     spoil(work.images)
-    (work.folder / "cfg.toml").write_text("network_dimm = 3\nseed = 'x'\n")
+    (work.folder / "cfg.toml").write_text("network_dimm = 3\nnetwork_alpha = 'x'\n")
     text = FOLDER.format("/nope") + f"resolutoin = 3\n[[datasets.subsets]]\nimage_dir = '{work.images}'\n"
     (work.folder / "d.toml").write_text(text)
     argv = without(work.argv("out", dataset=work.folder / "d.toml"), "ae", "output_dir", "seed")
@@ -452,7 +452,7 @@ def test_problems_of_options_files_and_data_come_together(work: Work, refused):
         "--mixed_precision=fp99", "--full_fp16", "--sample_prompts=/nope.txt", f"--t5xxl={work.tiny.ae}",
     ])  # fmt: skip
     wanted = (
-        "--learing_rate", "network_dimm", "seed is 'x'", "--mixed_precision is 'fp99'", "--save_every_n_steps is -1",
+        "--learing_rate", "network_dimm", "network_alpha is 'x'", "--mixed_precision is 'fp99'", "--save_every_n_steps is -1",
         "--output_dir is not given", "unknown optimizer 'foo'", "--ae is not given", "/nope.txt", "--t5xxl is",
         "resolutoin",
         "the folder /nope does not exist", "corrupt.png", "zero.jpg", "cut.png",

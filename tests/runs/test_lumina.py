@@ -161,7 +161,7 @@ def test_samples_with_equal_settings_are_made_together(work: Work, monkeypatch) 
     [
         (["--model_prediction_type=additive"], "use raw"), (["--gemma2_max_token_length=0"], "1 or more"),
         (["--sample_batch_size=0"], "1 or more"), (["--weighted_captions"], "no way to weigh words"),
-        (["--timestep_sampling=qwen_shift"], "nextdit_shift"),
+        (["--timestep_sampling=qwen_shit"], "qwen_shift"),
     ],
 )  # fmt: skip
 def test_what_is_refused(words: list[str], message: str, work: Work) -> None:

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from library.training.hooks.base import Hook
+from library.training.hooks.losses import LossReader
 from library.training.wiring.flux import FluxFamily
 from tests.runs.conftest import Work
 
@@ -26,7 +26,7 @@ def live_text_encoders() -> int:
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts live text-encoder parameters when the denoiser is loaded, and after the first step."""
     counts: dict[str, int] = {}
-    load_denoiser, step_of = FluxFamily.load_denoiser, Hook.on_step_end
+    load_denoiser, step_of = FluxFamily.load_denoiser, LossReader.on_step_end
 
     def loading(self, runtime):
         counts["before the denoiser"] = live_text_encoders()
@@ -38,7 +38,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return step_of(self, run, output)
 
     monkeypatch.setattr(FluxFamily, "load_denoiser", loading)
-    monkeypatch.setattr(Hook, "on_step_end", stepping)
+    monkeypatch.setattr(LossReader, "on_step_end", stepping)
     return counts
 
 
