@@ -248,6 +248,9 @@ class FamilyRecord:
     tiny: tuple[TinyModel, ...] = ()
 
     latents: LatentSpec | None = None
+    latent_colours: tuple[tuple[float, float, float], ...] = ()
+    """how latents are shown without their autoencoder: the colour of one unit of each channel, and last what is added;
+    () = there is no such table"""
     bucket_step: int = 16
     caches: CacheNames | None = None
     clips: ClipFacts | None = None
