@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError
@@ -26,12 +25,12 @@ class PreviewOptions:
         if self.preview_latent_every is not None and self.preview_latent_every < 0:
             raise ConfigError(f"--preview_latent_every is {self.preview_latent_every}; needed: 0 (never) or more")
 
-    def notices(self, explicit: Collection[str]) -> list[str]:
+    def notices(self) -> list[str]:
         """Lines for the log."""
         if self.preview_latent_every:
             return [
-                "previews show the model's estimate of the clean latents, x - sigma v (known tools subtract the noise of"
-                " the start, so that colours drift)"
+                "previews show the model's estimate of the clean latents, x - sigma v (known tools subtract the noise"
+                " of the start, so that colours drift)"
             ]
         if self.preview_vae is not None:
             return ["--preview_vae has no effect without --preview_latent_every"]

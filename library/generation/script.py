@@ -384,7 +384,7 @@ class ImageScript(ABC, Generic[Request]):
         requests = planned_requests(config[SessionOptions], first, reader, lambda: self._check_all(config))
         requests = with_drawn_words(requests, config[SessionOptions].prompt_wildcards)
         files = config[SessionOptions].idle_file_options(config.explicit, self.writes_pictures(config))
-        previews = config[PreviewOptions].notices(config.explicit) if PreviewOptions in config else []
+        previews = config[PreviewOptions].notices() if PreviewOptions in config else []
         for line in [*self.notices(config), *previews, *self._idle_guidance(config, first), *files]:
             logger.info(line)
         adapters = config[self.adapters]
