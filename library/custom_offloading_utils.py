@@ -78,6 +78,11 @@ class BlockStackMixin(CheckpointedBlocks):
         """The rows whose blocks can be swapped, in the order of `offloaders`."""
         raise NotImplementedError
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks of these rows, as `feature_layer` counts them."""
+        return sum(len(row) for row in self.swapped_rows())
+
     def split_swap(self, blocks_to_swap: int) -> tuple[int, ...]:
         """How many blocks of each row `--blocks_to_swap` stands for."""
         return (blocks_to_swap,)

@@ -70,6 +70,11 @@ class TokenizeStrategy(PluginSlot, ABC):
         """Of each text encoder to which words can be added, in their order; None for one that is left out."""
         return []
 
+    @property
+    def reading_tokenizers(self) -> list[PreTrainedTokenizerBase | None]:
+        """Of each text encoder, in the order of what `tokenize` gives first."""
+        return self.tokenizers
+
     @abstractmethod
     def tokenize(self, text: str | list[str]) -> list[torch.Tensor]:
         """One tensor [B, ...] per tokenizer output, in the order that the text encoding strategy expects."""

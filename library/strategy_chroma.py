@@ -39,6 +39,10 @@ class ChromaTokenizeStrategy(TokenizeStrategy):
         self.t5xxl = t5xxl_tokenizer if ready else load_t5_tokenizer(t5xxl_tokenizer, tokenizer_cache_dir, t5xxl_path)
         self.t5xxl.model_max_length = t5xxl_max_length
 
+    @property
+    def reading_tokenizers(self) -> list[Any]:
+        return [self.t5xxl]
+
     def tokenize(self, text: str | list[str]) -> list[Tensor]:
         """[T5 ids [B, L], T5 mask [B, L] with 1 = token]."""
         tokens = padded_tokens(self.t5xxl, [text] if isinstance(text, str) else list(text), self.t5xxl_max_length)

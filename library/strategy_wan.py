@@ -87,6 +87,10 @@ class WanTokenizeStrategy(TokenizeStrategy):
     ) -> None:
         self.t5 = tokenizer if callable(tokenizer) else load_umt5_tokenizer(tokenizer, tokenizer_cache_dir, t5_path)
 
+    @property
+    def reading_tokenizers(self) -> list[Any]:
+        return [self.t5]
+
     def tokenize(self, text: str | list[str]) -> list[Tensor]:
         """[ids [B, L], mask [B, L]]; the mask has 1 for tokens."""
         texts = [text] if isinstance(text, str) else list(text)

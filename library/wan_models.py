@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.attention import AttentionModule, DeviceTables, in_heads, riflex_frequencies, rms_normed, rope_cos_sin, rotate_pairs
+from library.attention import (
+    AttentionModule,
+    DeviceTables,
+    in_heads,
+    riflex_frequencies,
+    rms_normed,
+    rope_cos_sin,
+    rotate_pairs,
+)
 from library.custom_offloading_utils import BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
@@ -361,8 +369,9 @@ class WanModel(BlockStackMixin, nn.Module):
         t [B] on the 0..1000 scale, [B, F'] or [B, L] for a time per frame or token; context [B, T, text_dim]: the
         text's states, at most `text_len`, 0 behind the end of each; y [B, in_dim - C, F, H, W]: what stands beside the
         latents; clip_fea [B, N, img_dim]: states of pictures; f_indices [B, F] or [F]: places of the frames in time,
-        0, 1, 2 ... when not given; skip_block_indices: blocks that are passed by; attention_guidance: away from which text
-        attention goes. With `feature_layer` also the tokens [B, L, D] after that block. ValueError when sizes or inputs do not go together.
+        0, 1, 2 ... when not given; skip_block_indices: blocks that are passed by; attention_guidance: away from which
+        text attention goes. With `feature_layer` also the tokens [B, L, D] after that block. ValueError when sizes or
+        inputs do not go together.
         """
         self.prepare_block_swap_before_forward()
         self._check(x, y, context, f_indices)

@@ -64,6 +64,7 @@ FAMILY = FamilyRecord(
         TextKey("t5_attn_mask", rank=1, dtype="int64", is_sized=True),
     ),
     text_flags=("apply_t5_attn_mask",),
+    weighted_texts={"t5_out": 0},
     samples=SampleDefaults(512, 16, {"sample_steps": 20, "scale": 1.0}),
     model_kinds=(
         ModelKind(

@@ -259,6 +259,8 @@ class FamilyRecord:
     """in the order of the conditioning list"""
     text_flags: tuple[str, ...] = ()
     """options stored beside cached text outputs that must be equal to use the file"""
+    weighted_texts: Mapping[str, int] = field(default_factory=dict)
+    """keys of the conditioning whose states take weights of words, and the tokenizer of each by its place"""
     embedding_keys: tuple[str, ...] = ()
     """names of the vectors of each text encoder in files of textual inversions; none where no words can be added"""
     learning_encoders: tuple[int, ...] = ()

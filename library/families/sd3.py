@@ -98,6 +98,7 @@ FAMILY = FamilyRecord(
     ),
     text_flags=("apply_lg_attn_mask", "apply_t5_attn_mask"),
     learning_encoders=(0, 1),
+    weighted_texts={"lg_out": 0, "t5_out": 2},
     embedding_keys=("clip_l", "clip_g", "t5xxl"),
     samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}),
     layouts="library.sd3_folder_utils:LAYOUTS",

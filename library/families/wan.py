@@ -78,6 +78,7 @@ FAMILY = FamilyRecord(
     clips=ClipFacts(short="wan", long="wan", fps=16.0, one_frame=True),
     caches=CacheNames(latents="_wan.safetensors", text="_wan_te.safetensors"),
     conditioning=(TextKey("t5", encoders=(0,), varlen=True),),
+    weighted_texts={"t5": 0},
     samples=SampleDefaults(
         256, 16, {"sample_steps": 20, "frame_count": 1},
         reads=frozenset(

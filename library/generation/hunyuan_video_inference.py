@@ -12,6 +12,7 @@ from library.generation.hunyuan_video_options import (
     HunyuanVideoAdapterOptions,
     HunyuanVideoClipOptions,
     HunyuanVideoModelOptions,
+    HunyuanVideoRequest,
 )
 from library.generation.llama_clip_script import LlamaClipScript
 from library.generation.requests import SessionOptions
@@ -35,10 +36,11 @@ class HunyuanVideoScript(LlamaClipScript):
     pictures = HunyuanVideoClipOptions
     models = HunyuanVideoModelOptions
     compilation = OldCompileOptions
+    request_class = HunyuanVideoRequest
     groups = GROUPS
     line_options = LINE_OPTIONS
     vae_kinds = frozenset({"vae_hunyuan_video"})
-    texts = {"flow-shift": "flow_shift", "guidance": "embedded_guidance_scale"}
+    texts = {"flow-shift": "flow_shift", "guidance": "embedded_guidance_scale", "prompt_2": "prompt_2"}
 
     def frequencies_of_time(self, config: Config) -> int | None:
         try:

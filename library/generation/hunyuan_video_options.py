@@ -22,7 +22,7 @@ from library.generation.video_options import (
     StartOptions,
     VideoAdapterOptions,
 )
-from library.generation.video_requests import VIDEO_LINES
+from library.generation.video_requests import VIDEO_LINES, VideoRequest
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import MOST_FRAMES, LineOption
 
@@ -80,6 +80,9 @@ class HunyuanVideoAdapterOptions(VideoAdapterOptions):
 class HunyuanVideoClipOptions(LengthOptions):
     """Videos"""
 
+    prompt_2: str | None = option(
+        None, help="what CLIP-L reads in the place of the prompt; LLaMA, and guidance by the negative prompt, do not"
+    )
     video_length: int | None = option(129, help="frames, rounded down to 4 n + 1", least=1, most=MOST_FRAMES)
     infer_steps: int | None = option(50, help="steps", most=LARGEST_STEPS)
     flow_shift: float = option(
@@ -100,8 +103,20 @@ class HunyuanVideoClipOptions(LengthOptions):
     def request_fields(self) -> dict[str, Any]:
         return dict(
             super().request_fields(), embedded_guidance_scale=self.embedded_cfg_scale, image_path=self.image_path,
-            disable_embedded_for_cfg=self.disable_embedded_for_cfg,
+            disable_embedded_for_cfg=self.disable_embedded_for_cfg, prompt_2=self.prompt_2,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class HunyuanVideoRequest(VideoRequest):
+    """A clip of HunyuanVideo. `prompt_2`: for CLIP-L, None = `prompt`."""
+
+    prompt_2: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """One for each tensor of the tokens where they differ: ids and mask of LLaMA, ids and mask of CLIP-L."""
+        return (self.prompt,) if self.prompt_2 is None else (self.prompt,) * 2 + (self.prompt_2,) * 2
 
 
 GROUPS = (

@@ -18,6 +18,7 @@ from library.families.latents import Bucket, LatentSpec
 from library.families.registry import record_of
 from library.generation.requests import SAMPLE_NAMES, VIDEO_SAMPLE_NAMES, PictureRequest, Request, request_of
 from library.generation.sampling_utils import Conditioning, decode_to_frames, one_batch
+from library.generation.text_weighting import on_states, plain_text, token_weights
 from library.generation.words import PromptWords
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ class PictureMaker(Generic[Request]):
     denoiser_waits: bool = False
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext
     """what the denoiser's forwards run inside"""
+    weighs_words: bool = False
+    """whether marks in texts weigh words (`text_weighting.py`)"""
 
     @cached_property
     def words(self) -> PromptWords:
@@ -159,10 +162,29 @@ class PictureMaker(Generic[Request]):
         return self.pipeline.decode(latents)
 
     def _encoded(self, texts: Sequence[str], tokenize: Callable[[str], list[Tensor]]) -> Conditioning:
+        if self.weighs_words:
+            return self._weighted(texts, tokenize)
         tokens = [tokenize(self.words.text(text)) for text in texts]
         # where each tokenizer has a text of its own, each one's tokens are those of its text
         own = tokens[0] if len(tokens) == 1 else [made[place] for place, made in enumerate(tokens)]
         return self.strategies.encode(self.text_encoders, own)
+
+    def _weighted(self, texts: Sequence[str], tokenize: Callable[[str], list[Tensor]]) -> Conditioning:
+        """As `_encoded`, with the weights that the texts give their words."""
+        plain = [plain_text(text) for text in texts]
+        ids = [tokenize(self.words.text(text)) for text in plain]
+        own = ids[0] if len(ids) == 1 else [made[place] for place, made in enumerate(ids)]
+        found = self.strategies.encode(self.text_encoders, own)
+        if plain == list(texts):
+            return found
+        empty = self.strategies.encode(self.text_encoders, tokenize(""))
+        for key, place in record_of(self.pipeline.family).weighted_texts.items():
+            tokenizer = self.strategies.tokenize.reading_tokenizers[place]
+            if tokenizer is not None:
+                text = self.words.text(texts[min(place, len(texts) - 1)])
+                weights = token_weights(tokenizer, text, own[place].flatten().tolist())
+                found[key] = on_states(found[key], empty[key], weights)
+        return found
 
     @contextmanager
     def _at_work(self, parts: Sequence[nn.Module], device: torch.device, waits: bool) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.core.errors import ConfigError
@@ -130,6 +131,9 @@ class SessionOptions(PictureFileOptions):
         None, help="text file with one prompt per line, with options behind it; # begins a comment line"
     )
 
+    prompt_weighting: bool = option(
+        False, help="weights of words in prompts: (words:1.4), (words) 1.1, [words] 0.91; \\( is a bracket"
+    )
     prompt_wildcards: str | None = option(
         None, metavar="FOLDER", help="folder of NAME.txt files, a line of which stands for each __NAME__ of a prompt, drawn"
         " by the seed; lines are TEXT or TEXT:WEIGHT",

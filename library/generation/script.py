@@ -396,6 +396,7 @@ class ImageScript(ABC, Generic[Request]):
         choose_attention(maker.pipeline.denoiser, config)
         self._add_words(maker, config)
         self._add_previews(maker, config)
+        maker.weighs_words = config[SessionOptions].prompt_weighting
         return make_each(requests, lambda request, index: self.make_picture(maker, config, request, index), self.kind)
 
     def _idle_guidance(self, config: Config, first: Request) -> list[str]:
@@ -411,13 +412,22 @@ class ImageScript(ABC, Generic[Request]):
         for problem in refused_problems(config):
             problems.add(problem)
         found = problems_of(lambda: self.check(config))
-        for problem in [*attention_of(config).problems, *self._folder_problems(config)]:
+        for problem in [*attention_of(config).problems, *self._folder_problems(config), *self._weight_problems(config)]:
             problems.add(problem)
         for problem in self._preview_problems(config):
             problems.add(problem)
         for problem in [*found, *self._word_problems(config, has_model=not found)]:
             problems.add(problem)
         problems.raise_if_any()
+
+    def _weight_problems(self, config: Config) -> list[str]:
+        if not config[SessionOptions].prompt_weighting or record_of(self.family).weighted_texts:
+            return []
+        able = sorted(name for name, record in records().items() if record.weighted_texts)
+        return [
+            f"--prompt_weighting: {self.title} has no text encoder whose words can be weighed so; families that have one:"
+            f" {', '.join(able)} (gen_img.py always weighs words)"
+        ]
 
     def _folder_problems(self, config: Config) -> list[str]:
         pictures = config[self.pictures]
@@ -540,7 +550,7 @@ class ImageScript(ABC, Generic[Request]):
         """The options of the run, changed by what the prompt line says, with the seed that was taken."""
         base, options = self.base_request(config), shaping_options(config, self.variant_options)
         letters = (letter.field for letter in self.line_options.values() if not letter.ignored)
-        fields = {"prompt", *letters} - {"seed"}
+        fields = {"prompt", *prompts_of(asked), *letters} - {"seed"}
         changed = {name: getattr(asked, name) for name in fields if getattr(asked, name) != getattr(base, name)}
         beside = {name: getattr(asked, name) for field, name in self.recorded_with.items() if field in changed}
         options |= self.as_options({**changed, **beside, "seed": made.seed}, asked)

@@ -162,9 +162,12 @@ class VideoScript(LatentScript[VideoRequest]):
         from library.generation.video_maker import VideoMaker
 
         options, device = config[self.models], device_of(config[self.models])
+        # a setting of the process, which an earlier run may have left
+        torch.backends.cuda.matmul.allow_fp16_accumulation = options.fp16_accumulation
         maker = VideoMaker(
             self.pipeline(config, None, None), self.strategies(config), self.load_encoders(config),
             LoadedAdapters(None, []), device, self.text_device(config), text_waits=True,
+            weighs_words=config[SessionOptions].prompt_weighting,
         )  # fmt: skip
         if isinstance(requests, Sequence):
             for request in requests:
@@ -393,10 +396,21 @@ class VideoScript(LatentScript[VideoRequest]):
     def writes_pictures(self, config: Config) -> bool:
         return config[self.pictures].output_type in FRAME_OUTPUTS or config[self.pictures].keep_pngs
 
+    def _accumulation_notices(self, config: Config) -> list[str]:
+        models = config[self.models]
+        if not models.fp16_accumulation:
+            return []
+        told = "--fp16_accumulation has no effect"
+        if (device := device_of(models)).type != "cuda":
+            return [f"{told}: the device is {device.type}, and only GPUs can add up in float16"]
+        if models.dit_dtype_name != "float16":
+            return [f"{told} on the denoiser: --dit_dtype is {models.dit_dtype}; needed: float16"]
+        return []
+
     def notices(self, config: Config) -> list[str]:
         from library.generation.video_files import encoder_of
 
-        options, found = config[self.pictures], []
+        options, found = config[self.pictures], self._accumulation_notices(config)
         if options.output_type in ("video", "both"):
             encoder = encoder_of(options.video_ending, options.codec)
             found += [encoder.notice] if encoder.notice else []

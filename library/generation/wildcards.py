@@ -17,6 +17,8 @@ from library.core.text_files import read_text
 MARKER = re.compile(r"__([A-Za-z0-9][A-Za-z0-9_./ -]*?)__")
 MOST_ROUNDS = 50
 """how deep wildcards may stand in each other"""
+LONGEST = 100_000
+"""characters that no prompt has: of a line that holds its own wildcard twice each round makes two"""
 PURPOSE = "prompt wildcards"
 
 
@@ -52,8 +54,11 @@ class Wildcards:
             if not MARKER.search(text):
                 return text
             text = MARKER.sub(drawn, text)
+            if len(text) > LONGEST:
+                break
         raise ConfigError(
-            f"the wildcards of the prompt stand in each other more than {MOST_ROUNDS} deep (now: {text[:80]}); one of them"
+            f"the wildcards of the prompt stand in each other more than {MOST_ROUNDS} deep, or make more than {LONGEST}"
+            f" characters (now: {text[:80]}); one of them"
             " leads back to itself"
         )
 

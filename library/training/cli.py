@@ -134,6 +134,8 @@ def further_problems(error: OptionsError, family: str, trainable: str) -> list[s
     """What files, packages and data have against a run, beside the options that are wrong already."""
     if ConfigFileOptions not in error.config or error.config[ConfigFileOptions].output_config:
         return []
+    if TimestepOptions in error.config and error.config[TimestepOptions].show_timesteps:
+        return []  # it needs neither models nor data
     from library.training.checks import all_problems
 
     family_class = import_target(record_of(family).family)

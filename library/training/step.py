@@ -246,8 +246,8 @@ def replacement_of(hooks: list[Hook], name: str) -> StepBody | LossBody | None:
     """The one hook method that replaces a part of the step; a second one is a start-up error."""
     found = [hook for hook in hooks if getattr(hook, name) is not None]
     if len(found) > 1:
-        names = ", ".join(type(hook).__name__ for hook in found)
-        raise ConfigError(f"{names} all replace {name}; only one hook may")
+        names = ", ".join(hook.told_as or type(hook).__name__ for hook in found)
+        raise ConfigError(f"{names} all replace {name}; only one hook may: leave the others out")
     return getattr(found[0], name) if found else None
 
 

@@ -3,6 +3,7 @@ start from, LoRAs, latents, refusals."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import cv2
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.core.errors import ConfigError
 from library.generation import hunyuan_video_inference
+from library.generation.recorded_requests import ENTRY
 from library.hunyuan_video_utils import load_hunyuan_video
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models.hunyuan_video_tiny import build_tiny_hunyuan_video
@@ -173,3 +176,34 @@ def test_what_is_missing_or_wrong_is_told_at_once(tiny, tmp_path, monkeypatch):
 def test_files_are_made_again_of_what_they_tell(tiny, tmp_path):
     made = run(tiny, tmp_path / "first", lines_file(tmp_path, "a cat", "a dog --w 32 --s 1 --f 1 --fs 2"))
     check_made_again(hunyuan_video_inference.run, made, "save_path")
+
+
+def test_the_second_prompt_is_read_by_clip_alone_and_recorded(tiny, tmp_path):
+    def made(prompt: str, *more: str) -> torch.Tensor:
+        return latent(tiny, tmp_path, f"--prompt={prompt}", *more)
+
+    plain, both = made("a red cat"), made("a red cat", "--prompt_2=a red cat")
+    assert torch.equal(plain, both)
+    mixed = made("a red cat", "--prompt_2=the dog")
+    assert not torch.equal(mixed, plain) and not torch.equal(mixed, made("the dog"))
+    assert torch.equal(made("the dog", "--prompt_2=the dog"), made("the dog"))
+
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "pet.txt").write_text("the dog\n", encoding="utf-8")
+    drawn = ["--prompt_2=__pet__", f"--prompt_wildcards={tmp_path / 'words'}", "--output_type=latent"]
+    (path,) = run(tiny, tmp_path / "drawn", *drawn)
+    assert torch.equal(load_file(path)["latent"], mixed)
+    with safe_open(path, "pt") as file:
+        told = file.metadata()
+    assert told["prompt_2"] == "the dog" and json.loads(told[ENTRY])["options"]["prompt_2"] == "the dog"
+
+
+def test_sums_of_float16_last_for_one_run_and_tell_where_they_have_no_effect(tiny, tmp_path, caplog):
+    plain = latent(tiny, tmp_path / "plain")
+    assert not torch.backends.cuda.matmul.allow_fp16_accumulation
+    with caplog.at_level("INFO"):
+        summed = latent(tiny, tmp_path / "summed", "--fp16_accumulation", "--device=cpu")
+    assert torch.backends.cuda.matmul.allow_fp16_accumulation and torch.equal(summed, plain)
+    assert "--fp16_accumulation has no effect: the device is cpu" in caplog.text
+    latent(tiny, tmp_path / "again")
+    assert not torch.backends.cuda.matmul.allow_fp16_accumulation

@@ -146,7 +146,7 @@ def test_teacher_and_head_of_an_earlier_run_are_read_back(tinies: Tinies, tmp_pa
 
 
 @pytest.mark.parametrize(("words", "told"), [
-    ((*SELF_FLOW, *SRA), "all replace process_batch"), ((*SELF_FLOW, "--num_timestep_buckets=4"), "two noise levels"),
+    ((*SELF_FLOW, *SRA), "--self_flow, --sra_enabled all replace process_batch"), ((*SELF_FLOW, "--num_timestep_buckets=4"), "two noise levels"),
     ((*LEAP, "--loss_type=huber"), "use l2"), ((*SRA, "--sra_block=9"), "--sra_block is 9"),
     ((*LEAP, "--loss_weighting=cosmap"), "leave the weight out"), ((*LEAP, "--infonoise_enabled"), "step of its own"),
     (("--self_flow", "--network_weights_ema=none.safetensors"), "which is not there"),
@@ -186,3 +186,14 @@ def test_a_family_without_a_time_per_token_has_the_others(tinies: Tinies, tmp_pa
         work.prepare("out", *SELF_FLOW)
     for way in ("sra", "original"):
         work.train(way, *WAYS[way][0], "--max_train_steps=1")
+
+
+def test_blocks_are_counted_without_refiners(tinies: Tinies, tmp_path: Path) -> None:
+    """Layers that `feature_layer` cannot name are no blocks of these options, whatever else is compiled with them."""
+    work = tinies.work("lumina", tmp_path)
+    run = work.prepare("out", "--self_flow")
+    denoiser = run.models.denoiser
+    assert len(denoiser.repeated_blocks()) > len(denoiser.layers) == 3
+    assert run.hooks.find(SelfFlow).layers == (0, 2)
+    with pytest.raises(ConfigError, match="has 3 blocks, 0 to 2"):
+        work.prepare("far", *SRA, "--sra_block=3")

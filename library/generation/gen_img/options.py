@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.core.errors import ConfigError, Problems, problems_of
 from library.core.options import (

@@ -42,9 +42,10 @@ NEARLY_CLEAN = 1e-3
 
 def two_levels(first: Tensor, second: Tensor, gap: float) -> tuple[Tensor, Tensor]:
     """Levels k > j [B] from two draws, at least `gap` apart: closer ones are moved apart around their middle, within
-    0..1."""
+    0..1, above 0: what predicts clean latents says nothing of the velocity there."""
     high, low = torch.maximum(first, second), torch.minimum(first, second)
-    middle = ((high + low) / 2).clamp(gap / 2, 1 - gap / 2)
+    lowest = min(1 / NUM_TIMESTEPS, (1 - gap) / 2)
+    middle = ((high + low) / 2).clamp(lowest + gap / 2, 1 - gap / 2)
     is_close = high - low < gap
     return torch.where(is_close, middle + gap / 2, high), torch.where(is_close, middle - gap / 2, low)
 
@@ -109,6 +110,8 @@ def distance(first: Tensor, second: Tensor) -> Tensor:
 
 class Leap(Hook):
     """Takes such steps in the place of the usual ones in a drawn share of the optimizer steps."""
+
+    told_as = "--leap_enabled"
 
     def __init__(self, options: LeapOptions | None = None) -> None:
         """Without `options` they are those of the run."""

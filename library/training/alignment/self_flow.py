@@ -73,6 +73,7 @@ class SelfFlow(Hook):
     the usual loss a head learns to tell the teacher's later features from the student's earlier ones. The head and the
     teacher are written beside every file and are part of states; samples and validation use the teacher."""
 
+    told_as = "--self_flow"
     companions = ("-ema", "-proj")
 
     def __init__(self, options: SelfFlowOptions | None = None) -> None:
@@ -116,7 +117,7 @@ class SelfFlow(Hook):
         self.teacher = WeightAverage(trainable.modules, what="the teacher of Self-Flow")
 
     def on_transformer_loaded(self, denoiser: torch.nn.Module) -> None:
-        depth, width = len(denoiser.repeated_blocks()), denoiser.feature_width
+        depth, width = denoiser.depth, denoiser.feature_width
         student, teacher = self.opts.student_feature_layer, self.opts.teacher_feature_layer
         student = int(0.3 * depth) if student is None else student
         teacher = min(depth - 1, int(0.7 * depth)) if teacher is None else teacher

@@ -84,6 +84,8 @@ class Sra(Hook):
 
     draws_own_times = False
 
+    told_as = "--sra_enabled"
+
     def __init__(self, options: SraOptions | None = None) -> None:
         """Without `options` they are those of the run."""
         super().__init__(options)
@@ -99,7 +101,7 @@ class Sra(Hook):
         self.patch, self.values = latents.patch, latents.channels * latents.patch**2
 
     def on_transformer_loaded(self, denoiser: torch.nn.Module) -> None:
-        depth = len(denoiser.repeated_blocks())
+        depth = denoiser.depth
         self.block = min(DEFAULT_BLOCK, depth // 2) if self.opts.sra_block is None else self.opts.sra_block
         if self.block >= depth:
             raise ConfigError(f"--sra_block is {self.block}; the model has {depth} blocks, 0 to {depth - 1}")

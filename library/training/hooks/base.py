@@ -36,6 +36,8 @@ class Hook:
     which it then has as `opts`, or with nothing when it has none"""
     state_key: str = ""
     """names its part of a state; its class's name when empty"""
+    told_as: ClassVar[str] = ""
+    """the option that switches it on, for messages; its class's name when empty"""
     companions: ClassVar[tuple[str, ...]] = ()
     """endings of the files that it writes beside each model file: `-ema` for `<name>-ema.safetensors`. See
     `save_companion`"""

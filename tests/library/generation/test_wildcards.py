@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from library.core.errors import ConfigError
-from library.generation.requests import PictureRequest
+from library.generation.gen_img.options import GenerationPromptOptions
+from library.generation.requests import PictureRequest, SessionOptions
 from library.generation.script import wildcard_problems, with_drawn_words
 from library.generation.wildcards import Wildcards
 
@@ -70,3 +72,16 @@ def test_wildcards_that_lead_back_to_themselves_end(wildcards: Wildcards) -> Non
     assert wildcards.problems("__loop__") == []
     with pytest.raises(ConfigError, match="more than 50 deep"):
         wildcards.expanded("__loop__", 1)
+
+
+@pytest.mark.parametrize("group", (SessionOptions, GenerationPromptOptions))
+def test_options_take_a_folder_and_refuse_what_is_none(group: Any, tmp_path: Path) -> None:
+    assert group(prompt_wildcards=str(tmp_path)).prompt_wildcards == str(tmp_path)
+    with pytest.raises(ConfigError, match="needed: a folder with files NAME.txt"):
+        group(prompt_wildcards=str(tmp_path / "absent"))
+
+
+def test_a_line_with_its_own_wildcard_twice_is_told_at_once(tmp_path):
+    (tmp_path / "loop.txt").write_text("__loop__ and __loop__\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        Wildcards(str(tmp_path)).expanded("__loop__", 1)

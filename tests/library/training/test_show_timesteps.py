@@ -92,3 +92,11 @@ def test_families_with_a_table_of_levels_show_theirs(capsys, family):
     numbers = [float(line.split("|")[0].split()[-1]) for line in weights]
     kept = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[:25]
     assert numbers[0] == pytest.approx(np.mean(5 * (1 - kept) / kept), rel=1e-3) and numbers[-1] == 1
+
+
+@pytest.mark.parametrize("wrong", ["--show_timesteps_resolution=0,0", "--min_timestep=-1", "--loss_weighting_gamma=0"])
+def test_a_wrong_option_is_told_without_models_and_data_that_are_not_needed(wrong):
+    with pytest.raises(ConfigError) as told:
+        cli.run("flux", "network", ["--show_timesteps=console", QUIET, wrong])
+    assert wrong.split("=")[0].lstrip("-") in str(told.value) and "is not given" not in str(told.value)
+    assert "no images" not in str(told.value) and "network_module" not in str(told.value)
