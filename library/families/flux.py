@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from library.families.latent_colours import AE_F8C16
 from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
@@ -17,27 +18,6 @@ from library.families.record import (
     TextKey,
     TinyModel,
 )
-
-LATENT_COLOURS = (
-    (-0.0346, 0.0244, 0.0681),
-    (0.0034, 0.021, 0.0687),
-    (0.0275, -0.0668, -0.0433),
-    (-0.0174, 0.016, 0.0617),
-    (0.0859, 0.0721, 0.0329),
-    (0.0004, 0.0383, 0.0115),
-    (0.0405, 0.0861, 0.0915),
-    (-0.0236, -0.0185, -0.0259),
-    (-0.0245, 0.025, 0.118),
-    (0.1008, 0.0755, -0.0421),
-    (-0.0515, 0.0201, 0.0011),
-    (0.0428, -0.0012, -0.0036),
-    (0.0817, 0.0765, 0.0749),
-    (-0.1264, -0.0522, -0.1103),
-    (-0.028, -0.0881, -0.0499),
-    (-0.1262, -0.0982, -0.0778),
-    (-0.0329, -0.0718, -0.0851),
-)
-"""colour (R, G, B) of one unit of each latent channel of the autoencoder, the last row is what is added to all"""
 
 FAMILY = FamilyRecord(
     name="flux",
@@ -82,7 +62,7 @@ FAMILY = FamilyRecord(
             network_module="networks.lora_flux",
         ),
     ),
-    latent_colours=LATENT_COLOURS,
+    latent_colours=AE_F8C16,
     latents=LatentSpec(channels=16, spatial_stride=8, patch=2, fingerprint="ldm-f8c16"),
     bucket_step=16,
     caches=CacheNames(latents="_flux.npz", text="_flux_te.npz"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from library.families.latent_colours import GROUP_T4F8C16
 from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
@@ -18,27 +19,6 @@ from library.families.record import (
     TinyModel,
 )
 from library.families.stream_parts import STREAM_PARTS
-
-LATENT_COLOURS = (
-    (-0.0395, -0.0331, 0.0445),
-    (0.0696, 0.0795, 0.0518),
-    (0.0135, -0.0945, -0.0282),
-    (0.0108, -0.025, -0.0765),
-    (-0.0209, 0.0032, 0.0224),
-    (-0.0804, -0.0254, -0.0639),
-    (-0.0991, 0.0271, -0.0669),
-    (-0.0646, -0.0422, -0.04),
-    (-0.0696, -0.0595, -0.0894),
-    (-0.0799, -0.0208, -0.0375),
-    (0.1166, 0.1627, 0.0962),
-    (0.1165, 0.0432, 0.0407),
-    (-0.2315, -0.192, -0.1355),
-    (-0.027, 0.0401, -0.0821),
-    (-0.0616, -0.0997, -0.0727),
-    (0.0249, -0.0469, -0.1703),
-    (0.0259, -0.0192, -0.0761),
-)
-"""colour (R, G, B) of one unit of each latent channel of the autoencoder, the last row is what is added to all"""
 
 FAMILY = FamilyRecord(
     name="hunyuan_video",
@@ -73,7 +53,7 @@ FAMILY = FamilyRecord(
             options=("--live_encoding",),
         ),
     ),
-    latent_colours=LATENT_COLOURS,
+    latent_colours=GROUP_T4F8C16,
     latents=LatentSpec(
         channels=16, spatial_stride=8, temporal_stride=4, patch=2, fingerprint="hunyuan-video-t4f8c16", clips=True
     ),

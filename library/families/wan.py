@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from library.families.latent_colours import RMS_T4F8C16
 from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
@@ -21,27 +22,6 @@ from library.families.record import (
 _TINY = "library.tiny_models.wan_tiny"
 _NETWORK = "networks.lora_wan"
 _LIVE = ("--live_encoding",)
-
-LATENT_COLOURS = (
-    (-0.1299, -0.1692, 0.2932),
-    (0.0671, 0.0406, 0.0442),
-    (0.3568, 0.2548, 0.1747),
-    (0.0372, 0.2344, 0.142),
-    (0.0313, 0.0189, -0.0328),
-    (0.0296, -0.0956, -0.0665),
-    (-0.3477, -0.4059, -0.2925),
-    (0.0166, 0.1902, 0.1975),
-    (-0.0412, 0.0267, -0.1364),
-    (-0.1293, 0.074, 0.1636),
-    (0.068, 0.3019, 0.1128),
-    (0.0032, 0.0581, 0.0639),
-    (-0.1251, 0.0927, 0.1699),
-    (0.006, -0.0633, 0.0005),
-    (0.3477, 0.2275, 0.295),
-    (0.1984, 0.0913, 0.1861),
-    (-0.1835, -0.0868, -0.336),
-)
-"""colour (R, G, B) of one unit of each latent channel of the autoencoder, the last row is what is added to all"""
 
 FAMILY = FamilyRecord(
     name="wan",
@@ -69,7 +49,7 @@ FAMILY = FamilyRecord(
             network_module=_NETWORK, options=_LIVE, first_frame=True,
         ),
     ),
-    latent_colours=LATENT_COLOURS,
+    latent_colours=RMS_T4F8C16,
     latents=LatentSpec(
         channels=16, spatial_stride=8, temporal_stride=4, patch=2, fingerprint="wan-f8c16", clips=True,
         joins_references=True,
