@@ -383,7 +383,8 @@ class WanModel(BlockStackMixin, nn.Module):
         text = self.text_embedding(self._padded(context))  # [B, text_len, D]
         if attention_guidance is not None:
             other = self.text_embedding(self._padded(attention_guidance.text))  # [1 or B, text_len, D]
-            self._guide_attention(dataclasses.replace(attention_guidance, text=other))
+            attention_guidance = dataclasses.replace(attention_guidance, text=other)
+        self._guide_attention(attention_guidance)  # also where it is None: a forward that failed has left its own
         image = None
         if clip_fea is not None and self.params.has_vision:
             image = self.img_emb(clip_fea.to(self.dtype))  # [B, N, D]

@@ -162,6 +162,11 @@ def test_a_model_is_guided_for_one_forward():
         same = model(x, torch.tensor([500.0]), text, attention_guidance=AttentionGuidance(other, 1.0))
         guided = model(x, torch.tensor([500.0]), text, attention_guidance=AttentionGuidance(other, 4.0))
         assert torch.equal(plain, model(x, torch.tensor([500.0]), text))
+        stop = model.blocks[0].register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(x, torch.tensor([500.0]), text, attention_guidance=AttentionGuidance(other, 4.0))
+        stop.remove()
+        assert torch.equal(plain, model(x, torch.tensor([500.0]), text)), "a forward that failed guides the next one"
     torch.testing.assert_close(same, plain, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(guided, plain, atol=1e-3)
 
