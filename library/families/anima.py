@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from library.families.latent_colours import RMS_T4F8C16
 from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
@@ -36,6 +37,7 @@ FAMILY = FamilyRecord(
     tiny=(
         TinyModel(name="anima", title="Anima", build="library.tiny_models.anima_tiny:build_tiny_anima", network_module="networks.lora_anima"),
     ),
+    latent_colours=RMS_T4F8C16,
     latents=LatentSpec(channels=16, spatial_stride=8, temporal_stride=4, patch=2, fingerprint="wan-f8c16"),
     bucket_step=16,
     caches=CacheNames(latents="_anima.npz", text="_anima_te.npz"),

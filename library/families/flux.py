@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from library.families.latent_colours import AE_F8C16
 from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
@@ -61,6 +62,7 @@ FAMILY = FamilyRecord(
             network_module="networks.lora_flux",
         ),
     ),
+    latent_colours=AE_F8C16,
     latents=LatentSpec(channels=16, spatial_stride=8, patch=2, fingerprint="ldm-f8c16"),
     bucket_step=16,
     caches=CacheNames(latents="_flux.npz", text="_flux_te.npz"),

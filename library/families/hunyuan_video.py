@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from library.families.latent_colours import GROUP_T4F8C16
 from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
@@ -52,6 +53,7 @@ FAMILY = FamilyRecord(
             options=("--live_encoding",),
         ),
     ),
+    latent_colours=GROUP_T4F8C16,
     latents=LatentSpec(
         channels=16, spatial_stride=8, temporal_stride=4, patch=2, fingerprint="hunyuan-video-t4f8c16", clips=True
     ),

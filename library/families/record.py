@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from library.families.latent_colours import Colours
 from library.families.latents import LatentSpec
 
 
@@ -248,6 +249,8 @@ class FamilyRecord:
     tiny: tuple[TinyModel, ...] = ()
 
     latents: LatentSpec | None = None
+    latent_colours: Colours = ()
+    """how latents are shown without their autoencoder; () = there is no such table"""
     bucket_step: int = 16
     caches: CacheNames | None = None
     clips: ClipFacts | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from library.families.latent_colours import RMS_T4F8C16
 from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
@@ -48,6 +49,7 @@ FAMILY = FamilyRecord(
             network_module=_NETWORK, options=_LIVE, first_frame=True,
         ),
     ),
+    latent_colours=RMS_T4F8C16,
     latents=LatentSpec(
         channels=16, spatial_stride=8, temporal_stride=4, patch=2, fingerprint="wan-f8c16", clips=True,
         joins_references=True,

@@ -11,6 +11,7 @@ from library.core.plugins import PluginOptions
 from library.generation.adapter_files import ListedAdapterOptions
 from library.generation.latent_options import DitOptions, LatentPictureOptions
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
+from library.generation.preview_options import PreviewOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     SampledRequest,
@@ -88,7 +89,7 @@ class AnimaPromptOptions(LatentPictureOptions):
 
 GROUPS = (
     PluginOptions, AnimaModelOptions, ListedAdapterOptions, AnimaPromptOptions, StepOptions, GuidanceOptions,
-    SessionOptions, ConsoleOptions,
+    PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from library.core.options import LARGEST_STEPS, LARGEST_TOKENS, equivalent_optio
 from library.core.plugins import PluginOptions
 from library.generation.flux_options import MODEL_TYPES, STEPS_DEV, InferenceModelOptions, PromptOptions
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
+from library.generation.preview_options import PreviewOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     PictureRequest,
@@ -68,7 +69,8 @@ class ChromaPromptOptions(PromptOptions):
 
 
 GROUPS = (
-    PluginOptions, ChromaModelOptions, ChromaPromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions,
+    PluginOptions, ChromaModelOptions, ChromaPromptOptions, SamplerStepOptions, GuidanceOptions, PreviewOptions,
+    SessionOptions,
     ConsoleOptions,
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ from library.generation.pipeline import PicturePipeline
 from library.generation.requests import Request
 from library.generation.sampling_utils import Conditioning, guided_velocity, on_device, start_noise
 from library.training.inference_samplers.common import noise_of
-from library.training.inference_samplers.flow import flow_sampler, flow_schedule
+from library.training.inference_samplers.flow import Observe, flow_sampler, flow_schedule, observed
 from library.training.inference_samplers.sigma_tables import table_sigmas
 
 DEFAULT_SAMPLER = "euler"
@@ -29,6 +29,8 @@ class FlowPipeline(PicturePipeline[Request]):
 
     split_uncond: bool = field(default=False, kw_only=True)
     """both prompts of guidance one after the other, not as one batch"""
+    observe: Observe | None = field(default=None, kw_only=True)
+    """sees the clean latents as far as they can be told in each step"""
     default_sampler: ClassVar[str] = DEFAULT_SAMPLER
 
     @abstractmethod
@@ -63,7 +65,15 @@ class FlowPipeline(PicturePipeline[Request]):
         sampler = flow_sampler(request.sampler or self.default_sampler)
         conditioning, negative = self.brought(conditioning), None if negative is None else self.brought(negative)
         velocity = self.scheduled(request, sigmas, conditioning, negative)
+        if (observe := self.observe) is not None:
+            velocity = observed(
+                velocity, sigmas, lambda step, steps, clean: observe(step, steps, self.kept(clean, request))
+            )
         return sampler(velocity, start, sigmas, noise_of(generators, start))  # sigmas are read as numbers, on the CPU
+
+    def kept(self, latents: Tensor, request: Request) -> Tensor:
+        """What the picture is decoded from, of all latents that the steps change."""
+        return latents
 
     def brought(self, conditioning: Conditioning) -> Conditioning:
         """A text as the steps take it."""

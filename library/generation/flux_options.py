@@ -17,6 +17,7 @@ from library.core.plugins import PluginOptions
 from library.core.text_seeds import seed_of
 from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
+from library.generation.preview_options import PreviewOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     DTYPE_NAMES,
@@ -138,7 +139,7 @@ class PromptOptions:
 
 GROUPS = (
     PluginOptions, InferenceModelOptions, EmbeddingOptions, PromptOptions, SamplerStepOptions, GuidanceOptions,
-    SessionOptions, ConsoleOptions,
+    PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 

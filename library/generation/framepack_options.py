@@ -14,6 +14,7 @@ from library.generation.adapter_files import MergedModelOptions
 from library.generation.framepack_requests import MAG_RATIOS, MagCacheSettings
 from library.generation.llama_clip_options import LlamaClipModelOptions
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
+from library.generation.preview_options import PreviewOptions
 from library.generation.requests import SessionOptions, too_small_problems
 from library.generation.video_options import ClipOptions, CompileOptions, VideoAdapterOptions
 from library.generation.video_requests import VIDEO_LINES
@@ -181,7 +182,7 @@ class MagCacheOptions:
 
 GROUPS = (
     PluginOptions, FramePackModelOptions, CompileOptions, VideoAdapterOptions, MergedModelOptions, FramePackClipOptions,
-    OneFrameOptions, MagCacheOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
+    OneFrameOptions, MagCacheOptions, GuidanceOptions, PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 

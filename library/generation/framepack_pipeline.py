@@ -99,6 +99,8 @@ class FramePackPipeline(VideoPipeline):
             latents = self._made(request, noise, text, negative, {**start.states, **self._seen(step, start, history)})
             logger.info("section %d of %d is made (number %d)", len(made) + 1, count, step.number)
             made = [*made, latents] if self.is_f1 else [latents, *made]
+            if self.observe is not None:
+                self.observe(len(made), count, torch.cat((starts[0].latents, *made), dim=2))
             history = torch.cat((history, latents) if self.is_f1 else (latents, history), dim=2)
         return torch.cat((starts[0].latents, *made), dim=2)
 
@@ -232,7 +234,10 @@ class FramePackPipeline(VideoPipeline):
         rows = _rows(Places(latent=(places.target,), near=places.near, middle=places.middle, far=places.far))
         text = {name: tensor[:1] for name, tensor in conditioning.items()}
         noise = start_noise(request.seed, *self._section_shape(request, 1))
-        return self._made(request, noise, text, negative, {**states, "latents_clean": torch.cat(seen, dim=2), **rows})
+        made = self._made(request, noise, text, negative, {**states, "latents_clean": torch.cat(seen, dim=2), **rows})
+        if self.observe is not None:
+            self.observe(1, 1, made)
+        return made
 
     def _control(self, request: FramePackRequest, path: str, mask_path: str | None) -> Tensor:
         """Latents of a control picture [1, C, 1, h, w]; what a mask (grey, white = seen) or its own alpha hides is

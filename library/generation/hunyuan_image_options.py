@@ -12,6 +12,7 @@ from library.core.plugins import PluginOptions
 from library.generation.adapter_files import ListedAdapterOptions, MergedModelOptions
 from library.generation.latent_options import DitOptions, LatentPictureOptions
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
+from library.generation.preview_options import PreviewOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     PictureRequest,
@@ -99,7 +100,7 @@ class HunyuanImagePromptOptions(LatentPictureOptions):
 
 GROUPS = (
     PluginOptions, HunyuanImageModelOptions, ListedAdapterOptions, MergedModelOptions, HunyuanImagePromptOptions,
-    SamplerStepOptions, GuidanceOptions, SessionOptions, ConsoleOptions,
+    SamplerStepOptions, GuidanceOptions, PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from library.core.plugins import PluginOptions
 from library.generation.adapter_files import MergedModelOptions
 from library.generation.llama_clip_options import LlamaClipModelOptions
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
+from library.generation.preview_options import PreviewOptions
 from library.generation.requests import SessionOptions
 from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.generation.video_options import (
@@ -120,7 +121,8 @@ class HunyuanVideoRequest(VideoRequest):
 
 GROUPS = (
     PluginOptions, HunyuanVideoModelOptions, OldCompileOptions, HunyuanVideoAdapterOptions, MergedModelOptions,
-    HunyuanVideoClipOptions, StartOptions, LongClipOptions, SamplerStepOptions, GuidanceOptions, SessionOptions,
+    HunyuanVideoClipOptions, StartOptions, LongClipOptions, SamplerStepOptions, GuidanceOptions, PreviewOptions,
+    SessionOptions,
     ConsoleOptions,
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from library.core.options import Config
 from library.generation.adapter_files import MergedModelOptions
 from library.generation.picture_files import write_picture
+from library.generation.preview_options import PreviewOptions
 from library.generation.requests import Request, SessionOptions
 from library.generation.script import ImageScript, unused_path
 
@@ -42,6 +43,8 @@ class LatentScript(ImageScript[Request]):
         if not target and not config[self.pictures].latent_path:
             return self.make_from_prompts(config)
         self._check_all(config)
+        if PreviewOptions in config and config[PreviewOptions].preview_latent_every:
+            logger.info("--preview_latent_every has no effect: nothing is sampled")
         if not target:
             return self.decode_files(config)
         self.save_merged(config, target)

@@ -19,6 +19,7 @@ from library.core.plugins import PluginOptions
 from library.core.text_seeds import seed_of
 from library.generation.adapter_files import AdapterChoice, parse_adapter_argument
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
+from library.generation.preview_options import PreviewOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     DTYPE_NAMES,
@@ -146,7 +147,8 @@ class LuminaPromptOptions:
 
 
 GROUPS = (
-    PluginOptions, LuminaModelOptions, LuminaPromptOptions, SamplerStepOptions, GuidanceOptions, SessionOptions,
+    PluginOptions, LuminaModelOptions, LuminaPromptOptions, SamplerStepOptions, GuidanceOptions, PreviewOptions,
+    SessionOptions,
     ConsoleOptions,
 )  # fmt: skip
 

@@ -32,6 +32,7 @@ from library.families.registry import record_of, records
 from library.generation.adapter_files import EmbeddingOptions, multiplier_problems
 from library.generation.guidance_options import GuidanceOptions, idle_guidance, request_guidance_problems
 from library.generation.picture_files import settings_texts, write_picture
+from library.generation.preview_options import PreviewOptions
 from library.generation.recorded_requests import ENTRY, RecordedSettings, shaping_options
 from library.generation.requests import PictureRequest, Request, SessionOptions
 from library.generation.step_options import SamplerStepOptions, StepOptions
@@ -383,7 +384,8 @@ class ImageScript(ABC, Generic[Request]):
         requests = planned_requests(config[SessionOptions], first, reader, lambda: self._check_all(config))
         requests = with_drawn_words(requests, config[SessionOptions].prompt_wildcards)
         files = config[SessionOptions].idle_file_options(config.explicit, self.writes_pictures(config))
-        for line in [*self.notices(config), *self._idle_guidance(config, first), *files]:
+        previews = config[PreviewOptions].notices() if PreviewOptions in config else []
+        for line in [*self.notices(config), *previews, *self._idle_guidance(config, first), *files]:
             logger.info(line)
         adapters = config[self.adapters]
         if adapters.merge_lora_weights and "merge_lora_weights" in config.explicit and not adapters.num_adapters:
@@ -393,6 +395,7 @@ class ImageScript(ABC, Generic[Request]):
         maker = self.load_for(config, requests)
         choose_attention(maker.pipeline.denoiser, config)
         self._add_words(maker, config)
+        self._add_previews(maker, config)
         maker.weighs_words = config[SessionOptions].prompt_weighting
         return make_each(requests, lambda request, index: self.make_picture(maker, config, request, index), self.kind)
 
@@ -410,6 +413,8 @@ class ImageScript(ABC, Generic[Request]):
             problems.add(problem)
         found = problems_of(lambda: self.check(config))
         for problem in [*attention_of(config).problems, *self._folder_problems(config), *self._weight_problems(config)]:
+            problems.add(problem)
+        for problem in self._preview_problems(config):
             problems.add(problem)
         for problem in [*found, *self._word_problems(config, has_model=not found)]:
             problems.add(problem)
@@ -456,6 +461,28 @@ class ImageScript(ABC, Generic[Request]):
     def _add_words(self, maker: PictureMaker[Request], config: Config) -> None:
         for word in self._words(config) if EmbeddingOptions in config else ():
             maker.words.add(word)
+
+    # -- previews ------------------------------------------------------------------------------------------------------
+
+    def _preview_problems(self, config: Config) -> list[str]:
+        if PreviewOptions not in config or not config[PreviewOptions].preview_latent_every:
+            return []
+        from library.generation.previews import preview_problems
+
+        return preview_problems(self.family, config[PreviewOptions].preview_vae)
+
+    def _add_previews(self, maker: PictureMaker[Request], config: Config) -> None:
+        options = config[PreviewOptions] if PreviewOptions in config else None
+        if options is None or not options.preview_latent_every:
+            return
+        from library.generation.previews import previews_of
+
+        pictures = config[self.pictures]
+        folder = Path(pictures.save_path if hasattr(pictures, "save_path") else pictures.output_dir)
+        fps = getattr(pictures, "fps", None) or 1
+        maker.pipeline.observe = previews_of(
+            self.family, folder, options.preview_latent_every, options.preview_vae, fps
+        )
 
     def side_limit(self, config: Config) -> SideLimit | None:
         """How large pictures may be, from the header of the model; None: as large as one likes. CheckpointError."""

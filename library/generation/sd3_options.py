@@ -11,6 +11,7 @@ from library.core.plugins import PluginOptions
 from library.core.text_seeds import seed_of
 from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
+from library.generation.preview_options import PreviewOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     PictureRequest,
@@ -114,7 +115,7 @@ class Sd3PromptOptions:
 
 GROUPS = (
     PluginOptions, Sd3ModelOptions, EmbeddingOptions, Sd3PromptOptions, SamplerStepOptions, GuidanceOptions,
-    SessionOptions, ConsoleOptions,
+    PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from library.families.wan_tasks import TASKS
 from library.generation.adapter_files import ListedAdapterOptions, MergedModelOptions
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.nag_options import NAG_LINES, NagOptions
+from library.generation.preview_options import PreviewOptions
 from library.generation.requests import DTYPE_NAMES, SampledRequest, SessionOptions
 from library.generation.step_options import STEP_LINES, StepOptions
 from library.generation.video_options import (
@@ -260,7 +261,7 @@ class WanClipOptions(LengthOptions):
 GROUPS = (
     PluginOptions, WanModelOptions, OldCompileOptions, WanAdapterOptions, MergedModelOptions, WanClipOptions,
     StartOptions, LongClipOptions, StepGuidanceOptions, StepOptions, GuidanceOptions,
-    NagOptions, SessionOptions, ConsoleOptions,
+    NagOptions, PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 _NO_MASKS = dataclasses.replace(VIDEO_LINES["cim"], ignored="control pictures are seen whole")

@@ -112,9 +112,11 @@ class WanPipeline(VideoPipeline):
     def latents_together(
         self, requests: Sequence[WanRequest], conditioning: Conditioning, negative: Conditioning | None
     ) -> Tensor:
-        made = super().latents_together(requests, conditioning, negative)
-        layout = self.condition(requests[0]).layout
-        return made if layout is None else made[:, :, layout.target : layout.target + 1]
+        return self.kept(super().latents_together(requests, conditioning, negative), requests[0])
+
+    def kept(self, latents: Tensor, request: WanRequest) -> Tensor:
+        layout = self.condition(request).layout
+        return latents if layout is None else latents[:, :, layout.target : layout.target + 1]
 
     def encode(self, pixels: Tensor, seed: int) -> Tensor:
         return self.vae.encode(pixels.to(self.vae.dtype))

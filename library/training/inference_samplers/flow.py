@@ -11,6 +11,8 @@ from library.training.inference_samplers import INFERENCE_SAMPLERS, check_flow_s
 from library.training.inference_samplers.common import Denoise, NextNoise, alpha_flow
 from library.training.timesteps import shift_sigmas
 
+Observe = Callable[[int, int, torch.Tensor], None]
+"""(number of the step from 1, number of steps, estimate of the clean latents [B, C, ...]) -> nothing"""
 LARGEST_SIGMA = 0.9999666644442962
 """1 - 1e-4 shifted by 3: where log(alpha / sigma) is needed, sigma 1 would make it infinite"""
 
@@ -29,6 +31,23 @@ def euler(
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         latents = latents + (following - sigma) * denoise(latents, sigma)
     return latents
+
+
+def observed(denoise: Denoise, sigmas: torch.Tensor, observe: Observe) -> Denoise:
+    """`denoise`, of which `observe` sees x - sigma v once in each step along `sigmas` [steps + 1]. Samplers that ask
+    again in a step, between or at its end, are seen where it is first asked nearest to the step's beginning."""
+    steps, seen = len(sigmas) - 1, 0
+
+    def derivative(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        found = denoise(latents, sigma)
+        step = int((sigmas[:-1] - float(sigma)).abs().argmin()) + 1
+        if step > seen:
+            seen = step
+            observe(step, steps, latents - float(sigma) * found)
+        return found
+
+    return derivative
 
 
 def flow_sampler(name: str) -> Callable[..., torch.Tensor]:
