@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import math
 
@@ -37,13 +38,17 @@ def _walked(text: str) -> float:
     return value
 
 
+class NoSeed(ValueError, argparse.ArgumentTypeError):
+    """A blank text. Readers of command lines show what the second kind says, those of prompt lines the first."""
+
+
 def seed_of(text: str | int) -> int:
-    """The number that a text of digits says, or that of any other text. ValueError for a blank one."""
+    """The number that a text of digits says, or that of any other text. NoSeed for a blank one."""
     if isinstance(text, int):
         return text
     stripped = text.strip()
     if not stripped:
-        raise ValueError("a number or a text is needed, e.g. 42")
+        raise NoSeed("a number or a text is needed, e.g. 42")
     try:
         return int(stripped) if stripped.lstrip("+-").isascii() else string_to_seed(text)
     except ValueError:

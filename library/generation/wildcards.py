@@ -33,7 +33,9 @@ class Wildcards:
         path = Path(self.folder) / f"{name}.txt"
         where = f"the prompt has __{name}__"
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ConfigError(f"{where}, which leaves the folder of --prompt_wildcards; needed: a name in {self.folder}")
+            raise ConfigError(
+                f"{where}, which leaves the folder of --prompt_wildcards; needed: a name in {self.folder}"
+            )
         if not path.is_file():
             raise ConfigError(f"{where}, and there is no {path}; make that file, or leave --prompt_wildcards out")
         lines = [line.strip() for line in read_text(str(path), f"{where}, whose file {path}").splitlines()]

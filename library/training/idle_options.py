@@ -116,6 +116,11 @@ def _idle_plug_ins(config: Config) -> Iterator[tuple[str, str]]:
         if is_off and not (HookOptions in config and config[HookOptions].hook):
             written = (name for name in option_fields(group) if name in config.explicit and name != switch)
             yield from ((name, f"has no effect without --{switch}") for name in written)
+    leap = config[LeapOptions] if LeapOptions in config else LeapOptions()
+    if leap.leap_enabled and leap.leap_variant == "sparse":
+        written = (name for name in ("leap_min_gap", "leap_nested_grad_coe") if name in config.explicit)
+        reason = "has no effect with --leap_variant sparse, whose steps all begin at true places"
+        yield from ((name, reason) for name in written)
 
 
 def _idle_data(config: Config) -> Iterator[tuple[str, str]]:

@@ -31,3 +31,12 @@ def test_a_run_with_a_text_is_that_with_its_number(work: Work) -> None:
     words = ("--max_train_steps=1",)
     assert fingerprint(work.train("text", *words, "--seed=cat")) == fingerprint(work.train("number", *words, "--seed=2933283709"))
     assert LoopOptions(seed=3).seed == 3
+
+
+def test_a_blank_seed_is_told_in_words(capsys: pytest.CaptureFixture) -> None:
+    from library.generation import flux_inference
+
+    with pytest.raises(SystemExit):
+        flux_inference.main(["--seed", ""])
+    told = capsys.readouterr().err
+    assert "a number or a text is needed" in told and "seed_of" not in told

@@ -149,6 +149,8 @@ def test_teacher_and_head_of_an_earlier_run_are_read_back(tinies: Tinies, tmp_pa
     ((*SELF_FLOW, *SRA), "--self_flow, --sra_enabled all replace process_batch"), ((*SELF_FLOW, "--num_timestep_buckets=4"), "two noise levels"),
     ((*LEAP, "--loss_type=huber"), "use l2"), ((*SRA, "--sra_block=9"), "--sra_block is 9"),
     ((*LEAP, "--loss_weighting=cosmap"), "leave the weight out"), ((*LEAP, "--infonoise_enabled"), "step of its own"),
+    ((*LEAP, "--leap_min_gap=0.3", "--min_timestep=500", "--max_timestep=600"), "0.1 or less"),
+    ((*LEAP, "--leap_variant=sparse", "--leap_min_gap=0.2", "--strict"), "--leap_min_gap: has no effect with --leap_variant"),
     (("--self_flow", "--network_weights_ema=none.safetensors"), "which is not there"),
 ])  # fmt: skip
 def test_what_cannot_be(tinies: Tinies, tmp_path: Path, words: tuple[str, ...], told: str) -> None:
@@ -197,3 +199,13 @@ def test_blocks_are_counted_without_refiners(tinies: Tinies, tmp_path: Path) -> 
     assert run.hooks.find(SelfFlow).layers == (0, 2)
     with pytest.raises(ConfigError, match="has 3 blocks, 0 to 2"):
         work.prepare("far", *SRA, "--sra_block=3")
+
+
+def test_the_levels_of_sparse_steps_lie_in_the_range_of_the_run(tinies: Tinies, tmp_path: Path) -> None:
+    words = (*WAYS["sparse"][0], "--min_timestep=500", "--max_timestep=800")
+    run, asked = tinies.work("flux", tmp_path).prepare("out", *words), []
+    predict = run.step.predict
+    run.step.predict = lambda sample, *given, **more: asked.append(sample.timesteps) or predict(sample, *given, **more)
+    run.step(next(iter(run.data.batches(1))))
+    first, second, third = (times.tolist() for times in asked)
+    assert all(700 <= t <= 800 for t in first) and all(600 <= t <= 700 for t in second) and all(500 <= t <= 600 for t in third)

@@ -25,5 +25,7 @@ HOOKS = {
 def alignment_hooks(config: Config) -> list[Hook]:
     """Those that the options switch on."""
     return [
-        import_target(path)() for switch, (group, path) in HOOKS.items() if group in config and getattr(config[group], switch)
+        import_target(path)()
+        for switch, (group, path) in HOOKS.items()
+        if group in config and getattr(config[group], switch)
     ]

@@ -21,7 +21,8 @@ from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions
 from library.training.objective import expand_like
 from library.training.run import DiTOutput
-from library.training.timesteps import NUM_TIMESTEPS
+from library.training.timestep_samplers import TimestepOptions
+from library.training.timesteps import NUM_TIMESTEPS, timestep_range
 
 if TYPE_CHECKING:
     from library.core.keyed_random import StepDraws
@@ -88,10 +89,12 @@ class Leaps:
     def simpson(self, k: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
         """As `two_steps`, each step by the velocities at its ends and its middle, 1 : 4 : 1."""
         start, middle = self.place(k), (k + j) / 2
-        total = self.velocity(start, k) + 4 * self.velocity(self.place(middle), middle) + self.velocity(self.place(j), j)
+        between = self.velocity(self.place(middle), middle)
+        total = self.velocity(start, k) + 4 * between + self.velocity(self.place(j), j)
         reached = start - expand_like((k - j) / 6, start) * total
         begin, end = connected(self.place(j), reached, self.coe, keeps_true=True), torch.full_like(j, NEARLY_CLEAN)
-        total = self.velocity(begin, j) + 4 * self.velocity(self.place(j / 2), j / 2) + self.velocity(self.place(end), end)
+        between = self.velocity(self.place(j / 2), j / 2)
+        total = self.velocity(begin, j) + 4 * between + self.velocity(self.place(end), end)
         return reached, begin - expand_like(j / 6, start) * total
 
 
@@ -116,6 +119,8 @@ class Leap(Hook):
     def __init__(self, options: LeapOptions | None = None) -> None:
         """Without `options` they are those of the run."""
         super().__init__(options)
+        self.ends = (0.0, 1.0)
+        """lowest and highest noise level of the run"""
 
     def check(self, config: Config, family: ModelFamily, trainable: Trainable) -> None:
         self.opts = self.opts or config[LeapOptions]
@@ -125,12 +130,22 @@ class Leap(Hook):
         else:
             loss, weights = config[LossOptions].loss_type, config[LossWeightOptions]
             if loss.lower() != "l2":
-                problems.add(f"--loss_type is {loss}; --leap_enabled compares clean latents by their squared error: use l2")
+                problems.add(
+                    f"--loss_type is {loss}; --leap_enabled compares clean latents by their squared error: use l2"
+                )
             if weights.loss_weighting != "none" or getattr(family.objective(), "weighs", False):
                 problems.add(
-                    "the loss is weighed by noise level (--loss_weighting, --weighting_scheme); --leap_enabled has two levels"
-                    " in one loss: leave the weight out"
+                    "the loss is weighed by noise level (--loss_weighting, --weighting_scheme); --leap_enabled has two"
+                    " levels in one loss: leave the weight out"
                 )
+        times = config[TimestepOptions]
+        low, high = timestep_range(times.min_timestep, times.max_timestep)
+        self.ends = (low / NUM_TIMESTEPS, high / NUM_TIMESTEPS)
+        if self.opts.leap_variant != "sparse" and high - low < self.opts.leap_min_gap * NUM_TIMESTEPS:
+            problems.add(
+                f"--leap_min_gap is {self.opts.leap_min_gap} and the timesteps go from {low} to {high}: two levels never"
+                f" lie so far apart; needed: {(high - low) / NUM_TIMESTEPS:g} or less, or a wider range"
+            )
         problems.raise_if_any()
 
     def process_batch(self, step: TrainStep, batch: Batch, times: Tensor | None) -> StepOutput:
@@ -141,7 +156,9 @@ class Leap(Hook):
         latents, conditioning = step.latents_of(batch), step.conditioning_of(batch)
         noise = step.noise_of(latents, draws) if batch.noise is None else batch.noise.view_as(latents)
         if any(attributes.get("diff_output_preservation") for attributes in batch.custom_attributes):
-            raise UnsupportedCombination("--leap_enabled cannot keep what the untouched model predicts (diff_output_preservation)")
+            raise UnsupportedCombination(
+                "--leap_enabled cannot keep what the untouched model predicts (diff_output_preservation)"
+            )
 
         def noised(levels: Tensor) -> NoisyLatents:
             return step.objective.corrupt(latents, noise, levels, draws)
@@ -165,6 +182,8 @@ class Leap(Hook):
         """((place reached first, where it should be) or None, clean latents reached, noisiest levels [B])."""
         if self.opts.leap_variant == "sparse":
             levels = stratified_levels(draws.uniform("leap levels", (3,)).to(latents.device))
+            low, high = self.ends
+            levels = tuple(low + level * (high - low) for level in levels)
             levels = tuple(level.clamp(1 / NUM_TIMESTEPS, 1 - 1 / NUM_TIMESTEPS) for level in levels)
             return None, leaps.telescope(levels), levels[0]
         k, j = two_levels(

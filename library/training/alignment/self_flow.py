@@ -44,8 +44,8 @@ def head_of(kind: str, width: int) -> torch.nn.Sequential:
 
 
 def times_of(student: NoisyLatents, teacher: NoisyLatents) -> dict[str, torch.Tensor]:
-    """Values for the log: mean timesteps of both views [0..1000], the share of tokens at the cleaner level, and of those
-    for which the teacher is told another one."""
+    """Values for the log: mean timesteps of both views [0..1000], the share of tokens at the cleaner level, and of
+    those for which the teacher is told another one."""
     told = teacher.timesteps if teacher.timesteps.ndim > 1 else teacher.timesteps[:, None]  # [B, 1 or L]
     cleanest = student.timesteps.amin(dim=1, keepdim=True)
     return {
@@ -61,7 +61,9 @@ def read_teacher(teacher: WeightAverage, path: str, trainable: Trainable) -> Non
     current = {name: parameter.detach().clone() for name, parameter in teacher.parameters().items()}
     missing = trainable.network.load_weights(path).get("missing", [])
     if missing:
-        raise CheckpointError(f"--network_weights_ema is {path}, which lacks {missing[0]} and {len(missing) - 1} others")
+        raise CheckpointError(
+            f"--network_weights_ema is {path}, which lacks {missing[0]} and {len(missing) - 1} others"
+        )
     teacher.begin()
     with torch.no_grad():
         for name, parameter in teacher.parameters().items():
@@ -109,7 +111,9 @@ class SelfFlow(Hook):
             if path is not None and not Path(path).is_file():
                 problems.add(f"--{name} is {path}, which is not there")
         if self.opts.network_weights_ema and getattr(trainable.opts, "network_weights", None) is None:
-            problems.add("--network_weights_ema is given without --network_weights, the weights that the teacher belongs to")
+            problems.add(
+                "--network_weights_ema is given without --network_weights, the weights that the teacher belongs to"
+            )
         problems.raise_if_any()
         decay = self.opts.self_flow_ema_decay
         written = config[EmaOptions].ema_decay if "ema_decay" in config.explicit else DEFAULT_DECAY
@@ -138,7 +142,8 @@ class SelfFlow(Hook):
         wanted = {name: tuple(tensor.shape) for name, tensor in self.head.state_dict().items()}
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
             raise CheckpointError(
-                f"--network_weights_proj is {path}, which is no head {self.opts.self_flow_head} of this model; needed: {wanted}"
+                f"--network_weights_proj is {path}, which is no head {self.opts.self_flow_head} of this model; needed:"
+                f" {wanted}"
             )
         self.head.load_state_dict(tensors)
 

@@ -54,8 +54,8 @@ class InfoNoiseOptions:
                 problems.add(f"--{name} is {value}; needed: {wanted}")
         if self.infonoise_N_min > self.infonoise_B:
             problems.add(
-                f"--infonoise_N_min is {self.infonoise_N_min} and --infonoise_B is {self.infonoise_B}: no part ever keeps"
-                " so many losses; lower the first or raise the second"
+                f"--infonoise_N_min is {self.infonoise_N_min} and --infonoise_B is {self.infonoise_B}: no part ever"
+                " keeps so many losses; lower the first or raise the second"
             )
         problems.raise_if_any()
 
@@ -79,7 +79,8 @@ def check_hooks(config: Config, hooks: Iterable[Hook]) -> None:
     names = [type(hook).__name__ for hook in hooks if hook.process_batch is not None and hook.draws_own_times]
     if is_enabled(config) and names:
         raise ConfigError(
-            f"--infonoise_enabled is set and {names[0]} has a step of its own, with noise levels of its own; use one of them"
+            f"--infonoise_enabled is set and {names[0]} has a step of its own, with noise levels of its own; use one of"
+            " them"
         )
 
 
@@ -113,5 +114,7 @@ def problems_of(config: Config, *, weighs: bool) -> list[str]:
     told |= {"weighting_scheme": (times.weighting_scheme if weighs else None, *_WEIGHS)}
     if NoiseOptions in config:
         told |= {name: (getattr(config[NoiseOptions], name, None), *_NOISES) for name in OTHER_NOISE}
-    found += [f"--{name} is {value}: it {what}, and {why}; leave it out" for name, (value, what, why) in told.items() if value]
+    found += [
+        f"--{name} is {value}: it {what}, and {why}; leave it out" for name, (value, what, why) in told.items() if value
+    ]
     return [f"--infonoise_enabled is set and {line}" for line in found]
