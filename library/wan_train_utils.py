@@ -40,7 +40,7 @@ class OneSide:
 
     def sample(self, latent_shape: Sequence[int], draws: StepDraws) -> Tensor:
         """Sigmas [B] float32; see `TimestepSampler`."""
-        first = self.redraw.sample(latent_shape, StepDraws(draws.seed, draws.step, (SIDE,)))  # [1]
+        first = self.redraw.sample(latent_shape, StepDraws(draws.step_seed, draws.step, (SIDE,)))  # [1]
         side = is_high_noise(float(first), self.boundary)
         times = self.law.sample(latent_shape, draws)
         for number in range(MOST_DRAWS):

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from library.components.device_transfers import Event, transfers_to
+from library.core.forward_values import checkpoint_contexts
 
 AHEAD = 2
 """how many tensors are on their way back when the backward pass asks for one: those of the block before it, which has
@@ -88,4 +89,4 @@ def run_checkpointed(function: Callable[..., Any], hidden: Sequence[Tensor], cpu
     # the inputs of a non-reentrant checkpoint are ordinary saved tensors, so the saved-tensor hooks of torch apply to
     # them
     with _STORE.keeping() if cpu_offload else nullcontext():
-        return checkpoint(function, *hidden, use_reentrant=False)
+        return checkpoint(function, *hidden, use_reentrant=False, context_fn=checkpoint_contexts)

@@ -84,6 +84,13 @@ class StepDraws:
     seed: int
     step: int
     positions: tuple[int, ...]
+    first_seed: int | None = None
+    """that of the draws which these are apart from; None of draws that are not"""
+
+    @property
+    def step_seed(self) -> int:
+        """For what is drawn once for a whole step, draws apart from these included."""
+        return self.seed if self.first_seed is None else self.first_seed
 
     def generator(
         self, purpose: str, sample: int, *keys: int | str, device: torch.device | str = "cpu"
@@ -94,7 +101,7 @@ class StepDraws:
     def apart(self, name: str) -> StepDraws:
         """Other draws for the same samples, independent of these: what is drawn for a purpose can be drawn once
         more."""
-        return StepDraws(key_seed(self.seed, f"draws apart: {name}"), self.step, self.positions)
+        return StepDraws(key_seed(self.seed, f"draws apart: {name}"), self.step, self.positions, self.step_seed)
 
     @drawing
     def normal(self, purpose: str, shape: Sequence[int] = (), *keys: int | str) -> torch.Tensor:

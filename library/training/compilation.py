@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from library.core.forward_values import checkpoint_contexts
 from library.core.keyed_random import DRAWING
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def compile_blocks(
 def checkpoint_activations(encoder: Any) -> None:
     """Gradient checkpointing of a model of transformers, which has two names for it: the old one goes with version
     6."""
-    kwargs = {"use_reentrant": False}
+    kwargs = {"use_reentrant": False, "context_fn": checkpoint_contexts}
     if hasattr(encoder, "activation_checkpointing_enable"):
         encoder.activation_checkpointing_enable(kwargs)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.checkpoints.number_formats import IN_MEMORY, narrowed
 from library.core.errors import CheckpointError
+from library.core.forward_values import ForwardValue
 from library.core.keyed_random import StepDraws, drawing
 from library.fp8_optimization_utils import set_weight, stored_of, weight_of, weight_shape
 from networks.kinds.weight_decomposition import decomposed_output, dora_change, lengths_of, shrink
@@ -21,11 +22,19 @@ from networks.kinds.weight_decomposition import decomposed_output, dora_change, 
 
 @dataclass
 class StepState:
-    """What all modules of a network share while training; set once per micro-batch. `times` [B] says how noisy each
-    sample is: 0 = data, 1 = noise."""
+    """What all modules of a network share while training. `draws` are set once per micro-batch; `times` [B], how noisy
+    each sample is (0 = data, 1 = noise), before every forward that has others."""
 
     draws: StepDraws | None = None
-    times: torch.Tensor | None = None
+    _times: ForwardValue[torch.Tensor] = field(default_factory=ForwardValue)
+
+    @property
+    def times(self) -> torch.Tensor | None:
+        return self._times.value
+
+    @times.setter
+    def times(self, times: torch.Tensor | None) -> None:
+        self._times.value = times
 
 
 def change_of(

@@ -4,6 +4,7 @@ same, and a step of Self-Flow is what a second computation gives."""
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from library.safetensors_utils import load_safetensors
 from library.training import cli
 from library.training.alignment.self_flow import SelfFlow
 from library.training.loop import fit
+from library.training.run import Run
+from library.wan_expert_utils import TwoExperts
 from tests.runs.conftest import Stopped, Work, fingerprint, stop_after
 from tests.runs.families import Tinies, refused_run
 
@@ -149,6 +152,7 @@ def test_teacher_and_head_of_an_earlier_run_are_read_back(tinies: Tinies, tmp_pa
     ((*SELF_FLOW, *SRA), "--self_flow, --sra_enabled all replace process_batch"), ((*SELF_FLOW, "--num_timestep_buckets=4"), "two noise levels"),
     ((*LEAP, "--loss_type=huber"), "use l2"), ((*SRA, "--sra_block=9"), "--sra_block is 9"),
     ((*LEAP, "--loss_weighting=cosmap"), "leave the weight out"), ((*LEAP, "--infonoise_enabled"), "step of its own"),
+    ((*LEAP, "--max_timestep=500", "--leap_variant=lagrange"), "leave 0 to 500 of 1000; use another variant"),
     ((*LEAP, "--leap_min_gap=0.3", "--min_timestep=500", "--max_timestep=600"), "0.1 or less"),
     ((*LEAP, "--leap_variant=sparse", "--leap_min_gap=0.2", "--strict"), "--leap_min_gap: has no effect with --leap_variant"),
     (("--self_flow", "--network_weights_ema=none.safetensors"), "which is not there"),
@@ -209,3 +213,68 @@ def test_the_levels_of_sparse_steps_lie_in_the_range_of_the_run(tinies: Tinies, 
     run.step(next(iter(run.data.batches(1))))
     first, second, third = (times.tolist() for times in asked)
     assert all(700 <= t <= 800 for t in first) and all(600 <= t <= 700 for t in second) and all(500 <= t <= 600 for t in third)
+
+
+def begun(work: Work, *words: str) -> Run:
+    """A run before its first step, whose adapter has learned something."""
+    run = work.prepare("out", *words)
+    for hook in run.hooks:
+        hook.on_train_start(run)
+    with torch.no_grad():
+        for name, parameter in run.trainable.network.named_parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    run.trainable.network.train()
+    return run
+
+
+@pytest.mark.parametrize(("family", "way"), [
+    ("flux", "self_flow"), ("wan", "original"),
+    *(pytest.param("wan", way, marks=pytest.mark.full) for way in ("sparse", "lagrange")),
+])  # fmt: skip
+def test_what_is_computed_again_has_the_ranks_of_its_own_forward(
+    tinies: Tinies, tmp_path: Path, family: str, way: str
+) -> None:
+    """Ranks by noise level, several forwards in a step: gradients had those of the last one, or the step failed."""
+    found = []
+    for more in ((), ("--gradient_checkpointing",)):
+        run = begun(tinies.work(family, tmp_path), *WAYS[way][0], "--network_module=networks.tlora", *more)
+        run.step(next(iter(run.data.batches(1)))).loss.backward()
+        found.append({name: p.grad for name, p in run.trainable.network.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 4
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("coupling", ["0", "1"])
+def test_two_experts_do_not_change_places_within_a_step(
+    tinies: Tinies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coupling: str
+) -> None:
+    work, words = tinies.work("wan22", tmp_path), ("--timestep_sampling=uniform", "--mask_ratio=0.5")
+    with pytest.raises(ConfigError, match="only one of them learns in a step"):
+        work.prepare("out", *LEAP)
+    run = begun(work, *SELF_FLOW, *words, f"--self_flow_teacher_coupling_prob={coupling}")
+    sides: list[bool] = []
+    use = TwoExperts.use
+
+    def watched(self: TwoExperts, *, high_noise: bool) -> None:
+        sides.append(high_noise)
+        use(self, high_noise=high_noise)
+
+    monkeypatch.setattr(TwoExperts, "use", watched)
+    batch, found = next(iter(run.data.batches(1))), set()
+    for number in range(25):
+        sides.clear()
+        run.step(dataclasses.replace(batch, request=dataclasses.replace(batch.request, step=number)))
+        assert len(set(sides)) == 1, number
+        found.update(sides)
+    assert found == {True, False}
+
+
+def test_weights_of_samples_hold_for_what_is_told_of_the_teacher(tinies: Tinies, tmp_path: Path) -> None:
+    run = begun(tinies.work("flux", tmp_path), *SELF_FLOW)
+    batch = next(iter(run.data.batches(1)))
+    whole, half = (
+        run.step(dataclasses.replace(batch, loss_weights=torch.full_like(batch.loss_weights, weight))).loss_sum
+        for weight in (1.0, 0.5)
+    )
+    assert float(half) == pytest.approx(float(whole) / 2, rel=1e-5)

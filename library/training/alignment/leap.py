@@ -21,7 +21,7 @@ from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions
 from library.training.objective import expand_like
 from library.training.run import DiTOutput
-from library.training.timestep_samplers import TimestepOptions
+from library.training.timestep_samplers import TimestepOptions, is_limited
 from library.training.timesteps import NUM_TIMESTEPS, timestep_range
 
 if TYPE_CHECKING:
@@ -41,12 +41,15 @@ NEARLY_CLEAN = 1e-3
 """level at which the velocity at the end of a path is asked for"""
 
 
-def two_levels(first: Tensor, second: Tensor, gap: float) -> tuple[Tensor, Tensor]:
+def two_levels(
+    first: Tensor, second: Tensor, gap: float, ends: tuple[float, float] = (0.0, 1.0)
+) -> tuple[Tensor, Tensor]:
     """Levels k > j [B] from two draws, at least `gap` apart: closer ones are moved apart around their middle, within
-    0..1, above 0: what predicts clean latents says nothing of the velocity there."""
+    `ends`, above 0: what predicts clean latents says nothing of the velocity there."""
     high, low = torch.maximum(first, second), torch.minimum(first, second)
-    lowest = min(1 / NUM_TIMESTEPS, (1 - gap) / 2)
-    middle = ((high + low) / 2).clamp(lowest + gap / 2, 1 - gap / 2)
+    least, most = ends
+    lowest = max(least, min(1 / NUM_TIMESTEPS, (most - gap) / 2))
+    middle = ((high + low) / 2).clamp(lowest + gap / 2, most - gap / 2)
     is_close = high - low < gap
     return torch.where(is_close, middle + gap / 2, high), torch.where(is_close, middle - gap / 2, low)
 
@@ -141,6 +144,16 @@ class Leap(Hook):
         times = config[TimestepOptions]
         low, high = timestep_range(times.min_timestep, times.max_timestep)
         self.ends = (low / NUM_TIMESTEPS, high / NUM_TIMESTEPS)
+        if family.splits_levels:
+            problems.add(
+                "--leap_enabled goes through noise levels of both experts in one loss, and only one of them learns in"
+                " a step; train them one by one, as runs of their own"
+            )
+        if self.opts.leap_variant == "lagrange" and is_limited(times):
+            problems.add(
+                "--leap_variant lagrange asks the model at levels down to 0, and --min_timestep and --max_timestep"
+                f" leave {low} to {high} of 1000; use another variant, or leave the range out"
+            )
         if self.opts.leap_variant != "sparse" and high - low < self.opts.leap_min_gap * NUM_TIMESTEPS:
             problems.add(
                 f"--leap_min_gap is {self.opts.leap_min_gap} and the timesteps go from {low} to {high}: two levels never"
@@ -153,7 +166,7 @@ class Leap(Hook):
         if not batch.request.is_training or draws.batch_uniform("leap") >= self.opts.leap_ratio:
             return step.process_batch(batch, times)
         draws, batch = step.begin(batch), step.with_latents(batch)
-        latents, conditioning = step.latents_of(batch), step.conditioning_of(batch)
+        latents = step.latents_of(batch)
         noise = step.noise_of(latents, draws) if batch.noise is None else batch.noise.view_as(latents)
         if any(attributes.get("diff_output_preservation") for attributes in batch.custom_attributes):
             raise UnsupportedCombination(
@@ -168,29 +181,35 @@ class Leap(Hook):
             step.trainable.on_sample(sample)
             return velocity_of(step.predict(sample, conditioning, batch), sample, step.objective)
 
+        levels = self.levels(step, latents, draws)
+        noisiest = noised(levels[0])
+        step.trainable.on_sample(noisiest)  # text encoders go by it
+        conditioning = step.conditioning_of(batch)
         leaps = Leaps(velocity, lambda levels: noised(levels).noisy_latents, self.opts.leap_nested_grad_coe)
-        first, ended, k = self.taken(leaps, step, latents, draws)
-        per_sample, logs = step.loss_of(DiTOutput(ended, latents), noised(k), batch)
+        first, ended = self.taken(leaps, levels)
+        per_sample, logs = step.loss_of(DiTOutput(ended, latents), noisiest, batch)
         if self.opts.leap_distance_weighting:
             off = distance(ended, latents) + (distance(*first) if first is not None else 0.0)
             per_sample = per_sample / off
         return step.result(per_sample, {**logs, "loss/leap": per_sample.detach().mean()}, batch)
 
-    def taken(
-        self, leaps: Leaps, step: TrainStep, latents: Tensor, draws: StepDraws
-    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor, Tensor]:
-        """((place reached first, where it should be) or None, clean latents reached, noisiest levels [B])."""
+    def levels(self, step: TrainStep, latents: Tensor, draws: StepDraws) -> tuple[Tensor, ...]:
+        """Falling levels, [B] each, from which steps begin."""
         if self.opts.leap_variant == "sparse":
             levels = stratified_levels(draws.uniform("leap levels", (3,)).to(latents.device))
             low, high = self.ends
             levels = tuple(low + level * (high - low) for level in levels)
-            levels = tuple(level.clamp(1 / NUM_TIMESTEPS, 1 - 1 / NUM_TIMESTEPS) for level in levels)
-            return None, leaps.telescope(levels), levels[0]
-        k, j = two_levels(
-            step.times_of(latents, draws), step.times_of(latents, draws.apart("leap")), self.opts.leap_min_gap
-        )
+            return tuple(level.clamp(1 / NUM_TIMESTEPS, 1 - 1 / NUM_TIMESTEPS) for level in levels)
+        first, second = step.times_of(latents, draws), step.times_of(latents, draws.apart("leap"))
+        return two_levels(first, second, self.opts.leap_min_gap, self.ends)
+
+    def taken(self, leaps: Leaps, levels: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
+        """((place reached first, where it should be) or None, clean latents reached)."""
+        if self.opts.leap_variant == "sparse":
+            return None, leaps.telescope(levels)
+        k, j = levels
         if self.opts.leap_variant == "lagrange":
             reached, ended = leaps.simpson(k, j)
         else:
             reached, ended = leaps.two_steps(k, j, keeps_true=self.opts.leap_variant == "original")
-        return (reached, leaps.place(j)), ended, k
+        return (reached, leaps.place(j)), ended

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.keyed_random import StepDraws, isolated_rng, key_seed
+from library.device_utils import to_device
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.training.alignment.options import DECAYS, SelfFlowOptions
 from library.training.averaging import WeightAverage
@@ -163,6 +164,7 @@ class SelfFlow(Hook):
             return step.process_batch(batch, times)
         draws, batch = step.begin(batch), step.with_latents(batch)
         student, teacher = self.views(step, step.latents_of(batch), draws)
+        step.trainable.on_sample(student)  # text encoders go by it
         conditioning = step.conditioning_of(batch)
         wanted = self.features_of_teacher(step, teacher, conditioning, batch)  # [B, L, D]
         step.trainable.on_sample(student)
@@ -177,7 +179,8 @@ class SelfFlow(Hook):
             "self_flow/feat_cosine_sim": likeness.detach().mean(),
             "self_flow/teacher_coupling_prob": self.coupling(draws.step), **times_of(student, teacher),
         }  # fmt: skip
-        return step.result(per_sample - gamma * likeness, {**logs, **own}, batch)
+        per_sample = per_sample - gamma * likeness * batch.loss_weights.to(likeness)
+        return step.result(per_sample, {**logs, **own}, batch)
 
     def gamma(self, step: int) -> float:
         warmup = self.opts.self_flow_gamma_warmup_steps
@@ -189,16 +192,20 @@ class SelfFlow(Hook):
         patch = step.family.record.latents.patch
         num_tokens = latents[0, 0].numel() // patch**2
         noise = step.noise_of(latents, draws)
-        first, second = step.times_of(latents, draws), step.times_of(latents, draws.apart("self flow"))  # [B] each
-        is_masked = draws.uniform("self flow mask", (num_tokens,)).to(first.device) < self.opts.mask_ratio  # [B, L]
+        # on the CPU, where they can be read without waiting; [B] each
+        first, second = step.drawn_times(latents, draws), step.drawn_times(latents, draws.apart("self flow"))
+        is_masked = draws.uniform("self flow mask", (num_tokens,)) < self.opts.mask_ratio  # [B, L]
         mixed = torch.where(is_masked, second[:, None], first[:, None])  # [B, L]
         cleaner = torch.minimum(first, second)
         teacher = step.objective.corrupt(latents, noise, cleaner, draws)
         if draws.batch_uniform("self flow coupling") < self.coupling(draws.step):
-            is_told = draws.uniform("self flow mismatch", (num_tokens,)).to(first.device)
+            is_told = draws.uniform("self flow mismatch", (num_tokens,))
             is_told = (is_told < self.opts.self_flow_teacher_mismatch_ratio) & (mixed == cleaner[:, None])
             told = torch.where(is_told, torch.maximum(first, second)[:, None], cleaner[:, None])  # [B, L]
-            teacher = dataclasses.replace(teacher, timesteps=told * NUM_TIMESTEPS, sigmas=told)
+            levels = to_device(told, latents.device, torch.float32)
+            teacher = dataclasses.replace(
+                teacher, timesteps=levels * NUM_TIMESTEPS, sigmas=levels, known_times=told * NUM_TIMESTEPS
+            )
         return step.objective.corrupt(latents, noise, mixed, draws), teacher
 
     def coupling(self, step: int) -> float:

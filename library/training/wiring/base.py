@@ -175,6 +175,12 @@ class ModelFamily(ABC):
     takes_token_times: ClassVar[bool] = False
     """whether `predict` takes times per token"""
 
+    @property
+    def splits_levels(self) -> bool:
+        """Whether weights change places at a noise level, so that a backward pass must not go through forwards on both
+        sides of it."""
+        return False
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self.opts = config[self.options]

@@ -245,6 +245,10 @@ class WanFamily(VideoFamily):
         return self.opts.dit_high_noise is not None
 
     @property
+    def splits_levels(self) -> bool:
+        return self.has_two_experts
+
+    @property
     def second_adapter(self) -> str:
         return HIGH if self.has_two_experts and self.opts.adapter_per_expert else ""
 

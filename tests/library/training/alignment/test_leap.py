@@ -85,6 +85,11 @@ def test_the_telescope_goes_by_the_velocities_at_true_places() -> None:
         assert float(found[row]) == pytest.approx(by_hand, rel=1e-5)
 
 
+def test_levels_that_are_moved_apart_stay_in_the_range_of_the_run() -> None:
+    k, j = two_levels(torch.tensor([0.51, 0.79, 0.65]), torch.tensor([0.5, 0.8, 0.66]), 0.2, (0.5, 0.8))
+    assert k.tolist() == pytest.approx([0.7, 0.8, 0.755]) and j.tolist() == pytest.approx([0.5, 0.6, 0.555])
+
+
 def test_levels_keep_their_gap_and_their_order() -> None:
     first, second = torch.tensor([0.2, 0.5, 0.02, 0.99, 0.3]), torch.tensor([0.9, 0.53, 0.01, 0.98, 0.3])
     k, j = two_levels(first, second, 0.1)
