@@ -6,6 +6,7 @@ A family's own records are in `<family>_options.py`; its pipeline and its script
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from library.core.errors import ConfigError
 from library.core.options import option
 from library.generation.file_options import PictureFileOptions
 from library.generation.guidance_options import GUIDANCE_LINES, asks_guidance
-from library.training.sampling_prompts import LineOption, read_number, read_picture_side, read_seed, read_steps
+from library.training.sampling_prompts import DRAWN, LineOption, read_number, read_picture_side, read_seed, read_steps
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -110,6 +111,7 @@ class SampledRequest(PictureRequest):
 
 
 Request = TypeVar("Request", bound=PictureRequest)
+LARGEST_DRAWN_SEED = 2**32 - 1
 
 
 def request_of(request_class: type[Request], settings: Any, names: Mapping[str, str] = {}) -> Request:
@@ -147,6 +149,11 @@ class SessionOptions(PictureFileOptions):
             raise ConfigError(
                 "--interactive and --from_file are both given; prompts come from one place, leave one out"
             )
+
+
+def taken_seed(request: PictureRequest) -> int:
+    """The seed of a request, or a drawn one."""
+    return random.SystemRandom().randint(0, LARGEST_DRAWN_SEED) if request.seed in (None, DRAWN) else request.seed
 
 
 # -- prompt lines ------------------------------------------------------------------------------------------------------

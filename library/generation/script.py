@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import logging
 import os
-import random
 import re
 import sys
 import time
@@ -34,9 +33,9 @@ from library.generation.guidance_options import GuidanceOptions, idle_guidance, 
 from library.generation.picture_files import settings_texts, write_picture
 from library.generation.preview_options import PreviewOptions
 from library.generation.recorded_requests import ENTRY, RecordedSettings, shaping_options
-from library.generation.requests import PictureRequest, Request, SessionOptions
+from library.generation.requests import PictureRequest, Request, SessionOptions, taken_seed
 from library.generation.step_options import SamplerStepOptions, StepOptions
-from library.generation.wildcards import Wildcards
+from library.generation.wildcards import prompts_of, wildcard_problems, with_drawn_words
 from library.scripts.command_line import (
     read_command,
     refused_problems,
@@ -46,7 +45,7 @@ from library.scripts.command_line import (
     tell_ignored,
 )
 from library.training.parser_common import chosen_variant, early_values
-from library.training.sampling_prompts import DRAWN, LineOption, good_lines, parse_pieces
+from library.training.sampling_prompts import LineOption, good_lines, parse_pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,10 +55,6 @@ if TYPE_CHECKING:
     from library.generation.pipeline import PictureMaker
 
 logger = logging.getLogger(__name__)
-
-LARGEST_DRAWN_SEED = 2**32 - 1
-PROMPT_FIELDS = ("prompt", "negative_prompt", "prompt2", "prompt_2")
-"""fields of requests that hold texts, as far as a request has them"""
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -178,34 +173,6 @@ def with_seed_and_size(request: Request, size_step: int) -> Request:
             "the size is %dx%d; made %dx%d, a multiple of %d", request.width, request.height, width, height, size_step
         )
     return dataclasses.replace(request, width=width, height=height, seed=taken_seed(request))
-
-
-def taken_seed(request: PictureRequest) -> int:
-    """The seed of a request, or a drawn one."""
-    return random.SystemRandom().randint(0, LARGEST_DRAWN_SEED) if request.seed in (None, DRAWN) else request.seed
-
-
-def prompts_of(request: PictureRequest) -> dict[str, str]:
-    """The texts of a request that wildcards may stand in, by their fields."""
-    found = {name: getattr(request, name, None) for name in PROMPT_FIELDS}
-    return {name: text for name, text in found.items() if isinstance(text, str)}
-
-
-def wildcard_problems(request: PictureRequest, folder: str) -> list[str]:
-    return [problem for text in prompts_of(request).values() for problem in Wildcards(folder).problems(text)]
-
-
-def with_drawn_words(requests: Iterable[Request], folder: str | None) -> Iterable[Request]:
-    """Requests whose wildcards are drawn, by their seeds. ConfigError; what is typed is drawn as it comes."""
-    if folder is None:
-        return requests
-
-    def drawn(request: Request) -> Request:
-        seed = taken_seed(request)
-        texts = {name: Wildcards(folder).expanded(text, seed, name) for name, text in prompts_of(request).items()}
-        return dataclasses.replace(request, seed=seed, **texts)
-
-    return list(map(drawn, requests)) if isinstance(requests, Sequence) else map(drawn, requests)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

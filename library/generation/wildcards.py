@@ -6,15 +6,20 @@ count. The names of files may have folders before them: `__colors/autumn__`.
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from library.core.errors import ConfigError
 from library.core.keyed_random import keyed_random
 from library.core.text_files import read_text
+from library.generation.requests import PictureRequest, Request, taken_seed
 
 MARKER = re.compile(r"__([A-Za-z0-9][A-Za-z0-9_./ -]*?)__")
+PROMPT_FIELDS = ("prompt", "negative_prompt", "prompt2", "prompt_2")
+"""fields of requests that hold texts, as far as a request has them"""
 MOST_ROUNDS = 50
 """how deep wildcards may stand in each other"""
 LONGEST = 100_000
@@ -101,3 +106,29 @@ def _number(text: str) -> float | None:
 def _unquoted(text: str) -> str:
     text = text.strip()
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+
+
+# -- in requests -------------------------------------------------------------------------------------------------------
+
+
+def prompts_of(request: PictureRequest) -> dict[str, str]:
+    """The texts of a request that wildcards may stand in, by their fields."""
+    found = {name: getattr(request, name, None) for name in PROMPT_FIELDS}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def wildcard_problems(request: PictureRequest, folder: str) -> list[str]:
+    return [problem for text in prompts_of(request).values() for problem in Wildcards(folder).problems(text)]
+
+
+def with_drawn_words(requests: Iterable[Request], folder: str | None) -> Iterable[Request]:
+    """Requests whose wildcards are drawn, by their seeds. ConfigError; what is typed is drawn as it comes."""
+    if folder is None:
+        return requests
+
+    def drawn(request: Request) -> Request:
+        seed = taken_seed(request)
+        texts = {name: Wildcards(folder).expanded(text, seed, name) for name, text in prompts_of(request).items()}
+        return dataclasses.replace(request, seed=seed, **texts)
+
+    return list(map(drawn, requests)) if isinstance(requests, Sequence) else map(drawn, requests)

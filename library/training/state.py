@@ -175,7 +175,7 @@ def check_hook_weights(folder: Path, names: Iterable[str]) -> None:
     if unknown:
         raise ConfigError(
             f"--resume is {folder}, which holds weights of hooks that this run does not have (first: {unknown[0]});"
-            " resume with each --hook of the interrupted run"
+            " resume with each --hook of the interrupted run, and with --self_flow or --sra_enabled where it had one"
         )
 
 
@@ -295,7 +295,7 @@ def load_weights(run: Run, folder: Path) -> None:
     if unknown:
         raise CheckpointError(
             f"{path} holds weights of hooks that this run does not have (first: {unknown[0]}); resume with each --hook "
-            "of the interrupted run"
+            "of the interrupted run, and with --self_flow or --sra_enabled where it had one"
         )
     for prefix, module in modules.items():
         is_hook = prefix.startswith(HOOK_PREFIX)

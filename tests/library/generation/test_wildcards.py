@@ -11,8 +11,7 @@ import pytest
 from library.core.errors import ConfigError
 from library.generation.gen_img.options import GenerationPromptOptions
 from library.generation.requests import PictureRequest, SessionOptions
-from library.generation.script import wildcard_problems, with_drawn_words
-from library.generation.wildcards import Wildcards
+from library.generation.wildcards import Wildcards, wildcard_problems, with_drawn_words
 
 
 @pytest.fixture
