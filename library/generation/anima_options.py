@@ -9,8 +9,8 @@ from library.core.errors import ConfigError, problems_of
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_TOKENS, equivalent_option, option
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import ListedAdapterOptions
-from library.generation.latent_options import DitOptions, LatentPictureOptions
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
+from library.generation.latent_options import DitOptions, LatentPictureOptions
 from library.generation.preview_options import PreviewOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,

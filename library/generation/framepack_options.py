@@ -12,8 +12,8 @@ from library.core.options import LARGEST_STEPS, option, refused_option
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import MergedModelOptions
 from library.generation.framepack_requests import MAG_RATIOS, MagCacheSettings
-from library.generation.llama_clip_options import LlamaClipModelOptions
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
+from library.generation.llama_clip_options import LlamaClipModelOptions
 from library.generation.preview_options import PreviewOptions
 from library.generation.requests import SessionOptions, too_small_problems
 from library.generation.video_options import ClipOptions, CompileOptions, VideoAdapterOptions

@@ -10,8 +10,8 @@ from library.core.errors import ConfigError
 from library.core.options import LARGEST_STEPS, equivalent_option, option
 from library.core.plugins import PluginOptions
 from library.generation.adapter_files import MergedModelOptions
-from library.generation.llama_clip_options import LlamaClipModelOptions
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
+from library.generation.llama_clip_options import LlamaClipModelOptions
 from library.generation.preview_options import PreviewOptions
 from library.generation.requests import SessionOptions
 from library.generation.step_options import STEP_LINES, SamplerStepOptions

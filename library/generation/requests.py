@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from library.core.errors import ConfigError
 from library.core.options import option
 from library.generation.file_options import PictureFileOptions
-from library.generation.guidance_options import GUIDANCE_LINES, asks_guidance
+from library.generation.guidance_options import asks_guidance
 from library.training.sampling_prompts import DRAWN, LineOption, read_number, read_picture_side, read_seed, read_steps
 
 if TYPE_CHECKING:

@@ -14,9 +14,16 @@ from library.core.file_limits import name_length, name_limit
 from library.core.file_owners import clean_leftovers
 from library.core.options import Config
 from library.dataset import DatasetOptions
-from library.training.checkpoint import AVERAGED, CURVE_ENDINGS, DEFAULT_FORMAT, LAST_STEM, STATE_ENDING, CheckpointNames
-from library.training.own_hooks import companion_endings
+from library.training.checkpoint import (
+    AVERAGED,
+    CURVE_ENDINGS,
+    DEFAULT_FORMAT,
+    LAST_STEM,
+    STATE_ENDING,
+    CheckpointNames,
+)
 from library.training.option_groups import ResumeOptions, SavingOptions
+from library.training.own_hooks import companion_endings
 from library.training.state_files import LATEST, chosen_state
 from library.training.whole_models import side_endings
 

@@ -26,7 +26,6 @@ from library.training.option_groups import (
     SavingOptions,
     ValidationOptions,
 )
-
 from library.training.timestep_samplers.info_noise_options import InfoNoiseOptions
 
 if TYPE_CHECKING:

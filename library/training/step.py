@@ -23,7 +23,7 @@ from library.training.run import DiTOutput, Models, StepOutput
 if TYPE_CHECKING:
     from library.training.accelerator_setup import Runtime
     from library.training.hooks.base import Hook
-    from library.training.protocols import LossBody, Logs, SampleLoss, StepBody
+    from library.training.protocols import Logs, LossBody, SampleLoss, StepBody
     from library.training.timestep_samplers import TimestepSampler
     from library.training.trainables.base import Trainable
     from library.training.wiring.base import ModelFamily

@@ -31,8 +31,8 @@ from library.generation.gen_img.options import (
     GenerationSourceOptions,
 )
 from library.generation.gen_img.plan import ImageRequest, first_stage
-from library.generation.prompt_weighting import sub_prompts
 from library.generation.prompt_encoder import PromptEncoder, stacked
+from library.generation.prompt_weighting import sub_prompts
 from library.generation.sampling_utils import images_of
 from library.generation.unet_pipeline import UNetPipeline
 from library.generation.unet_sampling import (

@@ -46,8 +46,8 @@ from library.training.option_groups import ConsoleOptions
 from library.training.wiring.unet import about_slot, slot_problem
 
 if TYPE_CHECKING:
-    from library.generation.gen_img.plan import ImageRequest
     from library.generation.gen_img.batches import Made, PictureBatches
+    from library.generation.gen_img.plan import ImageRequest
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +94,8 @@ def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
     for line in start_notices(config):
         logger.info(line)
     from library.generation.attention import choose_attention
-    from library.generation.prompt_weighting import warn_of_signed_mean
     from library.generation.gen_img.batches import load_batches
+    from library.generation.prompt_weighting import warn_of_signed_mean
 
     warn_of_signed_mean(config[GenerationPromptOptions].emb_normalize_mode)
     maker = load_batches(config)

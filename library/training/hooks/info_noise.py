@@ -11,7 +11,7 @@ import torch
 
 from library.device_utils import to_device
 from library.training.hooks.base import Hook
-from library.training.timestep_samplers.info_noise import InfoNoise, info_noise_sampler, log_ratios, data_factor
+from library.training.timestep_samplers.info_noise import InfoNoise, data_factor, info_noise_sampler, log_ratios
 from library.training.timestep_samplers.info_noise_options import InfoNoiseOptions
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from library.attention import rope_cos_sin, riflex_frequencies
+from library.attention import riflex_frequencies, rope_cos_sin
 from library.core.keyed_random import key_seed
 from library.generation.sampling_utils import start_noise
 from library.generation.video_requests import VideoRequest
@@ -19,8 +19,7 @@ from library.wan_models import AttentionGuidance, WanCrossAttention, WanImageCro
 from tests.library.generation.test_guidance import ToyClips, _Denoiser
 from tests.library.test_hunyuan_video_inference import run as run_hunyuan
 from tests.library.test_hunyuan_video_inference import tiny as hunyuan  # noqa: F401
-from tests.library.test_wan_inference import latent, run
-from tests.library.test_wan_inference import i2v, picture, tiny  # noqa: F401
+from tests.library.test_wan_inference import i2v, latent, picture, run, tiny  # noqa: F401
 
 SHIFT = 3.0
 

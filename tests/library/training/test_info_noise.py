@@ -18,10 +18,10 @@ from library.training.timestep_samplers import TimestepOptions, build
 from library.training.timestep_samplers.info_noise import (
     InfoNoise,
     InfoNoiseSampler,
+    data_factor,
     info_noise_sampler,
     log_ratios,
     times_as_timesteps,
-    data_factor,
 )
 from library.training.timestep_samplers.info_noise_options import InfoNoiseOptions
 from library.wan_train_utils import OneSide

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from library.core.errors import ConfigError
+from library.training.show_timesteps import ManyDraws
 from library.training.timestep_samplers import TimestepOptions, build, idle, notices
 from library.training.timestep_samplers.baseline import sigmas_from_draws
 from library.training.timestep_samplers.laws import laws_of, sigmas_from_uniform
-from library.training.show_timesteps import ManyDraws
 
 NUM = 20_000
 GRID = [0.05, 0.2, 0.4, 0.6, 0.8, 0.95]
