@@ -99,6 +99,16 @@ def parse_json(
     return value
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`pairs_hook` of files in which a key that comes twice is a mistake."""
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"the key '{name}' is there twice in one object")
+        result[name] = value
+    return result
+
+
 def parse_toml(text: str, what: str, error: type[AtelierError] = ConfigError, *, hint: str = "") -> dict[str, Any]:
     """The table of a TOML text. Python's own reader where there is one (3.11): the toml package refuses arrays such as
     [1e-4, 0]."""

@@ -13,7 +13,7 @@ from typing import Any
 from voluptuous import InInvalid, Invalid, MultipleInvalid, RequiredFieldInvalid, TypeInvalid
 
 from library.core.errors import ConfigError, nearest_name
-from library.core.text_files import parse_json, parse_toml, read_text
+from library.core.text_files import parse_json, parse_toml, read_text, unique_keys
 from library.dataset import DatasetOptions
 from library.dataset.config_schema import (
     ALL_KINDS,
@@ -135,7 +135,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--dataset_config {path} ends in '{suffix}'; a .toml or .json file is needed")
     text = read_text(path, f"--dataset_config {path}")
     if suffix == ".json":
-        return parse_json(text, str(path), pairs_hook=_without_duplicates)
+        return parse_json(text, str(path), pairs_hook=unique_keys)
     return parse_toml(
         text, str(path), hint="; in TOML write Windows paths with / or in single quotes" if "\\" in text else ""
     )
@@ -162,15 +162,6 @@ def with_new_names(raw: Any, warnings: list[str]) -> Any:
     if isinstance(datasets, Mapping):
         return {**raw, "datasets": {name: renewed(found, f"datasets.{name}") for name, found in datasets.items()}}
     return raw
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"the key '{name}' is there twice in one object")
-        result[name] = value
-    return result
 
 
 class ConfigReader:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.core.errors import ConfigError, did_you_mean
-from library.core.text_files import parse_json
+from library.core.text_files import parse_json, unique_keys
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class TagsByCategory:
 def caption_of_json(text: str, path: str) -> str:
     """The raw caption in the text of a JSON file: the object in one line, "" when there is nothing in it. ConfigError
     with the path when it is none."""
-    values = parse_json(text, path)
+    values = parse_json(text, path, pairs_hook=unique_keys)
     if not isinstance(values, dict):
         raise ConfigError(f'{path} is no caption; needed: an object such as {{"tags": ["hat"], "nl": "A hat."}}')
     known = (*FIXED, *FREE, PROSE)

@@ -278,3 +278,21 @@ def test_weights_of_samples_hold_for_what_is_told_of_the_teacher(tinies: Tinies,
         for weight in (1.0, 0.5)
     )
     assert float(half) == pytest.approx(float(whole) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", [
+    "flux", "wan", *(pytest.param(name, marks=pytest.mark.full) for name in (
+        "chroma", "sd3", "lumina", "anima", "hunyuan_image", "hunyuan_video", "framepack",
+    )),
+])  # fmt: skip
+def test_blocks_that_a_model_does_not_have_are_told_before_it_is_loaded(
+    tinies: Tinies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, family: str
+) -> None:
+    work = tinies.work(family, tmp_path)
+    told = refused_run(family, work.argv("out", *SRA, "--sra_block=99"), monkeypatch, capsys)
+    assert "--sra_block is 99; the model has" in told
+    if family != "chroma":
+        words = ("--self_flow", "--teacher_feature_layer=99")
+        assert "must be the later one" in refused_run(family, work.argv("out", *words), monkeypatch, capsys)
+    run = work.prepare("out")
+    assert run.family.num_blocks == run.models.denoiser.depth

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from library.core.errors import AtelierError
 from library.core.registry import import_target
 from library.training.alignment.options import LeapOptions, SelfFlowOptions, SraOptions
 
 if TYPE_CHECKING:
     from library.core.options import Config
     from library.training.hooks.base import Hook
+    from library.training.wiring.base import ModelFamily
 
-__all__ = ["LeapOptions", "SelfFlowOptions", "SraOptions", "alignment_hooks"]
+__all__ = ["LeapOptions", "SelfFlowOptions", "SraOptions", "alignment_hooks", "depth_of"]
 
 HOOKS = {
     "self_flow": (SelfFlowOptions, "library.training.alignment.self_flow:SelfFlow"),
@@ -20,6 +22,14 @@ HOOKS = {
     "leap_enabled": (LeapOptions, "library.training.alignment.leap:Leap"),
 }
 """switch -> its group of options, and the hook"""
+
+
+def depth_of(family: ModelFamily) -> int | None:
+    """The blocks of a family's denoiser, from its file; None where that cannot be read, which the family tells."""
+    try:
+        return family.num_blocks
+    except (AtelierError, OSError, TypeError):
+        return None
 
 
 def alignment_hooks(config: Config) -> list[Hook]:

@@ -14,6 +14,7 @@ from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.keyed_random import StepDraws, isolated_rng, key_seed
 from library.device_utils import to_device
 from library.safetensors_utils import load_safetensors, save_file_atomic
+from library.training.alignment import depth_of
 from library.training.alignment.options import DECAYS, SelfFlowOptions
 from library.training.averaging import WeightAverage
 from library.training.hooks.base import Hook
@@ -120,9 +121,12 @@ class SelfFlow(Hook):
         written = config[EmaOptions].ema_decay if "ema_decay" in config.explicit else DEFAULT_DECAY
         self.ema_decay = written if decay is None else decay
         self.teacher = WeightAverage(trainable.modules, what="the teacher of Self-Flow")
+        depth = depth_of(family)
+        if depth is not None:
+            self.choose_layers(depth)
 
-    def on_transformer_loaded(self, denoiser: torch.nn.Module) -> None:
-        depth, width = denoiser.depth, denoiser.feature_width
+    def choose_layers(self, depth: int) -> None:
+        """ConfigError when the model has no such blocks, or the teacher's is not the later one."""
         student, teacher = self.opts.student_feature_layer, self.opts.teacher_feature_layer
         student = int(0.3 * depth) if student is None else student
         teacher = min(depth - 1, int(0.7 * depth)) if teacher is None else teacher
@@ -133,6 +137,10 @@ class SelfFlow(Hook):
                 " the teacher's must be the later one"
             )
         self.layers = student, teacher
+
+    def on_transformer_loaded(self, denoiser: torch.nn.Module) -> None:
+        self.choose_layers(denoiser.depth)
+        width = denoiser.feature_width
         with isolated_rng(key_seed(0, "self flow head")):  # alike on all ranks
             self.head = head_of(self.opts.self_flow_head, width)
         if self.opts.network_weights_proj is not None:

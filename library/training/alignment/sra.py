@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from library.core.errors import ConfigError, Problems
 from library.core.keyed_random import isolated_rng, key_seed
+from library.training.alignment import depth_of
 from library.training.alignment.options import SraOptions
 from library.training.hooks.base import Hook
 
@@ -99,12 +100,18 @@ class Sra(Hook):
         problems.raise_if_any()
         latents = family.record.latents
         self.patch, self.values = latents.patch, latents.channels * latents.patch**2
+        depth = depth_of(family)
+        if depth is not None:
+            self.choose_block(depth)
 
-    def on_transformer_loaded(self, denoiser: torch.nn.Module) -> None:
-        depth = denoiser.depth
+    def choose_block(self, depth: int) -> None:
+        """ConfigError when the model has no such block."""
         self.block = min(DEFAULT_BLOCK, depth // 2) if self.opts.sra_block is None else self.opts.sra_block
         if self.block >= depth:
             raise ConfigError(f"--sra_block is {self.block}; the model has {depth} blocks, 0 to {depth - 1}")
+
+    def on_transformer_loaded(self, denoiser: torch.nn.Module) -> None:
+        self.choose_block(denoiser.depth)
         with isolated_rng(key_seed(0, "sra reader")):  # alike on all ranks
             self.reader = reader_of(denoiser.feature_width, self.values)
 

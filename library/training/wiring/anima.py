@@ -231,6 +231,10 @@ class AnimaFamily(FlowFamily):
     def _vae_path(self) -> str | None:
         return self.config[ModelOptions].vae
 
+    @property
+    def num_blocks(self) -> int:
+        return self._denoiser_info.params.num_blocks
+
     @cached_property
     def _denoiser_info(self) -> AnimaInfo:
         from library.anima_utils import inspect_anima

@@ -563,6 +563,11 @@ class FlowFamily(ModelFamily):
         except CheckpointError as error:
             return [*found, str(error)]
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that `feature_layer` counts, from the header of the denoiser's file. CheckpointError."""
+        raise UnsupportedCombination(f"{self.name} does not tell how many blocks its file has")
+
     def save_model(
         self, models: Models, path: str, dtype: torch.dtype | None, metadata: dict[str, str],
         parts: Collection[str] = DENOISER,

@@ -249,6 +249,11 @@ class FluxFamily(FlowFamily):
     def _denoiser_path(self) -> str | None:
         return self.config[ModelOptions].pretrained_model_name_or_path
 
+    @property
+    def num_blocks(self) -> int:
+        params = self._denoiser_info.params
+        return params.depth + params.depth_single_blocks
+
     @cached_property
     def _denoiser_info(self) -> FlowModelInfo:
         from library.flux_utils import inspect_flow_model

@@ -100,6 +100,11 @@ class FramePackFamily(LlamaClipFamily):
             *without_effect([] if reads else ["guidance_scale"], "this file is of a model without embedded guidance"),
         ]
 
+    @property
+    def num_blocks(self) -> int:
+        params = self._denoiser_info.params
+        return params.num_layers + params.num_single_layers
+
     @cached_property
     def _denoiser_info(self) -> DenoiserInfo:
         from library.framepack_utils import inspect_framepack

@@ -168,6 +168,11 @@ class HunyuanImageFamily(FlowFamily):
     def _vae_path(self) -> str | None:
         return self.config[ModelOptions].vae
 
+    @property
+    def num_blocks(self) -> int:
+        params = self._denoiser_info.params
+        return params.depth + params.depth_single
+
     @cached_property
     def _denoiser_info(self) -> DenoiserInfo:
         from library.hunyuan_image_utils import inspect_hunyuan_image

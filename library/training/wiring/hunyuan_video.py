@@ -87,6 +87,11 @@ class HunyuanVideoFamily(LlamaClipFamily):
         reason = "only distilled models have embedded guidance, and this file is none"
         return [*super().idle(), *without_effect(unread, reason)]
 
+    @property
+    def num_blocks(self) -> int:
+        params = self._denoiser_info.params
+        return params.depth + params.depth_single
+
     @cached_property
     def _denoiser_info(self) -> DenoiserInfo:
         from library.hunyuan_video_utils import inspect_hunyuan_video

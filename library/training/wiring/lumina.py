@@ -171,6 +171,10 @@ class LuminaFamily(FlowFamily):
     def _ae_path(self) -> str | None:
         return self.opts.ae or self._denoiser_path
 
+    @property
+    def num_blocks(self) -> int:
+        return self._denoiser_info.params.n_layers
+
     @cached_property
     def _denoiser_info(self) -> LuminaInfo:
         from library.lumina_utils import inspect_lumina

@@ -161,6 +161,10 @@ class Sd3Family(FlowFamily):
     def has_t5(self) -> bool:
         return "t5xxl" in self._paths
 
+    @property
+    def num_blocks(self) -> int:
+        return self.info.params.depth
+
     @cached_property
     def info(self) -> Sd3Info:
         from library.sd3_utils import inspect_sd3

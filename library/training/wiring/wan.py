@@ -188,6 +188,10 @@ class WanFamily(VideoFamily):
             self.opts.t5_tokenizer, self.config[ModelOptions].tokenizer_cache_dir, self.opts.t5
         )
 
+    @property
+    def num_blocks(self) -> int:
+        return self._denoiser_info.params.num_layers
+
     @cached_property
     def _denoiser_info(self) -> DenoiserInfo:
         from library.wan_utils import inspect_wan

@@ -101,6 +101,7 @@ def test_where_captions_lie(tmp_path):
 
 @pytest.mark.parametrize("text, told", [
     ("{", "a.json"), ("[1]", "is no caption; needed: an object"), ('{"tags": {"a": 1}}', "has the entry tags"),
+    ('{"tags": "a", "tags": "b"}', "the key 'tags' is there twice"),
     ('{"nl": true}', "has the entry nl true; needed: a text or a list of texts"),
 ])  # fmt: skip
 def test_what_is_no_caption_is_an_error(tmp_path, text, told):
