@@ -25,6 +25,10 @@ def numbered(name: str, number: int) -> str:
     return name if number == 0 else f"{name}_{number}"
 
 
+PRESERVED = "diff_output_preservation"
+"""attribute of subsets whose samples learn to keep what the untouched model predicts"""
+
+
 @dataclass
 class Batch:
     """One micro-batch of one rank, B samples of one bucket. B may be 0 (see BatchRequest).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -16,6 +16,7 @@ from library.core.errors import ConfigError
 from library.core.options import Config
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
+from library.dataset.batch import PRESERVED
 from library.dataset.bucket import BucketSelector
 from library.dataset.build import build_dataset_groups
 from library.dataset.cache_index import CacheIndex
@@ -30,7 +31,9 @@ from library.training.option_groups import LoopOptions
 
 if TYPE_CHECKING:
     from library.families.latents import SideLimit
+    from library.training.hooks.base import Hook
     from library.training.protocols import BatchSource
+    from library.training.trainables.base import Trainable
     from library.training.wiring.base import ModelFamily
 
 Loaded = TypeVar("Loaded")
@@ -125,6 +128,14 @@ def side_problems(found: FoundData, limit: SideLimit | None) -> list[str]:
             problem = limit.problem(*size, what, "a lower resolution or max_bucket_reso")
             problems += [problem] if problem else []
     return problems
+
+
+def preserving_problems(found: FoundData, parts: Iterable[Trainable | Hook]) -> list[str]:
+    """Why samples cannot keep what the untouched model predicts, where a subset asks for that."""
+    datasets = found.blueprint.datasets if found.blueprint is not None else ()
+    asked = any(subset.custom_attributes.get(PRESERVED) for params in datasets for subset in params.subsets)
+    reasons = [part.without_untouched for part in parts if part.without_untouched] if asked else []
+    return [f"{PRESERVED} in the dataset configuration {reason}" for reason in reasons]
 
 
 def group_data(config: Config, found: FoundData, architecture: DataArchitecture, seed: int) -> DataGroups:

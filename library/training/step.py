@@ -12,7 +12,7 @@ import torch
 
 from library.core.errors import ConfigError, TrainingError
 from library.core.keyed_random import NOISE, StepDraws, key_seed
-from library.dataset.batch import Batch, conditioning_rows
+from library.dataset.batch import PRESERVED, Batch, conditioning_rows
 from library.dataset.latent_cache import bucket_of
 from library.dataset.strategies import Conditioning, StrategySet
 from library.device_utils import to_device
@@ -213,9 +213,7 @@ class TrainStep:
     ) -> DiTOutput:
         """Samples marked `diff_output_preservation` learn to keep what the untouched model predicts: denoiser and text
         encoders without what was learned. Only these samples go through it."""
-        marked = [
-            i for i, attributes in enumerate(batch.custom_attributes) if attributes.get("diff_output_preservation")
-        ]
+        marked = [i for i, attributes in enumerate(batch.custom_attributes) if attributes.get(PRESERVED)]
         if not marked:
             return output
         rows = torch.tensor(marked)

@@ -42,6 +42,7 @@ from library.training.data_phase import (
     group_data,
     lacking_problems,
     prepare_text,
+    preserving_problems,
     side_problems,
 )
 from library.training.earlier_runs import clean_up, final_file, keep_earlier_files
@@ -303,7 +304,8 @@ class Trainer:
             too_large = side_problems(found, self.family.side_limit()) if found is not None else []
         except (CheckpointError, OSError):  # the family's check has told of the file
             too_large = []
-        for message in too_large:
+        preserving = preserving_problems(found, [self.trainable, *self.added_hooks]) if found is not None else []
+        for message in (*too_large, *preserving):
             problems.add(message)
         problems.raise_if_any()
         sampling = self.config[SamplingOptions]

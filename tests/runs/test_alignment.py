@@ -296,3 +296,16 @@ def test_blocks_that_a_model_does_not_have_are_told_before_it_is_loaded(
         assert "must be the later one" in refused_run(family, work.argv("out", *words), monkeypatch, capsys)
     run = work.prepare("out")
     assert run.family.num_blocks == run.models.denoiser.depth
+
+
+def test_samples_that_keep_what_the_untouched_model_predicts_are_refused_at_once_where_there_is_none(
+    tinies: Tinies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    work = tinies.work("flux", tmp_path)
+    data = work.dataset(subset_keys="custom_attributes = {diff_output_preservation = true}")
+    told = refused_run("flux", work.argv("out", *LEAP, dataset=data), monkeypatch, capsys)
+    assert "diff_output_preservation in the dataset configuration needs a prediction at one noise level" in told
+    words = [word for word in work.argv("whole", dataset=data) if not word.startswith("--network_")]
+    with pytest.raises(ConfigError, match="not kept where the whole model learns"):
+        cli.run("flux", "full", words)
+    work.train("self_flow", *SELF_FLOW, "--max_train_steps=1", dataset=data)

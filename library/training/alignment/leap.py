@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from library.core.errors import Problems, UnsupportedCombination
+from library.dataset.batch import PRESERVED
 from library.training.alignment.options import LeapOptions
 from library.training.hooks.base import Hook
 from library.training.loss_weights import LossWeightOptions
@@ -118,6 +119,9 @@ class Leap(Hook):
     """Takes such steps in the place of the usual ones in a drawn share of the optimizer steps."""
 
     told_as = "--leap_enabled"
+    without_untouched = (
+        "needs a prediction at one noise level, and --leap_enabled compares what several reach; take one of them out"
+    )
 
     def __init__(self, options: LeapOptions | None = None) -> None:
         """Without `options` they are those of the run."""
@@ -168,10 +172,8 @@ class Leap(Hook):
         draws, batch = step.begin(batch), step.with_latents(batch)
         latents = step.latents_of(batch)
         noise = step.noise_of(latents, draws) if batch.noise is None else batch.noise.view_as(latents)
-        if any(attributes.get("diff_output_preservation") for attributes in batch.custom_attributes):
-            raise UnsupportedCombination(
-                "--leap_enabled cannot keep what the untouched model predicts (diff_output_preservation)"
-            )
+        if any(attributes.get(PRESERVED) for attributes in batch.custom_attributes):  # of a dataset class of one's own
+            raise UnsupportedCombination(f"{PRESERVED} in the dataset configuration {self.without_untouched}")
 
         def noised(levels: Tensor) -> NoisyLatents:
             return step.objective.corrupt(latents, noise, levels, draws)

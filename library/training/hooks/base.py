@@ -38,6 +38,8 @@ class Hook:
     """names its part of a state; its class's name when empty"""
     told_as: ClassVar[str] = ""
     """the option that switches it on, for messages; its class's name when empty"""
+    without_untouched: ClassVar[str] = ""
+    """why there is no prediction of the untouched model to keep (`diff_output_preservation`); empty where there is"""
     companions: ClassVar[tuple[str, ...]] = ()
     """endings of the files that it writes beside each model file: `-ema` for `<name>-ema.safetensors`. See
     `save_companion`"""

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 class Trainable(ABC):
     """Owns the trained parameters. Made before any model is loaded; `attach` binds it to the loaded models."""
 
+    without_untouched: ClassVar[str] = ""
+    """why there is no prediction of the untouched model to keep (`diff_output_preservation`); empty where there is"""
+
     name: ClassVar[str]
     options: ClassVar[type]
     ignored: ClassVar[Mapping[str, str]] = {}

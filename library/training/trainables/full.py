@@ -14,6 +14,7 @@ from library.core.errors import ConfigError, Problems, TrainingError
 from library.core.learning_rates import Rates, parse_rates, rate_groups
 from library.core.options import Config, Ignored, without_effect
 from library.dataset import CachingOptions
+from library.dataset.batch import PRESERVED
 from library.families.registry import record_of
 from library.training.checkpoint import FOLDER_FORMATS, side_name
 from library.training.computing_options import PrecisionOptions
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
 
 class FullTrainable(WeightsTrainable):
     """All weights of the denoiser, and with --train_text_encoder those of the text encoders."""
+
+    without_untouched = (
+        "needs the model as it was before training, which is not kept where the whole model learns; take it out, or train"
+        " an adapter"
+    )
 
     name, options, script = "full", WholeModelOptions, "train"
     keeps_text_still = "leave out --train_text_encoder"
@@ -221,10 +227,7 @@ class FullTrainable(WeightsTrainable):
 
     @contextmanager
     def disabled(self):
-        raise TrainingError(
-            "diff_output_preservation in the dataset configuration needs the model as it was before training, which is"
-            " not kept where the whole model learns; take it out, or train an adapter"
-        )
+        raise TrainingError(f"{PRESERVED} in the dataset configuration {self.without_untouched}")
         yield
 
     def hooks(self) -> list[Hook]:
