@@ -7,6 +7,7 @@ which matrices keep as means of rows and columns, then clipped to a root mean sq
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ MULTIPLIERS = (10368889, 6204021)
 """of the number of a weight and of the step, which spread these evenly over PARTS; rounding takes them for chances"""
 
 
-class _SignOptimizer(torch.optim.Optimizer):
+class _SignOptimizer(torch.optim.Optimizer, ABC):
     """What both have in common; a subclass keeps the rates."""
 
     def __init__(
@@ -69,12 +70,12 @@ class _SignOptimizer(torch.optim.Optimizer):
             update = update + group["weight_decay"] * p
         p.sub_((rate * update).to(p.dtype))
 
+    @abstractmethod
     def _moved_rate(
         self, p: torch.Tensor, start: float, kept: torch.Tensor, group: dict[str, Any], state: dict[str, Any]
     ) -> torch.Tensor:
         """The rate of this step, of the shape of `p` or of no axis, after `kept` has moved it; it is kept in
         `state`."""
-        raise NotImplementedError
 
     def group_rate(self, group: dict[str, Any]) -> float:
         """The mean rate of a group's first parameter that has one, for the log."""
@@ -83,8 +84,9 @@ class _SignOptimizer(torch.optim.Optimizer):
                 return float(self._rate(self.state[p], group).mean())
         return float(group["lr"] if group["lr"] <= group["max_lr"] else START)
 
+    @abstractmethod
     def _rate(self, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
-        raise NotImplementedError
+        """The rate that is kept in `state`."""
 
 
 class Automagic(_SignOptimizer):
