@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from library.core.courses import Course
 from library.core.errors import ConfigError
 from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, ignored_option, option
 from library.families.chroma import FAMILY
@@ -128,10 +129,10 @@ class ChromaFamily(FluxFamily):
 
     def _velocity(
         self, denoiser: torch.nn.Module, sample: NoisyLatents, conditioning: Conditioning, **inputs: object
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> Course:
         from library.chroma_train_utils import predict_velocity
 
-        return predict_velocity(denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
+        return predict_velocity.course(denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
 
     def pipeline_settings(self) -> Mapping[str, object]:
         return {}

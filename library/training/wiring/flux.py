@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
+from library.core.courses import Course, course
 from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, without_effect
 from library.families.flux import FAMILY
@@ -350,13 +351,14 @@ class FluxFamily(FlowFamily):
             weigh=is_scaled
         )
 
+    @course
     def predict(
         self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
         from library.training.objective import clean_estimate
         from library.training.run import DiTOutput
 
-        velocity = self._velocity(models.denoiser, sample, conditioning, **inputs)
+        velocity = yield from self._velocity(models.denoiser, sample, conditioning, **inputs)
         prediction, extra = self.with_side_outputs(velocity)
         if self.opts.model_prediction_type == "sigma_scaled":
             prediction = clean_estimate(prediction.float(), sample.noisy_latents, sample.sigmas)
@@ -364,11 +366,11 @@ class FluxFamily(FlowFamily):
 
     def _velocity(
         self, denoiser: torch.nn.Module, sample: NoisyLatents, conditioning: Conditioning, **inputs: object
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> Course:
         """What the denoiser predicts, with its side outputs where `inputs` ask for them."""
         from library.flux_train_utils import predict_velocity
 
-        return predict_velocity(
+        return predict_velocity.course(
             denoiser, sample.noisy_latents, sample.timesteps, conditioning,
             guidance=self.opts.guidance_scale, use_t5_mask=self.masks_text, **inputs,
         )

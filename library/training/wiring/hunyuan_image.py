@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from library.core.courses import course
 from library.core.errors import Problems
 from library.core.options import Ignored, option, without_effect
 from library.families.hunyuan_image import FAMILY
@@ -250,6 +251,7 @@ class HunyuanImageFamily(FlowFamily):
             self.config[TimestepOptions], self.config[NoiseOptions], target=target, weigh=is_scaled
         )
 
+    @course
     def predict(
         self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
@@ -257,7 +259,7 @@ class HunyuanImageFamily(FlowFamily):
         from library.training.objective import clean_estimate
         from library.training.run import DiTOutput
 
-        prediction = predict_velocity(
+        prediction = yield from predict_velocity.course(
             models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, guidance=self.opts.guidance_scale,
             **inputs,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from library.core.courses import course
 from library.core.errors import Problems
 from library.core.options import LARGEST_BATCH, LARGEST_TOKENS, option, refused_option
 from library.dataset import DatasetOptions
@@ -252,6 +253,7 @@ class LuminaFamily(FlowFamily):
             target="latents" if is_scaled else "reverse_velocity", weigh=is_scaled,
         )  # fmt: skip
 
+    @course
     def predict(
         self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
@@ -259,7 +261,8 @@ class LuminaFamily(FlowFamily):
         from library.training.objective import clean_estimate
         from library.training.run import DiTOutput
 
-        prediction = predict_velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
+        given = (models.denoiser, sample.noisy_latents, sample.timesteps, conditioning)
+        prediction = yield from predict_velocity.course(*given, **inputs)
         prediction, extra = self.with_side_outputs(prediction)
         if self.opts.model_prediction_type == "sigma_scaled":
             prediction = clean_estimate(-prediction.float(), sample.noisy_latents, sample.sigmas)
