@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from library.components.attention_backends import KERNELS, by_sample
+from library.components.attention_backends import END_TO_END, KERNELS, by_sample
 from library.components.packed_tokens import SampleVectors, Segments
 from library.core.attention_modes import AttentionChoice
 
@@ -27,6 +27,9 @@ def scaled_attention(
     Query and key may come in float32 (from norms and rotations); they are rounded to the type of `value` here.
     """
     if isinstance(key_mask, Segments):
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if choice.mode in END_TO_END and not choice.split and not key_mask.has_masks:
+            return key_mask.attend_at_once(END_TO_END[choice.mode], query, key, value)
         return key_mask.attend(functools.partial(scaled_attention, choice=choice), query, key, value)
     mask = None if key_mask is None else key_mask.bool()
     states, kernel = (query.to(value.dtype), key.to(value.dtype), value), KERNELS[choice.mode]

@@ -7,6 +7,7 @@ tensors that the part alone would have.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from library.device_utils import to_device
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """attention of [B, heads, L, D], keys and values of them and a mask of keys -> [B, L, heads * D]"""
@@ -104,6 +107,45 @@ class Segments:
         pieces = [part.split([piece.tokens for piece in own], dim=1) for part, own in zip(made, self.queries)]
         rows = [part.flatten(0, 1) for stream in zip(*pieces) for part in stream]
         return torch.cat(rows).unsqueeze(0)
+
+
+    @property
+    def has_masks(self) -> bool:
+        return any(mask is not None for mask in self.masks)
+
+    def attend_at_once(self, call: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same in one call, `call(query, key, value, ends of queries, ends of keys, most queries, most keys)` with
+        [tokens, heads, D]; for parts without masks."""
+        device = query.device
+        query_places, key_places = _places(self.queries, device), _places(self.keys, device)
+        ordered = [
+            states[0].transpose(0, 1).index_select(0, places)  # [all, heads, D], sample after sample
+            for states, places in ((query, query_places), (key, key_places), (value, key_places))
+        ]
+        ends, lengths = zip(*(_ends(pieces, device) for pieces in (self.queries, self.keys)))
+        attended = call(*ordered, *ends, *lengths).flatten(1)
+        back = torch.empty_like(query_places)
+        back[query_places] = torch.arange(len(back), device=device)
+        return attended.index_select(0, back).unsqueeze(0)
+
+
+def _places(parts: Sequence[Sequence[Piece]], device: torch.device) -> Tensor:
+    """Where in the row each token lies, sample after sample."""
+    found = []
+    for pieces in parts:
+        of_part = [
+            torch.arange(start, start + samples * tokens, device=device).view(samples, tokens)
+            for start, samples, tokens in pieces
+        ]
+        found.append(torch.cat(of_part, dim=1).flatten())
+    return torch.cat(found)
+
+
+def _ends(parts: Sequence[Sequence[Piece]], device: torch.device) -> tuple[Tensor, int]:
+    """(where the tokens of each sample end, from 0 on, int32; the most of one)"""
+    lengths = [sum(piece.tokens for piece in pieces) for pieces in parts for _ in range(pieces[0].samples)]
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return to_device(ends, device), max(lengths)
 
 
 def cut(states: Tensor, pieces: Sequence[Piece]) -> Tensor:

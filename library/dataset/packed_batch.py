@@ -29,12 +29,34 @@ class PackedBatch:
 
     @property
     def image_keys(self) -> list[str]:
-        """Files, for messages."""
-        return [key for part in self.parts for key in part.image_keys]
+        """Files, for messages; of all parts, as the fields below."""
+        return self._listed("image_keys")
 
     @property
     def captions(self) -> list[str]:
-        return [caption for part in self.parts for caption in part.captions]
+        return self._listed("captions")
+
+    @property
+    def are_reg(self) -> list[bool]:
+        return [value for part in self.parts for value in part.are_reg or [False] * len(part)]
+
+    @property
+    def custom_attributes(self) -> list[dict[str, object]]:
+        return self._listed("custom_attributes")
+
+    @property
+    def loss_weights(self) -> torch.Tensor:  # [B] float32
+        return self._joined("loss_weights")
+
+    @property
+    def network_multipliers(self) -> torch.Tensor:  # [B] float32
+        return self._joined("network_multipliers")
+
+    def _listed(self, name: str) -> list:
+        return [value for part in self.parts for value in getattr(part, name)]
+
+    def _joined(self, name: str) -> torch.Tensor:
+        return torch.cat([getattr(part, name) for part in self.parts]) if self.parts else torch.zeros(0)
 
     def with_parts(self, change: Callable[[Batch], Batch]) -> PackedBatch:
         """A pack with its parts changed."""

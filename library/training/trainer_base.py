@@ -60,6 +60,7 @@ from library.training.optimizers import OptimizerOptions
 from library.training.optimizers.host_states import keep_on_host
 from library.training.option_groups import LoopOptions, ResumeOptions, SamplingOptions, SavingOptions
 from library.training.own_hooks import make_hooks, names_never_called
+from library.training.packing_options import check_packing, packing_of
 from library.training.progress import Progress
 from library.training.prompt_files import check_files
 from library.training.run import Models, Run
@@ -294,6 +295,7 @@ class Trainer:
             problems.add(message)
         problems.attempt(lambda: check_replacements(self.added_hooks))
         problems.attempt(lambda: info_noise_options.check_hooks(self.config, self.added_hooks))
+        problems.attempt(lambda: check_packing(self.config, self.family, self.trainable, self.added_hooks))
         for hook in self.added_hooks:
             problems.attempt(lambda hook=hook: hook.check(self.config, self.family, self.trainable))
             for line in names_never_called(type(hook)) if is_main_process() else ():
@@ -345,6 +347,8 @@ class Trainer:
         strategies.mark_text_models(self.trainable.transform_identity(self.family))
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
+        if packing := packing_of(self.config):
+            data.train.set_packing(packing)
         self.trainable.prepare_data(data)
         for group in data.groups:
             strategies.latents_caching.check_pictures(group.items)

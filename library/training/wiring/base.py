@@ -176,6 +176,12 @@ class ModelFamily(ABC):
     """whether `predict` takes times per token"""
 
     @property
+    def packs(self) -> bool:
+        """Whether samples of several sizes can go through the denoiser together: `predict` is a course then, as the
+        forward of the denoiser is."""
+        return hasattr(self.predict, "course")
+
+    @property
     def splits_levels(self) -> bool:
         """Whether weights change places at a noise level, so that a backward pass must not go through forwards on both
         sides of it."""
