@@ -28,6 +28,7 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
+from library.generation.speed_options import SpeedOptions
 from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption, read_not_negative
@@ -138,8 +139,8 @@ class PromptOptions:
 
 
 GROUPS = (
-    PluginOptions, InferenceModelOptions, EmbeddingOptions, PromptOptions, SamplerStepOptions, GuidanceOptions,
-    PreviewOptions, SessionOptions, ConsoleOptions,
+    PluginOptions, InferenceModelOptions, SpeedOptions, EmbeddingOptions, PromptOptions, SamplerStepOptions,
+    GuidanceOptions, PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 
