@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from library.core.errors import ConfigError, Problems
 from library.core.options import (
@@ -43,6 +44,8 @@ MODEL_TYPES = ("flux", "chroma")
 class InferenceModelOptions:
     """Models"""
 
+    format_options: ClassVar[tuple[str, ...]] = ("flux_dtype", "dtype")
+    """see `speed_options.denoiser_format`"""
     ckpt_path: str | None = option(None, help="file or diffusers folder of the FLUX.1 denoiser")
     model_type: str = option("flux", help="flux, or chroma, a variant with options of its own", choices=MODEL_TYPES)
     clip_l: str | None = option(None, help="file of the CLIP-L text encoder")

@@ -28,7 +28,7 @@ def speed_notices(config: Config) -> list[str]:
 def _without_fp16_sums(config: Config) -> list[str]:
     if not speed_of(config).fp16_accumulation:
         return []
-    told, computed = "--fp16_accumulation has no effect", denoiser_format(config.values())
+    told, computed = "--fp16_accumulation has no effect", denoiser_format(config)
     if (lack := fp16_sums_lack(device_of(config))) is not None:
         return [f"{told}: {lack}"]
     if computed.name != "float16":

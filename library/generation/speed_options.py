@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from library.core.options import Config, option
 from library.generation.requests import DTYPE_NAMES
 
-FORMATS = ("dit_dtype", "flux_dtype", "dtype")
-"""options that say the number format of a denoiser; scripts that have none of them have --fp16 and --bf16"""
+FORMATS = ("dit_dtype", "dtype")
+"""options that say the number format of a denoiser, the first that is given counts, unless a group of the script has
+others as `format_options`; scripts without one have --fp16 and --bf16"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +38,11 @@ class Format:
     asking: str
 
 
-def denoiser_format(values: Mapping[str, Any]) -> Format:
-    """By the values of all options of a script. Weights of 8 bits compute in bfloat16."""
-    for option_name in FORMATS:
+def denoiser_format(config: Config) -> Format:
+    """By the options of a script. Weights of 8 bits compute in bfloat16."""
+    values = config.values()
+    own = (group.format_options for group in config.classes() if hasattr(group, "format_options"))
+    for option_name in next(own, FORMATS):
         if (value := values.get(option_name)) is not None:
             name = DTYPE_NAMES.get(str(value).lower(), str(value))
             name = "bfloat16" if name.startswith("float8") else name
