@@ -105,6 +105,27 @@ def _devices() -> list[str]:
     return [*numbered, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 
+FP16_SUMS = "allow_fp16_accumulation"
+"""of torch.backends.cuda.matmul, from PyTorch 2.7 on"""
+
+
+def sum_in_fp16(wanted: bool) -> None:
+    """Whether NVIDIA GPUs add up products of float16 in float16 from now on; a setting of the process, which an earlier
+    run may have left."""
+    if hasattr(torch.backends.cuda.matmul, FP16_SUMS):
+        setattr(torch.backends.cuda.matmul, FP16_SUMS, wanted)
+
+
+def fp16_sums_lack(device: torch.device | str) -> str | None:
+    """Why --fp16_accumulation has no effect on a device, in words, or None."""
+    kind = torch.device(device).type
+    if kind != "cuda":
+        return f"the device is {kind}, and only GPUs can add up in float16"
+    if not hasattr(torch.backends.cuda.matmul, FP16_SUMS):
+        return f"PyTorch is {torch.__version__}; needed: 2.7 or later"
+    return None
+
+
 def clean_memory_on_device(device: torch.device | str | None = None) -> None:
     """Release what the allocator of the device (default: the preferred one) holds unused, after a collection: model
     classes have reference cycles, which live until then."""

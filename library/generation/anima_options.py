@@ -19,6 +19,7 @@ from library.generation.requests import (
     guidance_letters,
     too_small_problems,
 )
+from library.generation.speed_options import SpeedOptions
 from library.generation.step_options import STEP_LINES, StepOptions
 from library.training.inference_samplers import FLOW_SAMPLER_NAMES, SAMPLER_HELP, check_flow_sampler
 from library.training.option_groups import ConsoleOptions
@@ -88,8 +89,8 @@ class AnimaPromptOptions(LatentPictureOptions):
 
 
 GROUPS = (
-    PluginOptions, AnimaModelOptions, ListedAdapterOptions, AnimaPromptOptions, StepOptions, GuidanceOptions,
-    PreviewOptions, SessionOptions, ConsoleOptions,
+    PluginOptions, AnimaModelOptions, SpeedOptions, ListedAdapterOptions, AnimaPromptOptions, StepOptions,
+    GuidanceOptions, PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 

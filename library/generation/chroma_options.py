@@ -18,6 +18,7 @@ from library.generation.requests import (
     guidance_letters,
     request_of,
 )
+from library.generation.speed_options import SpeedOptions
 from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import LineOption, read_number
@@ -69,9 +70,8 @@ class ChromaPromptOptions(PromptOptions):
 
 
 GROUPS = (
-    PluginOptions, ChromaModelOptions, ChromaPromptOptions, SamplerStepOptions, GuidanceOptions, PreviewOptions,
-    SessionOptions,
-    ConsoleOptions,
+    PluginOptions, ChromaModelOptions, SpeedOptions, ChromaPromptOptions, SamplerStepOptions, GuidanceOptions,
+    PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from library.core.errors import ConfigError, Problems
 from library.core.options import (
@@ -28,6 +29,7 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
+from library.generation.speed_options import SpeedOptions
 from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption, read_not_negative
@@ -42,6 +44,8 @@ MODEL_TYPES = ("flux", "chroma")
 class InferenceModelOptions:
     """Models"""
 
+    format_options: ClassVar[tuple[str, ...]] = ("flux_dtype", "dtype")
+    """see `speed_options.denoiser_format`"""
     ckpt_path: str | None = option(None, help="file or diffusers folder of the FLUX.1 denoiser")
     model_type: str = option("flux", help="flux, or chroma, a variant with options of its own", choices=MODEL_TYPES)
     clip_l: str | None = option(None, help="file of the CLIP-L text encoder")
@@ -138,8 +142,8 @@ class PromptOptions:
 
 
 GROUPS = (
-    PluginOptions, InferenceModelOptions, EmbeddingOptions, PromptOptions, SamplerStepOptions, GuidanceOptions,
-    PreviewOptions, SessionOptions, ConsoleOptions,
+    PluginOptions, InferenceModelOptions, SpeedOptions, EmbeddingOptions, PromptOptions, SamplerStepOptions,
+    GuidanceOptions, PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 

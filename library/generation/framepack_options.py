@@ -16,6 +16,7 @@ from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.llama_clip_options import LlamaClipModelOptions
 from library.generation.preview_options import PreviewOptions
 from library.generation.requests import SessionOptions, too_small_problems
+from library.generation.speed_options import SpeedOptions
 from library.generation.video_options import ClipOptions, CompileOptions, VideoAdapterOptions
 from library.generation.video_requests import VIDEO_LINES
 from library.training.option_groups import ConsoleOptions
@@ -181,8 +182,9 @@ class MagCacheOptions:
 
 
 GROUPS = (
-    PluginOptions, FramePackModelOptions, CompileOptions, VideoAdapterOptions, MergedModelOptions, FramePackClipOptions,
-    OneFrameOptions, MagCacheOptions, GuidanceOptions, PreviewOptions, SessionOptions, ConsoleOptions,
+    PluginOptions, FramePackModelOptions, SpeedOptions, CompileOptions, VideoAdapterOptions, MergedModelOptions,
+    FramePackClipOptions, OneFrameOptions, MagCacheOptions, GuidanceOptions, PreviewOptions, SessionOptions,
+    ConsoleOptions,
 )  # fmt: skip
 
 

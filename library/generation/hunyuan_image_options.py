@@ -20,6 +20,7 @@ from library.generation.requests import (
     guidance_letters,
     too_small_problems,
 )
+from library.generation.speed_options import SpeedOptions
 from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import LineOption, read_shift
@@ -99,8 +100,8 @@ class HunyuanImagePromptOptions(LatentPictureOptions):
 
 
 GROUPS = (
-    PluginOptions, HunyuanImageModelOptions, ListedAdapterOptions, MergedModelOptions, HunyuanImagePromptOptions,
-    SamplerStepOptions, GuidanceOptions, PreviewOptions, SessionOptions, ConsoleOptions,
+    PluginOptions, HunyuanImageModelOptions, SpeedOptions, ListedAdapterOptions, MergedModelOptions,
+    HunyuanImagePromptOptions, SamplerStepOptions, GuidanceOptions, PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.llama_clip_options import LlamaClipModelOptions
 from library.generation.preview_options import PreviewOptions
 from library.generation.requests import SessionOptions
+from library.generation.speed_options import SpeedOptions
 from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.generation.video_options import (
     LengthOptions,
@@ -120,10 +121,9 @@ class HunyuanVideoRequest(VideoRequest):
 
 
 GROUPS = (
-    PluginOptions, HunyuanVideoModelOptions, OldCompileOptions, HunyuanVideoAdapterOptions, MergedModelOptions,
-    HunyuanVideoClipOptions, StartOptions, LongClipOptions, SamplerStepOptions, GuidanceOptions, PreviewOptions,
-    SessionOptions,
-    ConsoleOptions,
+    PluginOptions, HunyuanVideoModelOptions, SpeedOptions, OldCompileOptions, HunyuanVideoAdapterOptions,
+    MergedModelOptions, HunyuanVideoClipOptions, StartOptions, LongClipOptions, SamplerStepOptions, GuidanceOptions,
+    PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 _LETTERS = ("w", "h", "f", "s", "d", "n", "m", "l", "c", "fs", "i", "v", "st", "nm", "vn", "in", "ri", "e")

@@ -30,6 +30,7 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
+from library.generation.speed_options import SpeedOptions
 from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption, read_not_negative, read_share, read_shift
@@ -147,9 +148,8 @@ class LuminaPromptOptions:
 
 
 GROUPS = (
-    PluginOptions, LuminaModelOptions, LuminaPromptOptions, SamplerStepOptions, GuidanceOptions, PreviewOptions,
-    SessionOptions,
-    ConsoleOptions,
+    PluginOptions, LuminaModelOptions, SpeedOptions, LuminaPromptOptions, SamplerStepOptions, GuidanceOptions,
+    PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 

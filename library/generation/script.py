@@ -340,25 +340,30 @@ class ImageScript(ABC, Generic[Request]):
 
     def run(self, argv: Sequence[str] | None = None) -> list[Path]:
         """`main` without the handling of errors; returns the files that were written."""
+        from library.generation.speed import set_switches
+
         script = self.chosen(argv)
         config = read_command(argv, script.build_parser(), script.groups, script.check, script.with_recorded)
         tell_equivalent(config)
         tell_ignored(config)
+        set_switches(config)
         return script.make_all(config)
 
     def make_all(self, config: Config) -> list[Path]:
+        from library.generation.attention import choose_attention
+        from library.generation.speed import speed_notices
+
         first, reader = self.first_request(config), self.line_reader(config)
         requests = planned_requests(config[SessionOptions], first, reader, lambda: self._check_all(config))
         requests = with_drawn_words(requests, config[SessionOptions].prompt_wildcards)
         files = config[SessionOptions].idle_file_options(config.explicit, self.writes_pictures(config))
         previews = config[PreviewOptions].notices() if PreviewOptions in config else []
-        for line in [*self.notices(config), *previews, *self._idle_guidance(config, first), *files]:
+        idle = [*speed_notices(config), *self._idle_guidance(config, first)]
+        for line in [*self.notices(config), *previews, *idle, *files]:
             logger.info(line)
         adapters = config[self.adapters]
         if adapters.merge_lora_weights and "merge_lora_weights" in config.explicit and not adapters.num_adapters:
             logger.warning("--merge_lora_weights has no effect: there are no adapters")
-        from library.generation.attention import choose_attention
-
         maker = self.load_for(config, requests)
         choose_attention(maker.pipeline.denoiser, config)
         self._add_words(maker, config)

@@ -20,6 +20,7 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
+from library.generation.speed_options import SpeedOptions
 from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption
@@ -114,8 +115,8 @@ class Sd3PromptOptions:
 
 
 GROUPS = (
-    PluginOptions, Sd3ModelOptions, EmbeddingOptions, Sd3PromptOptions, SamplerStepOptions, GuidanceOptions,
-    PreviewOptions, SessionOptions, ConsoleOptions,
+    PluginOptions, Sd3ModelOptions, SpeedOptions, EmbeddingOptions, Sd3PromptOptions, SamplerStepOptions,
+    GuidanceOptions, PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 

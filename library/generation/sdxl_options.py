@@ -22,6 +22,7 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
+from library.generation.speed_options import SpeedOptions
 from library.training.inference_samplers import SAMPLER_HELP, SAMPLER_NAMES, check_sampler
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption
@@ -107,8 +108,8 @@ class SdxlPromptOptions:
 
 
 GROUPS = (
-    PluginOptions, SdxlModelOptions, EmbeddingOptions, SdxlPromptOptions, GuidanceOptions, SessionOptions,
-    ConsoleOptions,
+    PluginOptions, SdxlModelOptions, SpeedOptions, EmbeddingOptions, SdxlPromptOptions, GuidanceOptions,
+    SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 

@@ -59,9 +59,6 @@ class VideoModelOptions:
     fp8_fast: bool = option(
         False, help="multiply in 8 bits, for --fp8_scaled: quicker and less exact; needs a GPU that can (RTX 40 on)"
     )
-    fp16_accumulation: bool = option(
-        False, help="let GPUs add up products of float16 in float16: quicker and less exact; for --dit_dtype float16"
-    )
     blocks_to_swap: int = option(0, help="blocks whose weights wait in main memory")
     use_pinned_memory_for_block_swap: bool = equivalent_option(
         False, help="pinned memory for swapped blocks",

@@ -48,9 +48,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FP16_SUMS = "allow_fp16_accumulation"
-"""of torch.backends.cuda.matmul, from PyTorch 2.7 on"""
-
 NAMED_FILES: Mapping[str, str] = {
     "image_path": "image_path", "end_image_path": "end_image_path", "video_path": "video_path",
     "control_path": "control_path", "control_image_paths": "control_image_path",
@@ -165,9 +162,6 @@ class VideoScript(LatentScript[VideoRequest]):
         from library.generation.video_maker import VideoMaker
 
         options, device = config[self.models], device_of(config[self.models])
-        multiplying = torch.backends.cuda.matmul
-        if hasattr(multiplying, FP16_SUMS):  # a setting of the process, which an earlier run may have left
-            setattr(multiplying, FP16_SUMS, options.fp16_accumulation)
         maker = VideoMaker(
             self.pipeline(config, None, None), self.strategies(config), self.load_encoders(config),
             LoadedAdapters(None, []), device, self.text_device(config), text_waits=True,
@@ -400,24 +394,10 @@ class VideoScript(LatentScript[VideoRequest]):
     def writes_pictures(self, config: Config) -> bool:
         return config[self.pictures].output_type in FRAME_OUTPUTS or config[self.pictures].keep_pngs
 
-    def _accumulation_notices(self, config: Config) -> list[str]:
-        models = config[self.models]
-        if not models.fp16_accumulation:
-            return []
-        told = "--fp16_accumulation has no effect"
-        if (device := device_of(models)).type != "cuda":
-            return [f"{told}: the device is {device.type}, and only GPUs can add up in float16"]
-        if models.dit_dtype_name != "float16":
-            return [f"{told} on the denoiser: --dit_dtype is {models.dit_dtype}; needed: float16"]
-        import torch
-
-        is_old = not hasattr(torch.backends.cuda.matmul, FP16_SUMS)
-        return [f"{told}: PyTorch is {torch.__version__}; needed: 2.7 or later"] if is_old else []
-
     def notices(self, config: Config) -> list[str]:
         from library.generation.video_files import encoder_of
 
-        options, found = config[self.pictures], self._accumulation_notices(config)
+        options, found = config[self.pictures], []
         if options.output_type in ("video", "both"):
             encoder = encoder_of(options.video_ending, options.codec)
             found += [encoder.notice] if encoder.notice else []

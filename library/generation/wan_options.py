@@ -17,6 +17,7 @@ from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
 from library.generation.nag_options import NAG_LINES, NagOptions
 from library.generation.preview_options import PreviewOptions
 from library.generation.requests import DTYPE_NAMES, SampledRequest, SessionOptions
+from library.generation.speed_options import SpeedOptions
 from library.generation.step_options import STEP_LINES, StepOptions
 from library.generation.video_options import (
     LengthOptions,
@@ -259,9 +260,9 @@ class WanClipOptions(LengthOptions):
 
 
 GROUPS = (
-    PluginOptions, WanModelOptions, OldCompileOptions, WanAdapterOptions, MergedModelOptions, WanClipOptions,
-    StartOptions, LongClipOptions, StepGuidanceOptions, StepOptions, GuidanceOptions,
-    NagOptions, PreviewOptions, SessionOptions, ConsoleOptions,
+    PluginOptions, WanModelOptions, SpeedOptions, OldCompileOptions, WanAdapterOptions, MergedModelOptions,
+    WanClipOptions, StartOptions, LongClipOptions, StepGuidanceOptions, StepOptions, GuidanceOptions, NagOptions,
+    PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 _NO_MASKS = dataclasses.replace(VIDEO_LINES["cim"], ignored="control pictures are seen whole")

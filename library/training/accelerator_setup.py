@@ -16,6 +16,7 @@ import torch
 
 from library.core.errors import ConfigError, TrainingError
 from library.core.options import Config
+from library.device_utils import sum_in_fp16
 from library.training.computing_options import DdpOptions, MemoryOptions, PrecisionOptions
 from library.training.gradient_sums import sum_in_buckets
 from library.training.option_groups import ModelOptions
@@ -149,7 +150,8 @@ def prepare_runtime(config: Config) -> Runtime:
 
 
 def set_cuda_switches(config: Config) -> None:
-    """--cuda_allow_tf32 and --cuda_cudnn_benchmark, which are settings of the process."""
+    """--fp16_accumulation, --cuda_allow_tf32 and --cuda_cudnn_benchmark, which are settings of the process."""
+    sum_in_fp16(config[PrecisionOptions].fp16_accumulation)
     if MemoryOptions not in config:
         return  # a tool that loads no denoiser
     memory = config[MemoryOptions]

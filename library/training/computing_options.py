@@ -33,6 +33,11 @@ class PrecisionOptions:
     fp8_fast: bool = option(
         False, help="multiply in 8 bits, for --fp8_scaled: quicker and less exact; needs a GPU that can (RTX 40 on)"
     )
+    fp16_accumulation: bool = option(
+        False,
+        help="let GPUs add up products of float16 in float16: quicker and less exact, gradients too; for --mixed_precision"
+        " fp16",
+    )
     quantize_base: str | None = option(
         None, choices=(None, "int8", "nf4"),
         help="large matrices of the frozen denoiser in 8 or 4 bits with scales (nf4: that of QLoRA, by bitsandbytes)",

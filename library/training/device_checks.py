@@ -62,15 +62,31 @@ def _product_problems(precision: PrecisionOptions) -> Iterator[str]:
 
 
 def precision_warnings(config: Config) -> list[str]:
-    """Formats that the device imitates."""
-    if config[PrecisionOptions].mixed_precision != "bf16":
-        return []
+    """Formats that the device imitates, and sums of fewer digits."""
+    precision = config[PrecisionOptions]
+    return [*_imitated(precision), *_short_sums(precision)]
+
+
+def _imitated(precision: PrecisionOptions) -> Iterator[str]:
+    if precision.mixed_precision != "bf16":
+        return
     from library.device_utils import described, get_preferred_device, imitates_bfloat16
 
     device = get_preferred_device()
-    if not imitates_bfloat16(device):
-        return []
-    return [
-        f"--mixed_precision is bf16, which {described(device)} computes in software, many times slower; fp16 is quick "
-        "there"
-    ]
+    if imitates_bfloat16(device):
+        yield (
+            f"--mixed_precision is bf16, which {described(device)} computes in software, many times slower; fp16 is quick"
+            " there"
+        )
+
+
+def _short_sums(precision: PrecisionOptions) -> Iterator[str]:
+    if not precision.fp16_accumulation or precision.mixed_precision != "fp16":
+        return
+    from library.device_utils import fp16_sums_lack, get_preferred_device
+
+    if fp16_sums_lack(get_preferred_device()) is None:
+        yield (
+            "--fp16_accumulation: sums of products keep 11 binary digits, in gradients too, which is quicker and may be"
+            " learned from less well"
+        )

@@ -186,8 +186,20 @@ def _idle_memory(config: Config) -> Iterator[tuple[str, str]]:
         yield from ((name, "has no effect without --torch_compile") for name, is_set in settings.items() if is_set)
     if config[PrecisionOptions].fp8_fast and not config[PrecisionOptions].fp8_scaled:
         yield "fp8_fast", "has no effect without --fp8_scaled, whose numbers it multiplies"
+    yield from _idle_sums(config[PrecisionOptions])
     if loop.persistent_data_loader_workers and loop.max_data_loader_n_workers == 0:
         yield "persistent_data_loader_workers", "has no effect with --max_data_loader_n_workers 0"
+
+
+def _idle_sums(precision: PrecisionOptions) -> Iterator[tuple[str, str]]:
+    if not precision.fp16_accumulation:
+        return
+    from library.device_utils import fp16_sums_lack, get_preferred_device
+
+    if (lack := fp16_sums_lack(get_preferred_device())) is not None:
+        yield "fp16_accumulation", f"has no effect: {lack}"
+    elif precision.mixed_precision != "fp16":
+        yield "fp16_accumulation", f"has no effect: --mixed_precision is {precision.mixed_precision}; needed: fp16"
 
 
 def _idle_logs(logs: LoggingOptions) -> Iterator[tuple[str, str]]:

@@ -196,14 +196,3 @@ def test_the_second_prompt_is_read_by_clip_alone_and_recorded(tiny, tmp_path):
     with safe_open(path, "pt") as file:
         told = file.metadata()
     assert told["prompt_2"] == "the dog" and json.loads(told[ENTRY])["options"]["prompt_2"] == "the dog"
-
-
-def test_sums_of_float16_last_for_one_run_and_tell_where_they_have_no_effect(tiny, tmp_path, caplog):
-    plain = latent(tiny, tmp_path / "plain")
-    assert not torch.backends.cuda.matmul.allow_fp16_accumulation
-    with caplog.at_level("INFO"):
-        summed = latent(tiny, tmp_path / "summed", "--fp16_accumulation", "--device=cpu")
-    assert torch.backends.cuda.matmul.allow_fp16_accumulation and torch.equal(summed, plain)
-    assert "--fp16_accumulation has no effect: the device is cpu" in caplog.text
-    latent(tiny, tmp_path / "again")
-    assert not torch.backends.cuda.matmul.allow_fp16_accumulation

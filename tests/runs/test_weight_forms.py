@@ -215,6 +215,7 @@ REFUSED: list[tuple[str, str, str]] = [
     ("flux", "--quantize_base=int8 --fp8_base --mixed_precision=bf16", "have one form: leave one of them out"),
     ("sd1", "--quantize_base=int8 --network_module=lycoris.kohya", "that is int8, in which nothing can be computed"),
     ("flux", "--fp8_fast --strict", "--fp8_fast: has no effect without --fp8_scaled"),
+    ("sd1", "--fp16_accumulation --strict", "--fp16_accumulation: has no effect: the device is cpu"),
     ("wan", "--fp8_t5 --quantize_text_encoder=nf4 --strict", "--fp8_t5: has no effect: --quantize_text_encoder nf4 says how"),
 ]
 
@@ -265,3 +266,18 @@ def test_products_in_8_bits_train(tinies: Tinies, tmp_path: Path, caplog) -> Non
     plain, fast = work.train("plain", *options), work.train("fast", *options, "--fp8_fast")
     assert losses_of(fast) == pytest.approx(losses_of(plain), rel=0.05)
     assert fingerprint(fast) != fingerprint(plain) and "layers of the denoiser multiply in 8 bits" in caplog.text
+
+
+def test_sums_of_float16_are_those_of_one_run_and_tell_of_their_digits(tinies: Tinies, tmp_path: Path, monkeypatch, caplog) -> None:
+    from library import device_utils
+
+    work, switches = tinies.work("flux", tmp_path), torch.backends.cuda.matmul
+    monkeypatch.setattr(device_utils, "fp16_sums_lack", lambda device: None)
+    options = ["--max_train_steps=1", "--console_log_level=INFO", "--fp16_accumulation"]
+    for precision, told in (("fp16", "sums of products keep 11 binary digits"), ("bf16", "--mixed_precision is bf16; needed: fp16")):
+        caplog.clear()
+        work.train(precision, *options, f"--mixed_precision={precision}")
+        assert switches.allow_fp16_accumulation and told in caplog.text
+        assert ("binary digits" in caplog.text) == (precision == "fp16")
+    work.train("plain", *options[:2])
+    assert not switches.allow_fp16_accumulation

@@ -19,6 +19,7 @@ from library.core.plugins import PluginOptions
 from library.core.text_seeds import seed_of
 from library.generation.file_options import PictureFileOptions
 from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS
+from library.generation.speed_options import SpeedOptions
 from library.training.inference_samplers import DEFAULT_SAMPLER, SAMPLER_HELP, SAMPLER_NAMES, check_sampler
 from library.training.sampling_prompts import DRAWN
 
@@ -506,7 +507,7 @@ class GenerationShrinkOptions:
 
 GENERATION_CLASSES = (
     PluginOptions,
-    GenerationModelOptions, GenerationPromptOptions, GenerationPictureOptions, GenerationSourceOptions,
+    GenerationModelOptions, SpeedOptions, GenerationPromptOptions, GenerationPictureOptions, GenerationSourceOptions,
     GenerationNetworkOptions, GenerationControlOptions,
     GenerationShrinkOptions,
 )

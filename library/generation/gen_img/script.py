@@ -91,7 +91,10 @@ def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
         lines = problems.attempt(lambda: checked(lines, lambda line: check_line(planner, line, config)))
     problems.raise_if_any()
     tell_equivalent(config)
-    for line in start_notices(config):
+    from library.generation.speed import set_switches, speed_notices
+
+    set_switches(config)
+    for line in (*start_notices(config), *speed_notices(config)):
         logger.info(line)
     from library.generation.attention import choose_attention
     from library.generation.gen_img.batches import load_batches
