@@ -83,7 +83,7 @@ def check_packing(config: Config, family: ModelFamily, trainable: Trainable, hoo
         if hook.process_batch is not None:
             name = hook.told_as or type(hook).__name__
             problems.add(
-                f"--navit_packing is set and {name} replaces the body of the step, which knows batches of one size; take"
+                f"--navit_packing is set and {name} replaces the body of the step, whose batches have one size; take"
                 " one of them out"
             )
     problems.raise_if_any()
@@ -92,7 +92,7 @@ def check_packing(config: Config, family: ModelFamily, trainable: Trainable, hoo
 def _problems(config: Config, family: ModelFamily, trainable: Trainable) -> Iterator[str]:
     if not family.packs:
         yield (
-            f"--navit_packing is set, and the denoiser of {family.record.title} takes batches of one size alone; leave it"
+            f"--navit_packing is set, and the denoiser of {family.record.title} takes batches of one size; leave it"
             " out: buckets make such batches"
         )
     if trainable.name not in PACKS:

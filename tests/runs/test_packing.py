@@ -155,8 +155,8 @@ def test_whole_models_learn_from_packs(tinies: Tinies, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "more", "message"), [
-    ("sdxl", (), "the denoiser of SDXL takes batches of one size alone"),
-    ("framepack", (), "the denoiser of FramePack takes batches of one size alone"),
+    ("sdxl", (), "the denoiser of SDXL takes batches of one size;"),
+    ("framepack", (), "the denoiser of FramePack takes batches of one size;"),
     ("flux", ("--torch_compile",), "--torch_compile are set: every pack has lengths of its own"),
     ("flux", ("--network_dropout=0.1",), "--network_dropout is 0.1, which is drawn for every sample"),
     ("flux", ("--network_args", "rank_dropout=0.1"), "--network_args rank_dropout=0.1"),
