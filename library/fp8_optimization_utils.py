@@ -31,7 +31,8 @@ from library.device_utils import described
 from library.safetensors_utils import FP8_DTYPES
 
 __all__ = [
-    "FP8_BLOCK", "FP8_STORAGE", "can_multiply_fp8", "fp8_product_problem", "hold", "multiply_in_fp8", "scaled_fp8",
+    "FP8_BLOCK", "FP8_STORAGE", "can_multiply_fp8", "fp8_product_problem", "hold", "multiply_in_float32",
+    "multiply_in_fp8", "scaled_fp8",
     "set_weight", "shrink_linears_to_fp8", "shrink_to_fp8", "store_layers", "store_linears_in_fp8", "stored_of",
     "unscaled", "weight_of", "weight_shape",
 ]  # fmt: skip
@@ -48,7 +49,7 @@ def hold(layer: nn.Module, weight: StoredWeight) -> None:
     layer.weight = nn.Parameter(weight.data, requires_grad=False)
     layer.register_buffer("weight_scale", weight.scale, persistent=False)
     layer.weight_form, layer.full_shape = weight.form, weight.shape
-    layer.multiplies_fp8 = False
+    layer.multiplies_fp8 = layer.multiplies_in_float32 = False
     forward = _linear if isinstance(layer, nn.Linear) else _convolution
     layer.forward = types.MethodType(forward, layer)
 
@@ -142,9 +143,17 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _linear(self: nn.Linear, x: Tensor) -> Tensor:
     dtype = _compute_dtype(x)
-    bias = None if self.bias is None else self.bias.to(dtype)
+    if self.multiplies_in_float32:
+        with torch.autocast(x.device.type, enabled=False):  # which would round both sides
+            return _product(self, x.float()).to(dtype)
+    return _product(self, x.to(dtype))
+
+
+def _product(layer: nn.Linear, x: Tensor) -> Tensor:
+    """In the type of x."""
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return _Product.apply(
-        x.to(dtype), self.weight, self.weight_scale, bias, self.weight_form, self.full_shape, self.multiplies_fp8
+        x, layer.weight, layer.weight_scale, bias, layer.weight_form, layer.full_shape, layer.multiplies_fp8
     )
 
 
@@ -209,6 +218,19 @@ def multiply_in_fp8(model: nn.Module) -> int:
             continue
         layer.multiplies_fp8 = not any(size % 16 for size in own.shape)  # what the kernels of cuBLAS ask for
         count += layer.multiplies_fp8
+    return count
+
+
+def multiply_in_float32(model: nn.Module) -> int:
+    """Let the linear layers of a model in scaled 8 bits multiply in float32, with or without autocast, and round their
+    outputs to the type that they would have had; not those that multiply in 8 bits. Returns the number of layers."""
+    count = 0
+    for _, _, layer in _layers(model):
+        own = stored_of(layer)
+        if own is None or own.form != FP8_SCALED or layer.multiplies_fp8 or not isinstance(layer, nn.Linear):
+            continue
+        layer.multiplies_in_float32 = True
+        count += 1
     return count
 
 

@@ -46,7 +46,8 @@ def load_pipeline(options: ChromaModelOptions) -> PictureMaker[ChromaRequest]:
 
     def load(transform: Transform | None) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
         encoder = load_t5xxl(options.t5xxl, dtype_of(options, "t5xxl_dtype"), place, transform=transform)
-        return load_chroma(options.ckpt_path, dtype_of(options, "flux_dtype"), place, transform=transform), [encoder]
+        wide = dtype_of(options, "flux_dtype")
+        return load_chroma(options.ckpt_path, wide, place, transform=transform, form=options.form), [encoder]
 
     denoiser, encoders, adapters = load_with_adapters("chroma", options.adapters, load)
     vae = load_ae(options.ae, dtype_of(options, "ae_dtype"), place)
@@ -57,5 +58,5 @@ def load_pipeline(options: ChromaModelOptions) -> PictureMaker[ChromaRequest]:
     strategies = StrategySet(tokenize, ChromaTextEncodingStrategy(), text_layout=TEXT_LAYOUTS["chroma"])
     return PictureMaker(
         ChromaPipeline(denoiser, vae), strategies, encoders, adapters, device, device,
-        text_waits=options.offload, denoiser_waits=options.offload, computing=computing_of(denoiser, device),
+        text_waits=options.offload, denoiser_waits=options.offload, computing=computing_of(denoiser, device, options.form),
     )  # fmt: skip

@@ -47,9 +47,8 @@ def raise_file_problems(
     found: list[str | None] = [
         check_slot(getattr(options, slot), slot, {kind}, for_pictures=True) for slot, kind in slots.items()
     ]
-    found += format_problems(
-        {f"--{name if getattr(options, name) else 'dtype'}": options.dtype_of(name) for name in formats}
-    )
+    asked = {f"--{name if getattr(options, name) else 'dtype'}": options.dtype_of(name) for name in formats}
+    found += format_problems(asked | ({"--fp8_scaled": "float8_e4m3fn"} if options.fp8_scaled else {}))
     problems = [problem for problem in [*found, *adapter_problems(options.lora_weights, family)] if problem]
     if problems:
         raise ConfigError(problems)

@@ -29,7 +29,12 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
-from library.generation.speed_options import SpeedOptions
+from library.generation.speed_options import (
+    SpeedOptions,
+    attention_option,
+    fast_products_option,
+    scaled_weights_option,
+)
 from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption, read_not_negative
@@ -67,6 +72,9 @@ class InferenceModelOptions:
     ae_dtype: str | None = option(None, help="number format of the autoencoder")
     t5xxl_dtype: str | None = option(None, help="number format of T5")
     flux_dtype: str | None = option(None, help="number format of the denoiser; float8_e4m3fn halves its memory")
+    fp8_scaled: bool = scaled_weights_option()
+    fp8_fast: bool = fast_products_option()
+    attn_mode: str = attention_option()
     offload: bool = option(False, help="keep only the part that computes on the GPU, the others in main memory")
     lora_weights: list[str] | None = option(None, nargs="*", help='adapter files, each as "path" or "path;multiplier"')
     merge_lora_weights: bool = option(
@@ -99,6 +107,11 @@ class InferenceModelOptions:
             return DTYPE_NAMES.get(value.lower(), value)
         common = DTYPE_NAMES.get(self.dtype.lower(), self.dtype)
         return "bfloat16" if common.startswith("float8") and name != "flux_dtype" else common
+
+    @property
+    def form(self) -> str | None:
+        """How the large matrices of the denoiser are stored, one of library.checkpoints.weight_forms.FORMS."""
+        return "fp8_scaled" if self.fp8_scaled else None
 
     @property
     def num_adapters(self) -> int:

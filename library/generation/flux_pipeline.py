@@ -79,7 +79,8 @@ def load_pipeline(options: InferenceModelOptions) -> PictureMaker[FluxRequest]:
             load_clip_l(options.clip_l, dtype_of(options, "clip_l_dtype"), place, transform=transform),
             load_t5xxl(options.t5xxl, dtype_of(options, "t5xxl_dtype"), place, transform=transform),
         ]
-        return load_flux(options.ckpt_path, dtype_of(options, "flux_dtype"), place, transform=transform), encoders
+        wide = dtype_of(options, "flux_dtype")
+        return load_flux(options.ckpt_path, wide, place, transform=transform, form=options.form), encoders
 
     denoiser, encoders, adapters = load_with_adapters("flux", options.adapters, load)
     vae = load_ae(options.ae, dtype_of(options, "ae_dtype"), place)
@@ -94,13 +95,15 @@ def load_pipeline(options: InferenceModelOptions) -> PictureMaker[FluxRequest]:
     )
     return PictureMaker(
         pipeline, strategies, encoders, adapters, device, device,
-        text_waits=options.offload, denoiser_waits=options.offload, computing=computing_of(denoiser, device),
+        text_waits=options.offload, denoiser_waits=options.offload, computing=computing_of(denoiser, device, options.form),
     )  # fmt: skip
 
 
-def computing_of(denoiser: torch.nn.Module, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """What forwards run inside: weights of 8 bits compute in bfloat16."""
-    if any(parameter.dtype == torch.float8_e4m3fn for parameter in denoiser.parameters()):
+def computing_of(
+    denoiser: torch.nn.Module, device: torch.device, form: str | None
+) -> Callable[[], AbstractContextManager[Any]]:
+    """What forwards run inside: weights of 8 bits without scales compute in bfloat16."""
+    if form is None and any(parameter.dtype == torch.float8_e4m3fn for parameter in denoiser.parameters()):
         return functools.partial(torch.autocast, device.type, torch.bfloat16)
     return nullcontext
 

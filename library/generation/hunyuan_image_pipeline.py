@@ -162,8 +162,9 @@ def load_denoiser(
     memory."""
     form = FP8_SCALED if options.fp8_scaled else FP8 if options.fp8 else None
     denoiser = load_hunyuan_image(
-        options.dit, wide, "cpu" if options.blocks_to_swap else device, form=form, transform=transform
-    )
+        options.dit, wide, "cpu" if options.blocks_to_swap else device, form=form, by_rows=options.fp8_fast,
+        transform=transform,
+    )  # fmt: skip
     if options.blocks_to_swap:
         denoiser.enable_block_swap(options.blocks_to_swap, device)
         denoiser.move_to_device_except_swap_blocks(device)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from library.core.attention_modes import MODE_NAMES
 from library.core.options import LARGEST_PICTURE_SIDE, LARGEST_SEED, LARGEST_STEPS, option
 from library.core.text_seeds import seed_of
 from library.generation.requests import DTYPE_NAMES, OUTPUT_TYPES, dtype_problem, too_small_problems
+from library.generation.speed_options import attention_option, fast_products_option, scaled_weights_option
 from library.training.sampling_prompts import DRAWN
 
 
@@ -27,17 +27,13 @@ class DitOptions:
     )
     dtype: str = option("bfloat16", help=f"number format of all parts: {', '.join(DTYPE_NAMES)}")
     fp8: bool = option(False, help="keep the large matrices of the denoiser in 8 bits, as they are")
-    fp8_scaled: bool = option(
-        False,
-        help="keep the large matrices of the denoiser in 8 bits, each row scaled to the whole range; closer than --fp8",
-    )
+    fp8_scaled: bool = scaled_weights_option()
+    fp8_fast: bool = fast_products_option()
     text_encoder_cpu: bool = option(False, help="let the text encoders compute on the CPU")
     device: str | None = option(
         None, help="device of the denoiser, e.g. cuda:1; the first GPU when not given, else the CPU"
     )
-    attn_mode: str = option(
-        "torch", help="what computes the attention: torch (sdpa), one of its kernels, or a package", choices=MODE_NAMES
-    )
+    attn_mode: str = attention_option()
 
     def format_problems(self) -> list[str]:
         """What is wrong with --dtype."""

@@ -77,9 +77,9 @@ def _format_problems(options: LuminaModelOptions) -> list[str]:
     from library.device_utils import device_problem
 
     names = ("dtype", "gemma2_dtype", "ae_dtype")
-    found = format_problems(
-        {f"--{name} {getattr(options, name)}": options.dtype_of(name) for name in names}, options.device
-    )
+    asked = {f"--{name} {getattr(options, name)}": options.dtype_of(name) for name in names}
+    asked |= {"--fp8_scaled": "float8_e4m3fn"} if options.fp8_scaled else {}
+    found = format_problems(asked, options.device)
     unknown = device_problem("device", options.device)
     return [*found, unknown] if unknown else found
 

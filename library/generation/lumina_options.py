@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.core.attention_modes import MODE_NAMES
 from library.core.errors import ConfigError
 from library.core.options import (
     LARGEST_PICTURE_SIDE,
@@ -30,7 +29,12 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
-from library.generation.speed_options import SpeedOptions
+from library.generation.speed_options import (
+    SpeedOptions,
+    attention_option,
+    fast_products_option,
+    scaled_weights_option,
+)
 from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption, read_not_negative, read_share, read_shift
@@ -65,10 +69,10 @@ class LuminaModelOptions:
     device: str | None = option(
         None, help="device that computes, e.g. cuda:1; the first GPU when not given, else the CPU"
     )
+    fp8_scaled: bool = scaled_weights_option()
+    fp8_fast: bool = fast_products_option()
     offload: bool = option(False, help="keep only the part that computes on the GPU, the others in main memory")
-    attn_mode: str = option(
-        "torch", help="what computes the attention: torch (sdpa), one of its kernels, or a package", choices=MODE_NAMES
-    )
+    attn_mode: str = attention_option()
     use_flash_attn: bool = option(False, help="another name of --attn_mode flash")
     use_sage_attn: bool = option(False, help="another name of --attn_mode sageattn")
     lora_weights: list[str] | None = option(None, nargs="*", help='adapter files, each as "path" or "path;multiplier"')
@@ -91,6 +95,11 @@ class LuminaModelOptions:
     def dtype_of(self, name: str) -> str:
         """Name in torch of one part's format."""
         return DTYPE_NAMES[getattr(self, name).lower()]
+
+    @property
+    def form(self) -> str | None:
+        """How the large matrices of the denoiser are stored, one of library.checkpoints.weight_forms.FORMS."""
+        return "fp8_scaled" if self.fp8_scaled else None
 
     @property
     def num_adapters(self) -> int:

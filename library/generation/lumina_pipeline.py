@@ -73,7 +73,8 @@ def load_pipeline(options: LuminaModelOptions, pictures: LuminaPromptOptions) ->
 
     def load(transform: Transform | None) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
         encoder = load_gemma2(gemma2, _dtype(options, "gemma2_dtype"), place, transform=transform)
-        return load_lumina(model, _dtype(options, "dtype"), place, transform=transform), [encoder]
+        wide = _dtype(options, "dtype")
+        return load_lumina(model, wide, place, transform=transform, form=options.form), [encoder]
 
     denoiser, encoders, adapters = load_with_adapters("lumina", options.adapters, load)
     tokenize = LuminaTokenizeStrategy(
@@ -86,7 +87,7 @@ def load_pipeline(options: LuminaModelOptions, pictures: LuminaPromptOptions) ->
         pipeline, strategies, encoders, adapters, device, device, text_waits=options.offload,
         denoiser_waits=options.offload,
     )  # fmt: skip
-    if any(parameter.dtype == torch.float8_e4m3fn for parameter in denoiser.parameters()):
+    if options.form is None and any(parameter.dtype == torch.float8_e4m3fn for parameter in denoiser.parameters()):
         # weights of 8 bits compute in it
         maker.computing = functools.partial(torch.autocast, device.type, torch.bfloat16)
     return maker

@@ -351,7 +351,7 @@ class ImageScript(ABC, Generic[Request]):
 
     def make_all(self, config: Config) -> list[Path]:
         from library.generation.attention import choose_attention
-        from library.generation.speed import speed_notices
+        from library.generation.speed import choose_products, speed_notices
 
         first, reader = self.first_request(config), self.line_reader(config)
         requests = planned_requests(config[SessionOptions], first, reader, lambda: self._check_all(config))
@@ -365,6 +365,7 @@ class ImageScript(ABC, Generic[Request]):
         if adapters.merge_lora_weights and "merge_lora_weights" in config.explicit and not adapters.num_adapters:
             logger.warning("--merge_lora_weights has no effect: there are no adapters")
         maker = self.load_for(config, requests)
+        choose_products(maker.pipeline.denoiser, config)
         choose_attention(maker.pipeline.denoiser, config)
         self._add_words(maker, config)
         self._add_previews(maker, config)
@@ -379,6 +380,7 @@ class ImageScript(ABC, Generic[Request]):
 
     def _check_all(self, config: Config) -> None:
         from library.generation.attention import attention_of
+        from library.generation.speed import speed_problems
 
         problems = Problems()
         for problem in refused_problems(config):
@@ -386,7 +388,7 @@ class ImageScript(ABC, Generic[Request]):
         found = problems_of(lambda: self.check(config))
         for problem in [*attention_of(config).problems, *self._folder_problems(config), *self._weight_problems(config)]:
             problems.add(problem)
-        for problem in self._preview_problems(config):
+        for problem in [*speed_problems(config), *self._preview_problems(config)]:
             problems.add(problem)
         for problem in [*found, *self._word_problems(config, has_model=not found)]:
             problems.add(problem)

@@ -39,7 +39,8 @@ class Sd3Script(ImageScript[Sd3Request]):
         options = config[Sd3ModelOptions]
         parts = {slot: getattr(options, slot) for slot in ("clip_l", "clip_g", "t5xxl", "vae")}
         found = file_problems("ckpt_path", options.ckpt_path, parts, for_pictures=True)
-        found += format_problems({f"--{'fp16' if options.fp16 else 'bf16'}": options.dtype_name})
+        asked = {f"--{'fp16' if options.fp16 else 'bf16'}": options.dtype_name}
+        found += format_problems(asked | ({"--fp8_scaled": "float8_e4m3fn"} if options.fp8_scaled else {}))
         problems = [problem for problem in [*found, *adapter_problems(options.lora_weights, "sd3")] if problem]
         if problems:
             raise ConfigError(problems)

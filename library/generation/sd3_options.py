@@ -20,7 +20,12 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
-from library.generation.speed_options import SpeedOptions
+from library.generation.speed_options import (
+    SpeedOptions,
+    attention_option,
+    fast_products_option,
+    scaled_weights_option,
+)
 from library.generation.step_options import STEP_LINES, SamplerStepOptions
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption
@@ -57,6 +62,9 @@ class Sd3ModelOptions:
     )
     fp16: bool = option(False, help="compute in float16; float32 when neither --fp16 nor --bf16 is given")
     bf16: bool = option(False, help="compute in bfloat16")
+    fp8_scaled: bool = scaled_weights_option()
+    fp8_fast: bool = fast_products_option()
+    attn_mode: str = attention_option()
     offload: bool = option(False, help="keep only the part that computes on the GPU, the others in main memory")
     lora_weights: list[str] | None = option(None, nargs="*", help='adapter files, each as "path" or "path;multiplier"')
     merge_lora_weights: bool = option(
@@ -75,6 +83,11 @@ class Sd3ModelOptions:
     def dtype_name(self) -> str:
         """Name in torch of the format that the models compute in."""
         return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
+
+    @property
+    def form(self) -> str | None:
+        """How the large matrices of the denoiser are stored, one of library.checkpoints.weight_forms.FORMS."""
+        return "fp8_scaled" if self.fp8_scaled else None
 
     @property
     def adapters(self) -> AdapterChoice:

@@ -49,7 +49,7 @@ def load_pipeline(options: Sd3ModelOptions) -> PictureMaker[Sd3Request]:
             ENCODER_LOADERS[slot](path, _text_dtype(slot, dtype), place, transform=transform)
             for slot, path in paths.items()
         ]
-        return load_sd3(options.ckpt_path, dtype, place, transform=transform), encoders
+        return load_sd3(options.ckpt_path, dtype, place, transform=transform, form=options.form), encoders
 
     denoiser, encoders, adapters = load_with_adapters("sd3", options.adapters, load)
     if options.enable_scaled_pos_embed:

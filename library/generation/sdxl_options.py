@@ -22,7 +22,7 @@ from library.generation.requests import (
     request_of,
     too_small_problems,
 )
-from library.generation.speed_options import SpeedOptions
+from library.generation.speed_options import UnetSpeedOptions, attention_option
 from library.training.inference_samplers import SAMPLER_HELP, SAMPLER_NAMES, check_sampler
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption
@@ -50,6 +50,7 @@ class SdxlModelOptions:
     dtype: str = option(
         "float16", help=f"number format of U-Net and text encoders: {', '.join(DTYPE_NAMES)}; the VAE is float32"
     )
+    attn_mode: str = attention_option()
     lora_weights: list[str] | None = option(None, nargs="*", help='adapter files, each as "path" or "path;multiplier"')
     merge_lora_weights: bool = option(False, help="add the adapters to the weights instead of hooking them")
 
@@ -108,7 +109,7 @@ class SdxlPromptOptions:
 
 
 GROUPS = (
-    PluginOptions, SdxlModelOptions, SpeedOptions, EmbeddingOptions, SdxlPromptOptions, GuidanceOptions,
+    PluginOptions, SdxlModelOptions, UnetSpeedOptions, EmbeddingOptions, SdxlPromptOptions, GuidanceOptions,
     SessionOptions, ConsoleOptions,
 )  # fmt: skip
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from library.core.attention_modes import MODE_NAMES
 from library.core.errors import ConfigError
 from library.core.options import (
     LARGEST_PICTURE_SIDE,
@@ -17,6 +16,7 @@ from library.core.options import (
 from library.core.text_seeds import seed_of
 from library.generation.adapter_files import LayerFilter, ListedAdapterOptions
 from library.generation.requests import DTYPE_NAMES, dtype_problem, too_small_problems
+from library.generation.speed_options import attention_option, fast_products_option, scaled_weights_option
 from library.generation.video_requests import (
     CFG_SKIP_MODES,
     CODEC_ENDINGS,
@@ -51,22 +51,14 @@ class VideoModelOptions:
         None, help="device of the denoiser, e.g. cuda:1; the first GPU when not given, else the CPU"
     )
     fp8: bool = option(False, help="keep the large matrices of the denoiser in 8 bits, as they are")
-    fp8_scaled: bool = option(
-        False,
-        help="keep the large matrices of the denoiser in 8 bits, with scales by which they use the whole range; closer"
-        " than --fp8",
-    )
-    fp8_fast: bool = option(
-        False, help="multiply in 8 bits, for --fp8_scaled: quicker and less exact; needs a GPU that can (RTX 40 on)"
-    )
+    fp8_scaled: bool = scaled_weights_option()
+    fp8_fast: bool = fast_products_option()
     blocks_to_swap: int = option(0, help="blocks whose weights wait in main memory")
     use_pinned_memory_for_block_swap: bool = equivalent_option(
         False, help="pinned memory for swapped blocks",
         reason="--use_pinned_memory_for_block_swap: swapped blocks wait in page-locked memory in any case",
     )  # fmt: skip
-    attn_mode: str = option(
-        "torch", help="what computes the attention: torch (sdpa), one of its kernels, or a package", choices=MODE_NAMES
-    )
+    attn_mode: str = attention_option()
 
     def model_problems(self) -> list[str]:
         """What is wrong with formats and numbers of blocks."""

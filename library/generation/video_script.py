@@ -89,7 +89,7 @@ class VideoScript(LatentScript[VideoRequest]):
     needs: ClassVar[Mapping[str, str]] = {
         "strength": "video_path", "v2v_pad_mode": "video_path", "noise_mode": "video_path",
         "v2_extra_noise": "video_path", "i2_extra_noise": "image_path", "cfg_skip_mode": "cfg_apply_ratio",
-        "cfg_apply_ratio": "cfg_skip_mode", "fp8_fast": "fp8_scaled",
+        "cfg_apply_ratio": "cfg_skip_mode",
         **dict.fromkeys(("slg_layers", "slg_scale", "slg_start", "slg_end"), "slg_mode"), "slg_mode": "slg_layers",
         **{f"compile_{name}": "compile" for name in ("backend", "mode", "dynamic", "fullgraph", "cache_size_limit")},
     }  # fmt: skip
@@ -199,10 +199,6 @@ class VideoScript(LatentScript[VideoRequest]):
         return self.placed(config, self.load_denoiser(config, dtype, home, transform))
 
     def placed(self, config: Config, denoiser: Any) -> Any:
-        if config[self.models].multiplies_fp8:
-            from library.fp8_optimization_utils import multiply_in_fp8
-
-            logger.info("--fp8_fast: %d layers of the denoiser multiply in 8 bits", multiply_in_fp8(denoiser))
         swap, device = config[self.models].blocks_to_swap, device_of(config[self.models])
         if swap:
             denoiser.enable_block_swap(swap, device)
@@ -355,10 +351,6 @@ class VideoScript(LatentScript[VideoRequest]):
         asked = {f"--{name}": "float8_e4m3fn" for name in ("fp8", "fp8_scaled") if getattr(model, name)}
         found += format_problems({f"--dit_dtype {model.dit_dtype}": model.dit_dtype_name, **asked}, model.device)
         found.append(device_problem("device", model.device))
-        if model.multiplies_fp8 and found[-1] is None:
-            from library.fp8_optimization_utils import fp8_product_problem
-
-            found.append(fp8_product_problem(device_of(model)))
         return [problem for problem in found if problem]
 
     def _compile_problems(self, config: Config) -> list[str]:

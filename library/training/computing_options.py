@@ -33,6 +33,10 @@ class PrecisionOptions:
     fp8_fast: bool = option(
         False, help="multiply in 8 bits, for --fp8_scaled: quicker and less exact; needs a GPU that can (RTX 40 on)"
     )
+    upcast_quantization: bool = equivalent_option(
+        False, help="compute 8-bit weights and their scales in float32",
+        reason="--upcast_quantization: weights become 8 bits in float32 in any case, and scales stay float32",
+    )  # fmt: skip
     fp16_accumulation: bool = option(
         False,
         help="let GPUs add up products of float16 in float16: quicker and less exact, gradients too; for --mixed_precision"

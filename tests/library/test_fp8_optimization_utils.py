@@ -12,6 +12,7 @@ from library.checkpoints.weight_forms import FORMS, stored
 from library.fp8_optimization_utils import (
     can_multiply_fp8,
     hold,
+    multiply_in_float32,
     multiply_in_fp8,
     scaled_fp8,
     set_weight,
@@ -142,3 +143,39 @@ def test_devices_that_cannot_multiply_8_bits_are_known(monkeypatch):
     monkeypatch.setattr(fp8_optimization_utils, "_fp8_product", lambda x, data, scale, bias: x)  # something else
     assert not can_multiply_fp8(torch.device("cpu"))
     can_multiply_fp8.cache_clear()
+
+
+@pytest.mark.parametrize("block", [None, 64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_multiply_in_float32_and_round_the_result(block, autocast):
+    """Against the product of what the numbers of the layer stand for, in float64."""
+    layer, _ = layer_of("fp8_scaled", block)
+    own, places = stored_of(layer), torch.arange(128) // (block or 128)
+    weight = own.data.double() * own.scale.double().view(48, -1)[:, places]
+    x = torch.randn(3, 128, generator=generator(6)).bfloat16()
+    given = x.float() if autocast else x
+    wanted = F.linear(x.double(), weight, layer.bias.detach().double())
+
+    def found() -> tuple[float, float]:
+        """Largest distance of output and gradient from the exact ones, in steps of bfloat16."""
+        mine = given.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = layer(mine)
+        assert output.dtype == torch.bfloat16
+        output.sum().backward()
+        pairs = ((output.detach(), wanted), (mine.grad, weight.sum(0).expand(3, 128)))
+        return tuple(float(((a.double() - b) / b.abs()).abs().max()) * 256 for a, b in pairs)
+
+    plain = found()
+    assert multiply_in_float32(nn.Sequential(layer, nn.Linear(2, 2))) == 1
+    output, gradient = found()
+    assert output <= 1.01 and gradient <= 1.01, "one rounding, of the result"
+    assert plain[0] > 2 or plain[1] > 2, "and more of them otherwise"
+
+
+def test_layers_that_multiply_in_8_bits_stay_so():
+    layer, _ = layer_of("fp8_scaled")
+    others = [layer_of(form)[0] for form in ("fp8", "int8")]
+    model = nn.Sequential(layer, *others)
+    assert multiply_in_fp8(model) == 1 and multiply_in_float32(model) == 0
+    assert not any(one.multiplies_in_float32 for one in model)

@@ -19,7 +19,7 @@ from library.core.plugins import PluginOptions
 from library.core.text_seeds import seed_of
 from library.generation.file_options import PictureFileOptions
 from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS
-from library.generation.speed_options import SpeedOptions
+from library.generation.speed_options import UnetSpeedOptions, attention_option
 from library.training.inference_samplers import DEFAULT_SAMPLER, SAMPLER_HELP, SAMPLER_NAMES, check_sampler
 from library.training.sampling_prompts import DRAWN
 
@@ -82,6 +82,7 @@ class GenerationModelOptions:
     clip_skip: int | None = option(
         None, help="take the output of the n-th layer of the text encoder from the end; not for SDXL"
     )
+    attn_mode: str = attention_option()
     xformers: bool = option(False, help="attention of xformers; without the package torch's serves")
     diffusers_xformers: bool = equivalent_option(
         False, help="attention of xformers through diffusers", reason=f"--diffusers_xformers: {_TORCH_ATTENTION}"
@@ -507,7 +508,7 @@ class GenerationShrinkOptions:
 
 GENERATION_CLASSES = (
     PluginOptions,
-    GenerationModelOptions, SpeedOptions, GenerationPromptOptions, GenerationPictureOptions, GenerationSourceOptions,
+    GenerationModelOptions, UnetSpeedOptions, GenerationPromptOptions, GenerationPictureOptions, GenerationSourceOptions,
     GenerationNetworkOptions, GenerationControlOptions,
     GenerationShrinkOptions,
 )

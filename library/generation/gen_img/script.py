@@ -153,6 +153,7 @@ def make_at_place(
 
 def all_problems(config: Config) -> list[str]:
     """Everything that can be told without loading a model."""
+    from library.generation.attention import attention_of
     from library.generation.gen_img.guides import guide_problems
     from library.generation.gen_img.networks import network_problems
 
@@ -166,6 +167,7 @@ def all_problems(config: Config) -> list[str]:
     )  # fmt: skip
     folder_problem = unwritable_problem("outdir", config[GenerationPictureOptions].outdir)
     found += [folder_problem] if folder_problem else []
+    found += attention_of(config).problems
     found += format_problems({"--fp16" if model.fp16 else "--bf16": model.dtype})
     found += word_problems(model, networks, has_model=not model_found)
     if config[GenerationPictureOptions].use_original_file_name and not sources.image_path:

@@ -13,6 +13,7 @@ from library.generation.attention import attention_of
 from library.generation.gen_img.options import GenerationModelOptions
 from library.generation.hunyuan_video_options import HunyuanVideoModelOptions
 from library.generation.lumina_options import LuminaModelOptions
+from tests.library.generation import tiny_scripts
 from tests.library.test_anima_inference import arguments, pixels
 from tests.tiny_anima import build_tiny_anima
 
@@ -44,3 +45,16 @@ def test_a_script_computes_as_it_is_told(tmp_path, tmp_path_factory, monkeypatch
     assert called and KERNELS["torch"] is plain and len(told) == 1
     with pytest.raises(ConfigError, match="sageattention is not installed"):
         anima_inference.run(arguments(tiny, tmp_path, "--attn_mode=sageattn"))
+
+
+@pytest.mark.parametrize("name", ["flux", "chroma", "sd3", "sdxl", "gen_img"])
+def test_scripts_whose_known_ones_have_no_such_option_take_it(name, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, called = tiny_scripts.build(name, tmp_path / "tiny"), []
+    math = KERNELS["torch_math"]
+    monkeypatch.setitem(KERNELS, "torch_math", lambda *states: called.append(1) or math(*states))
+    plain = tiny_scripts.made(name, tiny, tmp_path / "plain")
+    assert not called
+    told = tiny_scripts.made(name, tiny, tmp_path / "math", "--attn_mode=torch_math")
+    assert called and float((told - plain).abs().max()) <= 1
+    with pytest.raises(ConfigError, match="sageattention is not installed; the nearest that works"):
+        tiny_scripts.made(name, tiny, tmp_path, "--attn_mode=sageattn")

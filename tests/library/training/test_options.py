@@ -67,7 +67,7 @@ OWN_OF_ALL = {
     "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
     "plugins", "loss_weight", "loss_weighting", "loss_weighting_gamma", "detail_inv_t_min", "detail_inv_t_max",
     "weight_cap_ratio", "timestep_schedule_shift", "timestep_mix_low_prob", "hook", "textual_inversion_embeddings", "sigma_table", "show_timesteps_resolution",
-    "dynamo_cache_size_limit", "vram_budget", "fp8_fast", "fp16_accumulation", "quantize_base", "quantize_text_encoder", "offload_optimizer",
+    "dynamo_cache_size_limit", "vram_budget", "fp8_fast", "fp16_accumulation", "upcast_quantization", "quantize_base", "quantize_text_encoder", "offload_optimizer",
     "progress", "no_progress", "log_every", "loss_curve_steps", "log_metrics", "emit_events", "self_flow",
     "self_flow_ema_decay", "self_flow_head", "sra_enabled", "sra_block", "sra_weight", "sra_decay", "sra_decay_start",
     "sra_decay_end", "leap_enabled", "leap_ratio", "leap_variant", "leap_nested_grad_coe", "leap_min_gap",
