@@ -25,6 +25,7 @@ from library.attention import (
     rotate_halves,
     timestep_embedding,
 )
+from library.components.mixed_models import entry_dtype
 from library.custom_offloading_utils import BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
@@ -375,7 +376,7 @@ class Anima(BlockStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Norms tell it: weights of linear layers may be stored in 8 bits."""
-        return self.t_embedding_norm.weight.dtype
+        return entry_dtype(self, self.t_embedding_norm.weight)
 
     @property
     def has_adapter(self) -> bool:

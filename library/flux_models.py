@@ -33,6 +33,7 @@ from library.attention import (
     timestep_embedding,
 )
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
+from library.components.mixed_models import entry_dtype
 from library.custom_offloading_utils import StreamStackMixin, split_blocks_to_swap  # noqa: F401, imported from here too
 from library.custom_offloading_utils import stream_swap_problem as block_swap_problem  # noqa: F401
 
@@ -272,7 +273,7 @@ class StreamTransformer(StreamStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.img_in.bias.dtype
+        return entry_dtype(self, self.img_in.bias)
 
     @property
     def feature_width(self) -> int:

@@ -24,6 +24,7 @@ from library.attention import (
     rotate_pairs,
     timestep_embedding,
 )
+from library.components.mixed_models import entry_dtype
 from library.custom_offloading_utils import BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
@@ -201,7 +202,7 @@ class NextDiT(BlockStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.x_embedder.bias.dtype
+        return entry_dtype(self, self.x_embedder.bias)
 
     @property
     def feature_width(self) -> int:

@@ -29,6 +29,7 @@ from library.attention import (
     timestep_embedding,
 )
 from library.components.ldm_models import AutoEncoder as SDVAE  # noqa: F401, a name that is imported from here
+from library.components.mixed_models import entry_dtype
 from library.core.errors import ConfigError
 from library.core.lazy_names import homes, lazy_names
 from library.custom_offloading_utils import BlockStackMixin
@@ -247,7 +248,7 @@ class MMDiT(BlockStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.context_embedder.bias.dtype
+        return entry_dtype(self, self.context_embedder.bias)
 
     @property
     def feature_width(self) -> int:

@@ -33,6 +33,7 @@ from library.attention import (
     split_query_key_value,
     timestep_embedding,
 )
+from library.components.mixed_models import entry_dtype
 from library.custom_offloading_utils import StreamStackMixin
 
 Rope = tuple[Tensor, Tensor]
@@ -310,7 +311,7 @@ class StreamDenoiser(StreamStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.final_layer.linear.bias.dtype
+        return entry_dtype(self, self.final_layer.linear.bias)
 
     @property
     def feature_width(self) -> int:
