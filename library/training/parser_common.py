@@ -42,6 +42,7 @@ PACKAGE_GROUPS: tuple[str, ...] = (
     "library.training.alignment:SelfFlowOptions",
     "library.training.alignment:SraOptions",
     "library.training.alignment:LeapOptions",
+    "library.training.packing_options:NavitOptions",
     "library.training.inference_samplers:SamplerOptions",
 )
 PATH_OPTIONS: tuple[str, ...] = (

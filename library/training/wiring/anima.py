@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from library.core.courses import course
 from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, option, without_effect
 from library.dataset import CachingOptions
@@ -323,13 +324,15 @@ class AnimaFamily(FlowFamily):
             self.config[TimestepOptions], self.config[NoiseOptions], target="velocity", weigh=True
         )
 
+    @course
     def predict(
         self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
         from library.anima_train_utils import predict_velocity
         from library.training.run import DiTOutput
 
-        velocity = predict_velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
+        given = (models.denoiser, sample.noisy_latents, sample.timesteps, conditioning)
+        velocity = yield from predict_velocity.course(*given, **inputs)
         velocity, extra = self.with_side_outputs(velocity)
         return DiTOutput(velocity, sample.target, extra)
 
