@@ -28,6 +28,7 @@ from library.attention import (
     timestep_embedding,
 )
 from library.components.block_calls import BlockCall
+from library.components.mixed_models import entry_dtype
 from library.components.packed_tokens import SampleVectors, Segments, Stream, ropes, segments, vectors
 from library.core.courses import course
 from library.custom_offloading_utils import BlockStackMixin
@@ -402,7 +403,7 @@ class Anima(BlockStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Norms tell it: weights of linear layers may be stored in 8 bits."""
-        return self.t_embedding_norm.weight.dtype
+        return entry_dtype(self, self.t_embedding_norm.weight)
 
     @property
     def has_adapter(self) -> bool:

@@ -35,6 +35,7 @@ from library.attention import (
 )
 from library.components.block_calls import BlockCall
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
+from library.components.mixed_models import entry_dtype
 from library.components.packed_tokens import SampleVectors, Segments, Stream, ropes, segments, vectors
 from library.core.courses import Course, course
 from library.custom_offloading_utils import StreamStackMixin, split_blocks_to_swap  # noqa: F401, imported from here too
@@ -300,7 +301,7 @@ class StreamTransformer(StreamStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.img_in.bias.dtype
+        return entry_dtype(self, self.img_in.bias)
 
     @property
     def feature_width(self) -> int:

@@ -27,6 +27,7 @@ from library.attention import (
     timestep_embedding,
 )
 from library.components.block_calls import BlockCall
+from library.components.mixed_models import entry_dtype
 from library.components.packed_tokens import SampleVectors, Segments, Stream, ropes, segments, vectors
 from library.core.courses import course
 from library.custom_offloading_utils import BlockStackMixin
@@ -214,7 +215,7 @@ class NextDiT(BlockStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.x_embedder.bias.dtype
+        return entry_dtype(self, self.x_embedder.bias)
 
     @property
     def feature_width(self) -> int:

@@ -30,6 +30,7 @@ from library.attention import (
 )
 from library.components.block_calls import BlockCall
 from library.components.ldm_models import AutoEncoder as SDVAE  # noqa: F401, a name that is imported from here
+from library.components.mixed_models import entry_dtype
 from library.components.packed_tokens import SampleVectors, Segments, Stream, segments, vectors
 from library.core.courses import course
 from library.core.errors import ConfigError
@@ -262,7 +263,7 @@ class MMDiT(BlockStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.context_embedder.bias.dtype
+        return entry_dtype(self, self.context_embedder.bias)
 
     @property
     def feature_width(self) -> int:

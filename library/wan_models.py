@@ -28,6 +28,7 @@ from library.attention import (
     rotate_pairs,
 )
 from library.components.block_calls import BlockCall
+from library.components.mixed_models import entry_dtype
 from library.components.packed_tokens import Segments, Stream, ropes, segments
 from library.core.courses import course
 from library.custom_offloading_utils import BlockStackMixin
@@ -352,6 +353,8 @@ class WanModel(BlockStackMixin, nn.Module):
     blocks_that_stay = 1  # as many as the known trainer of it swaps
     riflex_index = 0
     """see `riflex_frequencies`"""
+    float32_parts = ("time_embedding.", "time_projection.")
+    """what the time goes through: times would be rounded to what bfloat16 holds"""
 
     def __init__(self, params: WanParams) -> None:
         super().__init__()
@@ -379,7 +382,7 @@ class WanModel(BlockStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.patch_embedding.bias.dtype
+        return entry_dtype(self, self.patch_embedding.bias)
 
     @property
     def feature_width(self) -> int:

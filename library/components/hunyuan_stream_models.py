@@ -35,6 +35,7 @@ from library.attention import (
     timestep_embedding,
 )
 from library.components.block_calls import BlockCall
+from library.components.mixed_models import entry_dtype
 from library.components.packed_tokens import SampleVectors, Segments, Stream, ropes, segments, vectors
 from library.core.courses import Course
 from library.custom_offloading_utils import StreamStackMixin
@@ -327,7 +328,7 @@ class StreamDenoiser(StreamStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.final_layer.linear.bias.dtype
+        return entry_dtype(self, self.final_layer.linear.bias)
 
     @property
     def feature_width(self) -> int:

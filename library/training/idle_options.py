@@ -59,7 +59,7 @@ def ignored(config: Config, family: ModelFamily | None = None, trainable: Traina
     found = [*config.ignored, *(Ignored(f"--{name}", reason) for name, reason in _idle(config)), *idle_formulas(config)]
     if family is not None:
         found += loss_weights.idle_cap(config, family.objective())
-        found += idle_beside_packs(config)
+        found += idle_beside_packs(config, family)
         found += [*family.idle(), *family.attention.idle, *family.idle_text_form(), *_idle_swap(config, family)]
     if trainable is not None and family is not None:
         found += trainable.idle(family)

@@ -7,18 +7,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.core.errors import Problems
-from library.core.options import Ignored, option, without_effect
+from library.core.options import Ignored, option, option_fields, without_effect
 from library.dataset import DatasetOptions
+from library.dataset.native_sizes import NativeSizes
 from library.dataset.packing import STRATEGIES, Packing
 from library.training.adapters import NetworkOptions
 from library.training.computing_options import MemoryOptions
 
 if TYPE_CHECKING:
     from library.core.options import Config
+    from library.families.latents import SideLimit
+    from library.families.record import DataArchitecture
     from library.training.hooks.base import Hook
     from library.training.trainables.base import Trainable
     from library.training.wiring.base import ModelFamily
 
+OVER_BUDGET = ("downscale", "fail")
+BUCKET_OPTIONS = ("enable_bucket", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
 PACKS = ("network", "full")
 """what can be learned from packs"""
 OF_SAMPLES = "is drawn for every sample, and the layers see the tokens of all samples of a pack as one row"
@@ -43,6 +48,18 @@ class NavitOptions:
     )  # fmt: skip
     navit_pack_ffd_window: int = option(256, least=0, help="samples that ffd sorts at a time; 0 = the whole epoch")
     navit_drop_last: bool = option(False, help="leave out the emptiest pack of every epoch of a dataset")
+    navit_text_trim_padding: bool = option(
+        False, help="cut the texts of each size in a pack to the longest one; for families whose denoiser does not attend"
+        " to padding",
+    )  # fmt: skip
+    navit_native_resolution: bool = option(
+        False, help="every picture at its own size, cut to whole steps of the model's grid; settings of buckets have no"
+        " effect",
+    )  # fmt: skip
+    navit_native_over_budget: str = option(
+        "downscale", choices=OVER_BUDGET, help="pictures with more tokens than the budget or more pixels a side than the"
+        " model takes: downscale, or fail",
+    )  # fmt: skip
 
     @property
     def packing(self) -> Packing | None:
@@ -59,7 +76,25 @@ def packing_of(config: Config) -> Packing | None:
     return config[NavitOptions].packing if NavitOptions in config else None
 
 
-def idle_beside_packs(config: Config) -> list[Ignored]:
+def trims_text(config: Config) -> bool:
+    """Whether the texts in packs are cut to the longest."""
+    return packing_of(config) is not None and config[NavitOptions].navit_text_trim_padding
+
+
+def native_sizes(config: Config, architecture: DataArchitecture, limit: SideLimit | None = None) -> NativeSizes | None:
+    """How pictures keep their sizes; None where they go into buckets. `limit`: of the family's model."""
+    if NavitOptions not in config:
+        return None
+    options = config[NavitOptions]
+    if not (options.navit_packing and options.navit_native_resolution):
+        return None
+    return NativeSizes(
+        latents=architecture.latents, step=architecture.bucket_step, token_budget=options.navit_token_budget,
+        side_limit=None if limit is None else limit.pixels, scales=options.navit_native_over_budget == "downscale",
+    )  # fmt: skip
+
+
+def idle_beside_packs(config: Config, family: ModelFamily) -> list[Ignored]:
     """Settings without effect in a run that packs."""
     packing = packing_of(config)
     if packing is None:
@@ -67,9 +102,29 @@ def idle_beside_packs(config: Config) -> list[Ignored]:
     size = [name for name in ("train_batch_size",) if name in config.explicit]
     window = [name for name in ("navit_pack_ffd_window",) if name in config.explicit and packing.strategy != "ffd"]
     return [
-        *without_effect(size, "has no effect with --navit_packing, where --navit_token_budget fills a step"),
-        *without_effect(window, "has no effect without --navit_pack_strategy ffd"),
+        *without_effect(size, "--navit_token_budget says how many samples a training step has"),
+        *without_effect(window, "--navit_pack_strategy is not ffd"),
+        *without_effect(
+            ["navit_text_trim_padding"] if trims_text(config) and family.ends_texts_together else [],
+            f"{family.record.title} pads captions no further than the longest of a batch anyway",
+        ),
+        *idle_sizes(config),
     ]
+
+
+def idle_sizes(config: Config) -> list[Ignored]:
+    """Settings of sizes without effect, in training or while latents are cached for it."""
+    if NavitOptions not in config:
+        return []
+    options = config[NavitOptions]
+    if not options.navit_packing:
+        names = [name for name in option_fields(NavitOptions) if name in config.explicit and name != "navit_packing"]
+        return without_effect(names, "--navit_packing is not set")
+    if not options.navit_native_resolution:
+        names = [name for name in ("navit_native_over_budget",) if name in config.explicit]
+        return without_effect(names, "--navit_native_resolution is not set")
+    names = [name for name in BUCKET_OPTIONS if name in config.explicit]
+    return without_effect(names, "with --navit_native_resolution pictures keep their sizes")
 
 
 def check_packing(config: Config, family: ModelFamily, trainable: Trainable, hooks: Iterable[Hook]) -> None:
@@ -94,6 +149,12 @@ def _problems(config: Config, family: ModelFamily, trainable: Trainable) -> Iter
         yield (
             f"--navit_packing is set, and the denoiser of {family.record.title} takes batches of one size; leave it"
             " out: buckets make such batches"
+        )
+    elif trims_text(config) and not (family.padded_texts or family.ends_texts_together):
+        masking = f", or set --{family.padding_masked_by}" if family.padding_masked_by else ""
+        yield (
+            f"--navit_text_trim_padding is set, and the denoiser of {family.record.title} attends to the padding of"
+            f" captions: without it the prediction would be another; leave it out{masking}"
         )
     if trainable.name not in PACKS:
         yield "--navit_packing is set, and packs are for adapters and whole models; leave it out"

@@ -108,7 +108,7 @@ class TrainStep:
         """The body of the step for samples of several sizes: every sample is what it would be in a batch of its own
         size, and the denoiser runs on the tokens of all of them at once."""
         self.begin(pack)
-        parts = [self.noised(part, self.draws_of(part, None)) for part in pack.parts]
+        parts = [self._noised_part(part) for part in pack.parts]
         with self.runtime.autocast():
             courses = [
                 self.family.predict.course(self.family, self.models, *part, **self.inputs_of(*part)) for part in parts
@@ -119,6 +119,10 @@ class TrainStep:
             output = self.with_preserved_targets(output, sample, batch, conditioning)
             outputs.append(self.result(*self.loss_of(output, sample, batch), batch))
         return dataclasses.replace(merge_outputs(outputs), loss=sum(output.loss for output in outputs))
+
+    def _noised_part(self, part: Batch) -> tuple[NoisyLatents, Conditioning, Batch]:
+        sample, conditioning, batch = self.noised(part, self.draws_of(part, None))
+        return sample, self.family.of_pack(conditioning), batch
 
     # -- the pieces of the body, which hooks put together in their own ways --------------------------------------------
 

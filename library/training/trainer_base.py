@@ -17,7 +17,7 @@ import torch
 from library.attention import use_attention
 from library.components.transformers_import import import_in_background
 from library.core.attention_modes import AttentionChoice
-from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems, RunInterrupted
+from library.core.errors import AtelierError, ConfigError, Problems, RunInterrupted
 from library.core.garbage import started
 from library.core.memory_room import resident_memory
 from library.core.options import AUTO, Config, option_fields, shortened
@@ -43,6 +43,7 @@ from library.training.data_phase import (
     lacking_problems,
     prepare_text,
     preserving_problems,
+    side_limit_of,
     side_problems,
 )
 from library.training.earlier_runs import clean_up, final_file, keep_earlier_files
@@ -301,11 +302,9 @@ class Trainer:
             for line in names_never_called(type(hook)) if is_main_process() else ():
                 logger.warning(line)
         rules = self.trainable.dataset_rules(self.family)
-        found = problems.attempt(lambda: find_data(self.config, self.family.architecture, rules))
-        try:
-            too_large = side_problems(found, self.family.side_limit()) if found is not None else []
-        except (CheckpointError, OSError):  # the family's check has told of the file
-            too_large = []
+        limit = side_limit_of(self.family)
+        found = problems.attempt(lambda: find_data(self.config, self.family.architecture, rules, limit))
+        too_large = side_problems(found, limit) if found is not None else []
         preserving = preserving_problems(found, [self.trainable, *self.added_hooks]) if found is not None else []
         for message in (*too_large, *preserving):
             problems.add(message)

@@ -29,6 +29,7 @@ from library.training.inference_samplers import (
     sd_sampler_reason,
 )
 from library.training.option_groups import ModelOptions
+from library.training.packing_options import trims_text
 from library.training.sampling_prompts import (
     IMAGE_LINE_OPTIONS,
     VIDEO_LINE_OPTIONS,
@@ -36,6 +37,7 @@ from library.training.sampling_prompts import (
     SamplePrompt,
     with_defaults,
 )
+from library.training.text_padding import PaddedText, without_padding
 from library.training.timestep_samplers import info_noise_options
 
 if TYPE_CHECKING:
@@ -188,6 +190,21 @@ class ModelFamily(ABC):
         """Whether samples of several sizes can go through the denoiser together: `predict` is a course then, as the
         forward of the denoiser is."""
         return hasattr(self.predict, "course")
+
+    padding_masked_by: ClassVar[str] = ""
+    """the option that keeps the denoiser from attending to padding, where there is one"""
+
+    ends_texts_together: ClassVar[bool] = False
+    """whether texts of a batch are never longer than its longest caption"""
+
+    @property
+    def padded_texts(self) -> Sequence[PaddedText]:
+        """The texts of its conditioning whose padding makes no difference, as the denoiser does not attend to it."""
+        return ()
+
+    def of_pack(self, conditioning: Conditioning) -> Conditioning:
+        """The conditioning of one size of a pack: shorter with --navit_text_trim_padding."""
+        return without_padding(conditioning, self.padded_texts) if trims_text(self.config) else conditioning
 
     @property
     def splits_levels(self) -> bool:

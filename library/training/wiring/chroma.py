@@ -3,7 +3,7 @@ loading in chroma_utils, text in strategy_chroma."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from library.core.courses import Course
 from library.core.errors import ConfigError
 from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, ignored_option, option
 from library.families.chroma import FAMILY
+from library.training.text_padding import PaddedText
 from library.training.whole_models import WholeModelOptions
 from library.training.wiring.flux import MODEL_TYPES, TOKEN_LENGTH_DEV, FluxFamily, FluxOptions, ignored_options
 
@@ -114,6 +115,12 @@ class ChromaFamily(FluxFamily):
     @property
     def masks_text(self) -> bool:
         return True
+
+    @property
+    def padded_texts(self) -> Sequence[PaddedText]:
+        from library.chroma_models import KEPT_PADDING
+
+        return (PaddedText("t5_attn_mask", ("t5_out", "txt_ids"), attended=KEPT_PADDING),)
 
     def _text_strategies(self) -> tuple[TokenizeStrategy, TextEncodingStrategy]:
         from library.strategy_chroma import ChromaTextEncodingStrategy, ChromaTokenizeStrategy

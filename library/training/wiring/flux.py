@@ -15,6 +15,7 @@ from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, without_effect
 from library.families.flux import FAMILY
 from library.training.option_groups import ModelOptions, NoiseOptions
+from library.training.text_padding import PaddedText
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
@@ -116,6 +117,7 @@ class FluxFamily(FlowFamily):
     denoiser_kinds = ("flux",)
     denoiser_writer = "library.flux_utils:save_flow_model"
     options = FluxOptions
+    padding_masked_by = "apply_t5_attn_mask"
     part_options = {
         "vae": frozenset({"ae"}),
         "text_encoders": frozenset(
@@ -288,6 +290,10 @@ class FluxFamily(FlowFamily):
     def masks_text(self) -> bool:
         """Whether T5 and the denoiser leave padding out."""
         return self.opts.apply_t5_attn_mask
+
+    @property
+    def padded_texts(self) -> Sequence[PaddedText]:
+        return (PaddedText("t5_attn_mask", ("t5_out", "txt_ids")),) if self.masks_text else ()
 
     def _text_strategies(self) -> tuple[TokenizeStrategy, TextEncodingStrategy]:
         from library.strategy_flux import FluxTextEncodingStrategy, FluxTokenizeStrategy

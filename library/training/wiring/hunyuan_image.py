@@ -89,6 +89,7 @@ class HunyuanImageFamily(FlowFamily):
     options = HunyuanImageOptions
     small_text_option = "fp8_vl"
     defaults = {"discrete_flow_shift": 5.0}
+    ends_texts_together = True
     part_options = {
         "vae": frozenset({"vae_chunk_size", "vae_tiling"}),
         "text_encoders": frozenset({"text_encoder", "byt5", "text_encoder_tokenizer", "fp8_vl", "text_encoder_cpu"}),

@@ -12,6 +12,7 @@ from library.core.courses import course
 from library.core.errors import ConfigError
 from library.core.options import Ignored, option, shortened, without_effect
 from library.families.hunyuan_video import FAMILY
+from library.training.text_padding import PaddedText
 from library.training.wiring.video_llama_clip import LlamaClipFamily, LlamaClipOptions
 
 if TYPE_CHECKING:
@@ -118,6 +119,10 @@ class HunyuanVideoFamily(LlamaClipFamily):
         from library.components.hunyuan_vae_models import scaled_latents
 
         return scaled_latents(latents)
+
+    @property
+    def padded_texts(self) -> Sequence[PaddedText]:
+        return (PaddedText("llm_mask", ("llm",)),)
 
     @course
     def predict(

@@ -14,6 +14,7 @@ from library.core.options import LARGEST_BATCH, LARGEST_TOKENS, option, refused_
 from library.dataset import DatasetOptions
 from library.families.lumina import FAMILY
 from library.training.option_groups import ModelOptions, NoiseOptions
+from library.training.text_padding import PaddedText
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
@@ -189,6 +190,10 @@ class LuminaFamily(FlowFamily):
     @property
     def sample_batch_size(self) -> int:
         return self.opts.sample_batch_size or self.config[DatasetOptions].train_batch_size
+
+    @property
+    def padded_texts(self) -> Sequence[PaddedText]:
+        return (PaddedText("attention_mask", ("hidden_state", "input_ids")),)
 
     def side_limit(self) -> SideLimit | None:
         if self._denoiser_path is None:
