@@ -55,6 +55,11 @@ class SpeedOptions:
         False, help="compute 8-bit weights and their scales in float32",
         reason="--upcast_quantization: weights become 8 bits in float32 in any case, and scales stay float32",
     )  # fmt: skip
+    mixed_precision_transformer: bool = option(
+        False,
+        help="keep every tensor of the denoiser in the type that its file has, and compute each layer in that of its"
+        " weights; between layers is the type of most of them",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,10 @@ class UnetSpeedOptions(SpeedOptions):
     upcast_quantization: bool = refused_option(
         False, help="compute 8-bit weights and their scales in float32", reason=_NO_EIGHT_BITS
     )
+    mixed_precision_transformer: bool = refused_option(
+        False, help="keep every tensor of the denoiser in the type that its file has",
+        reason="the denoiser is a U-Net, which computes in one type; leave it out",
+    )  # fmt: skip
 
 
 def speed_of(config: Config) -> SpeedOptions:
@@ -92,8 +101,7 @@ class Format:
 def denoiser_format(config: Config) -> Format:
     """By the options of a script. Weights of 8 bits compute in bfloat16."""
     values = config.values()
-    own = (group.format_options for group in config.classes() if hasattr(group, "format_options"))
-    for option_name in next(own, FORMATS):
+    for option_name in _format_options(config):
         if (value := values.get(option_name)) is not None:
             name = DTYPE_NAMES.get(str(value).lower(), str(value))
             name = "bfloat16" if name.startswith("float8") else name
@@ -101,3 +109,13 @@ def denoiser_format(config: Config) -> Format:
     given = next((name for name in ("fp16", "bf16") if values.get(name)), None)
     name = {"fp16": "float16", "bf16": "bfloat16", None: "float32"}[given]
     return Format(name, f"--{given} is given" if given else "neither --fp16 nor --bf16 is given", None)
+
+
+def _format_options(config: Config) -> tuple[str, ...]:
+    own = (group.format_options for group in config.classes() if hasattr(group, "format_options"))
+    return next(own, FORMATS)
+
+
+def format_option(config: Config) -> str:
+    """The option of the denoiser's number format alone; of some scripts there is none of this name."""
+    return _format_options(config)[0]
