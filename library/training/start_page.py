@@ -21,6 +21,7 @@ from library.training.run import Run
 from library.training.sampling_prompts import unreached_interval
 from library.training.schedulers import SchedulerOptions
 from library.training.summary import BucketSummary, DatasetSummary, StartSummary, start_summary
+from library.training.timestep_samplers.info_noise_options import InfoNoiseOptions
 
 if TYPE_CHECKING:
     from library.dataset.custom import CustomDataset
@@ -72,6 +73,7 @@ def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummar
         notes=[
             *run.trainable.notices(),
             *unreached_intervals(run),
+            *(config[InfoNoiseOptions].notices(progress.max_train_steps) if InfoNoiseOptions in config else []),
             *formula_warnings(config),
             *formula_notices(config, run.step.objective),
         ],
