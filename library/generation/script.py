@@ -34,6 +34,7 @@ from library.generation.picture_files import settings_texts, write_picture
 from library.generation.preview_options import PreviewOptions
 from library.generation.recorded_requests import ENTRY, RecordedSettings, shaping_options
 from library.generation.requests import PictureRequest, Request, SessionOptions, taken_seed
+from library.generation.speed_options import filled
 from library.generation.step_options import SamplerStepOptions, StepOptions
 from library.generation.wildcards import prompts_of, wildcard_problems, with_drawn_words
 from library.scripts.command_line import (
@@ -340,10 +341,16 @@ class ImageScript(ABC, Generic[Request]):
 
     def run(self, argv: Sequence[str] | None = None) -> list[Path]:
         """`main` without the handling of errors; returns the files that were written."""
+        script, told = self.chosen(argv), list[str]()
+
+        def complete(values: dict[str, Any]) -> dict[str, Any]:
+            return filled(script.with_recorded(values), script.groups, told)
+
+        config = read_command(argv, script.build_parser(), script.groups, script.check, complete)
         from library.generation.speed import set_switches
 
-        script = self.chosen(argv)
-        config = read_command(argv, script.build_parser(), script.groups, script.check, script.with_recorded)
+        for line in told:
+            logger.info(line)
         tell_equivalent(config)
         tell_ignored(config)
         set_switches(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,12 @@ def fast_products_option() -> Any:
 class SpeedOptions:
     """Speed and number formats"""
 
+    optimized: bool = option(
+        False,
+        help="set what makes this script quick on an NVIDIA GPU, as far as it is not given and packages and device allow:"
+        " --attn_mode sageattn, --compile, --fp8_scaled, --fp8_fast, --fp16_accumulation, those of them that there are;"
+        " a line says which",
+    )
     fp16_accumulation: bool = option(
         False,
         help="let GPUs add up products of float16 in float16: quicker and less exact; for a denoiser that computes in"
@@ -78,6 +85,15 @@ class UnetSpeedOptions(SpeedOptions):
     )  # fmt: skip
 
 
+def filled(values: dict[str, Any], groups: Sequence[type], told: list[str]) -> dict[str, Any]:
+    """Values of options by name, with those that --optimized sets; see `optimized.with_optimized`."""
+    if not values.get("optimized"):
+        return values
+    from library.generation.optimized import with_optimized
+
+    return with_optimized(values, groups, told)
+
+
 def speed_of(config: Config) -> SpeedOptions:
     """The group of a script; its defaults where the script has none."""
     found = (config[group] for group in config.classes() if issubclass(group, SpeedOptions))
@@ -92,6 +108,8 @@ class Format:
     name: str
     said: str
     option: str | None
+    in_eight_bits: bool = False
+    """whether the option asks for weights of 8 bits"""
 
     def asking_for(self, name: str) -> str:
         """The option for a format, float16 or bfloat16."""
@@ -104,8 +122,9 @@ def denoiser_format(config: Config) -> Format:
     for option_name in _format_options(config):
         if (value := values.get(option_name)) is not None:
             name = DTYPE_NAMES.get(str(value).lower(), str(value))
-            name = "bfloat16" if name.startswith("float8") else name
-            return Format(name, f"--{option_name} is {value}", option_name)
+            in_eight_bits = name.startswith("float8")
+            name = "bfloat16" if in_eight_bits else name
+            return Format(name, f"--{option_name} is {value}", option_name, in_eight_bits)
     given = next((name for name in ("fp16", "bf16") if values.get(name)), None)
     name = {"fp16": "float16", "bf16": "bfloat16", None: "float32"}[given]
     return Format(name, f"--{given} is given" if given else "neither --fp16 nor --bf16 is given", None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,8 @@ from tests.library.generation.tiny_scripts import (
     made,
     with_denoiser,
 )
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +186,21 @@ def test_attention_in_16_bits_asks_the_file(tinies, tmp_path, monkeypatch):
     path = tmp_path / "whole.safetensors"
     rewritten(denoiser_file("wan", tinies("wan")), path, torch.bfloat16, only_matrices=False)
     made("wan", tinies("wan"), tmp_path, with_denoiser("wan", tinies("wan"), path), *words)
+
+
+HELP = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name).main(["--help"])
+    except SystemExit as end:
+        assert not end.code, name
+    assert "torch" not in sys.modules, name
+"""
+
+
+def test_help_of_every_script_comes_without_torch():
+    names = [name for name in SCRIPTS if name not in ("chroma", "gen_img")]
+    modules = ["library.generation.gen_img.script", *(f"library.generation.{name}_inference" for name in names)]
+    done = subprocess.run([sys.executable, "-c", HELP, *modules], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
