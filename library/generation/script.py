@@ -34,7 +34,6 @@ from library.generation.picture_files import settings_texts, write_picture
 from library.generation.preview_options import PreviewOptions
 from library.generation.recorded_requests import ENTRY, RecordedSettings, shaping_options
 from library.generation.requests import PictureRequest, Request, SessionOptions, taken_seed
-from library.generation.speed_options import filled
 from library.generation.step_options import SamplerStepOptions, StepOptions
 from library.generation.wildcards import prompts_of, wildcard_problems, with_drawn_words
 from library.scripts.command_line import (
@@ -67,6 +66,15 @@ def format_problems(names: Mapping[str, str], device: str | None = None) -> list
 
     instead = "choose another format: float32 works everywhere"
     return [problem for flag, dtype in names.items() if (problem := format_problem(flag, dtype, device, instead))]
+
+
+def filled(values: dict[str, Any], groups: Sequence[type], told: list[str]) -> dict[str, Any]:
+    """Values of options by name, with those that --optimized sets; see `optimized.with_optimized`."""
+    if not values.get("optimized"):
+        return values
+    from library.generation.optimized import with_optimized
+
+    return with_optimized(values, groups, told)
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------

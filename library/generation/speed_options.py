@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +43,7 @@ class SpeedOptions:
 
     optimized: bool = option(
         False,
-        help="set what makes this script quick on an NVIDIA GPU, as far as it is not given and packages and device allow:"
+        help="set what makes this script quick on an NVIDIA GPU, as far as it is not given and machine and model allow:"
         " --attn_mode sageattn, --compile, --fp8_scaled, --fp8_fast, --fp16_accumulation, those of them that there are;"
         " a line says which",
     )
@@ -83,15 +82,6 @@ class UnetSpeedOptions(SpeedOptions):
         False, help="keep every tensor of the denoiser in the type that its file has",
         reason="the denoiser is a U-Net, which computes in one type; leave it out",
     )  # fmt: skip
-
-
-def filled(values: dict[str, Any], groups: Sequence[type], told: list[str]) -> dict[str, Any]:
-    """Values of options by name, with those that --optimized sets; see `optimized.with_optimized`."""
-    if not values.get("optimized"):
-        return values
-    from library.generation.optimized import with_optimized
-
-    return with_optimized(values, groups, told)
 
 
 def speed_of(config: Config) -> SpeedOptions:

@@ -39,8 +39,7 @@ from library.generation.gen_img.sources import (
 )
 from library.generation.picture_files import write_picture
 from library.generation.recorded_requests import ENTRY
-from library.generation.script import Failures, format_problems, free_path
-from library.generation.speed_options import filled
+from library.generation.script import Failures, filled, format_problems, free_path
 from library.scripts.command_line import read_command, refused_problems, run_to_exit, script_parser, tell_equivalent
 from library.training.inference_samplers import sampler_notices
 from library.training.option_groups import ConsoleOptions

@@ -60,7 +60,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(fp8_optimization_utils, "can_multiply_fp8", lambda device: True)
     monkeypatch.setattr(compilation, "backend_problems", lambda backend, option: [])
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: name if name == "sageattention" else find(name, *a))
+    sage = "sageattention"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: name if name == sage else find(name, *a))
 
 
 def chosen(name: str, **given: object) -> optimized.Chosen:

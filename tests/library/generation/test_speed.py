@@ -172,14 +172,16 @@ def test_types_of_the_file_stay_beside_all_else(tinies, tmp_path, monkeypatch):
         assert torch.equal(latents(*same), plain), same
     merged, hooked = (latents(f"--lora_weight={lora}", *words) for words in ([], ["--no-merge_lora_weights"]))
     assert distance(merged, plain) > 3 * distance(merged, hooked) > 0
-    (file,) = wan_inference.run([*mixed, f"--lora_weight={lora}", f"--save_merged_model={tmp_path / 'merged.safetensors'}"])
+    target = tmp_path / "merged.safetensors"
+    (file,) = wan_inference.run([*mixed, f"--lora_weight={lora}", f"--save_merged_model={target}"])
     kinds, of_file = ({name: one.dtype for name, one in read_header(one)[0].items()} for one in (file, path))
     assert kinds == {**of_file, **{name: torch.float32 for name in of_file if name.startswith("time_")}}
     assert torch.equal(made("wan", tiny, tmp_path / "out", with_denoiser("wan", tiny, file), mixed[1]), merged)
 
 
 def test_attention_in_16_bits_asks_the_file(tinies, tmp_path, monkeypatch):
-    monkeypatch.setitem(ATTENTION_MODES, "torch_math", dataclasses.replace(ATTENTION_MODES["torch_math"], halves_only=True))
+    halves = dataclasses.replace(ATTENTION_MODES["torch_math"], halves_only=True)
+    monkeypatch.setitem(ATTENTION_MODES, "torch_math", halves)
     words = ["--mixed_precision_transformer", "--attn_mode=torch_math"]
     with pytest.raises(ConfigError, match="numbers of 16 bits alone; add a file that is mostly of 16 bits"):
         made("wan", tinies("wan"), tmp_path, *words)
