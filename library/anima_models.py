@@ -7,6 +7,7 @@ adapters find them by name and class.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,16 @@ from library.attention import (
     in_heads,
     modulate,
     never_empty,
+    of_tokens,
     per_token,
     rms_normed,
     rotate_halves,
     timestep_embedding,
 )
+from library.components.block_calls import BlockCall
+from library.components.mixed_models import entry_dtype
+from library.components.packed_tokens import SampleVectors, Segments, Stream, ropes, segments, vectors
+from library.core.courses import course
 from library.custom_offloading_utils import BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
@@ -167,7 +173,8 @@ class Attention(AttentionModule):
         self.v_proj = nn.Linear(context_dim or dim, dim, bias=False)
 
     def attend(
-        self, x: Tensor, context: Tensor, query_rope: Rope | None, key_rope: Rope | None, key_mask: Tensor | None = None
+        self, x: Tensor, context: Tensor, query_rope: Rope | None, key_rope: Rope | None,
+        key_mask: Tensor | Segments | None = None,
     ) -> Tensor:
         """x [B, L, D], context [B, T, C] -> [B, L, D] before the output projection."""
         query, key, value = (
@@ -187,8 +194,11 @@ class ImageAttention(Attention):
         super().__init__(dim, num_heads, context_dim)
         self.output_proj = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, rope: Rope | None = None) -> Tensor:
-        return self.output_proj(self.attend(x, x if context is None else context, rope, rope))
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, rope: Rope | None = None, segments: Segments | None = None
+    ) -> Tensor:
+        """`segments`: which tokens of a row of several samples attend to which."""
+        return self.output_proj(self.attend(x, x if context is None else context, rope, rope, segments))
 
 
 class TextAttention(Attention):
@@ -263,19 +273,37 @@ class Block(nn.Module):
         self.adaln_modulation_cross_attn = _modulation(dim, rank, 3)
         self.adaln_modulation_mlp = _modulation(dim, rank, 3)
 
-    def forward(self, x: Tensor, emb: Tensor, adaln_lora: Tensor, context: Tensor, rope: Rope) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor | SampleVectors, adaln_lora: Tensor | SampleVectors, context: Tensor, rope: Rope,
+        own: Segments | None = None, to_context: Segments | None = None,
+    ) -> Tensor:
         """x [B, L, D], emb [B, D], adaln_lora [B, 3D] (or both [B, L, ...], for each token its own), context [B, T,
-        C]."""
+        C]. `own` and `to_context`: which tokens of a row of several samples attend to which."""
         shift, scale, gate = self._parts(self.adaln_modulation_self_attn, emb, adaln_lora)
-        x = torch.addcmul(x, gate, self.self_attn(modulate(self.layer_norm_self_attn(x), shift, scale), rope=rope))
+        normed = modulate(self.layer_norm_self_attn(x), shift, scale)
+        x = torch.addcmul(x, gate, self.self_attn(normed, rope=rope, segments=own))
         shift, scale, gate = self._parts(self.adaln_modulation_cross_attn, emb, adaln_lora)
-        x = torch.addcmul(x, gate, self.cross_attn(modulate(self.layer_norm_cross_attn(x), shift, scale), context))
+        normed = modulate(self.layer_norm_cross_attn(x), shift, scale)
+        x = torch.addcmul(x, gate, self.cross_attn(normed, context, segments=to_context))
         shift, scale, gate = self._parts(self.adaln_modulation_mlp, emb, adaln_lora)
         return torch.addcmul(x, gate, self.mlp(modulate(self.layer_norm_mlp(x), shift, scale)))
 
     @staticmethod
-    def _parts(modulation: nn.Module, emb: Tensor, adaln_lora: Tensor) -> tuple[Tensor, ...]:
-        return per_token(modulation(emb) + adaln_lora).chunk(3, dim=-1)  # each [B, 1 or L, D]
+    def _parts(
+        modulation: nn.Module, emb: Tensor | SampleVectors, adaln_lora: Tensor | SampleVectors
+    ) -> tuple[Tensor, ...]:
+        shared = adaln_lora.values if isinstance(adaln_lora, SampleVectors) else adaln_lora
+        return of_tokens(lambda vec: modulation(vec) + shared, emb).chunk(3, dim=-1)  # each [B, 1 or L, D]
+
+    def packed_context(self, streams: Sequence[Stream], contexts: Sequence[tuple]) -> tuple:
+        """See `BlockCall`."""
+        (image,), (embs, loras, texts, tables) = streams, zip(*contexts)
+        text = Stream.of(texts)
+        turned = ropes([tuple(table[None] for table in tables_of_part) for tables_of_part in tables], streams)
+        return (
+            vectors(embs, image), vectors(loras, image), text.join(texts), tuple(table[0] for table in turned),
+            segments((image,)), segments((image,), (text,)),
+        )  # fmt: skip
 
 
 class FinalLayer(nn.Module):
@@ -375,12 +403,13 @@ class Anima(BlockStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Norms tell it: weights of linear layers may be stored in 8 bits."""
-        return self.t_embedding_norm.weight.dtype
+        return entry_dtype(self, self.t_embedding_norm.weight)
 
     @property
     def has_adapter(self) -> bool:
         return self.params.adapter is not None
 
+    @course
     def forward(
         self,
         x: Tensor,
@@ -419,7 +448,7 @@ class Anima(BlockStackMixin, nn.Module):
         (offloader,) = self.offloaders
         features: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            (tokens,) = self.run_block(block, index, offloader, (tokens,), (emb, adaln_lora, context, rope))
+            (tokens,) = yield BlockCall(self, block, index, offloader, (tokens,), (emb, adaln_lora, context, rope))
             features += [tokens] if index == feature_layer else []
         patches = self.final_layer(tokens, emb, adaln_lora)
         p, t = self.params.patch_spatial, self.params.patch_temporal

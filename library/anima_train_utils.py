@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from library.components.block_calls import DenoiserCall
+from library.core.courses import course
 from library.device_utils import to_device
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from library.anima_models import Anima
 
 
+@course
 def predict_velocity(
     denoiser: Anima, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: object
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -27,14 +30,14 @@ def predict_velocity(
     `inputs` the result is (velocity, tokens [B, L, D] after that block).
     """
     given = {name: to_device(tensor, noisy_latents.device) for name, tensor in conditioning.items()}
-    velocity = denoiser(
-        noisy_latents[:, :, None],  # an image is one frame: [B, C, 1, H, W]
-        timesteps.float() / NUM_TRAIN_TIMESTEPS,
-        given["prompt_embeds"],
-        target_ids=given["t5_input_ids"].long(),
-        target_mask=given["t5_attn_mask"],
-        source_mask=given["attn_mask"],
-        **inputs,
+    clip = noisy_latents[:, :, None]  # an image is one frame: [B, C, 1, H, W]
+    text = {
+        "target_ids": given["t5_input_ids"].long(),
+        "target_mask": given["t5_attn_mask"],
+        "source_mask": given["attn_mask"],
+    }
+    velocity = yield DenoiserCall(
+        denoiser, (clip, timesteps.float() / NUM_TRAIN_TIMESTEPS, given["prompt_embeds"]), {**text, **inputs}
     )
     if isinstance(velocity, tuple):
         return velocity[0][:, :, 0], velocity[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -11,19 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from library.components.attention_backends import KERNELS, by_sample
+from library.components.attention_backends import END_TO_END, KERNELS, by_sample
+from library.components.packed_tokens import SampleVectors, Segments
 from library.core.attention_modes import AttentionChoice
 
 
 def scaled_attention(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | Segments | None = None,
     choice: AttentionChoice = AttentionChoice(),
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for [B, heads, L, D]; `key_mask` [B, L], true or 1 = attend. Returns [B, L, heads *
-    D].
+    """softmax(q k^T / sqrt(D)) v for [B, heads, L, D]; `key_mask` [B, L], true or 1 = attend, or which tokens of a row
+    of several samples attend to which. Returns [B, L, heads * D].
 
     Query and key may come in float32 (from norms and rotations); they are rounded to the type of `value` here.
     """
+    if isinstance(key_mask, Segments):
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if choice.mode in END_TO_END and not choice.split and not key_mask.has_masks:
+            return key_mask.attend_at_once(END_TO_END[choice.mode], query, key, value)
+        return key_mask.attend(functools.partial(scaled_attention, choice=choice), query, key, value)
     mask = None if key_mask is None else key_mask.bool()
     states, kernel = (query.to(value.dtype), key.to(value.dtype), value), KERNELS[choice.mode]
     attended = by_sample(kernel, *states, mask) if choice.split else kernel(*states, mask)  # [B, L, heads, D]
@@ -35,7 +42,9 @@ class AttentionModule(nn.Module):
 
     attention_choice = AttentionChoice()
 
-    def scaled_attention(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def scaled_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | Segments | None = None
+    ) -> Tensor:
         return scaled_attention(query, key, value, key_mask, self.attention_choice)
 
 
@@ -165,8 +174,15 @@ def per_token(vec: Tensor) -> Tensor:
     return vec[:, None] if vec.ndim == 2 else vec
 
 
-def of_text(vec: Tensor) -> Tensor:
+def of_tokens(project: Callable[[Tensor], Tensor], vec: Tensor | SampleVectors) -> Tensor:
+    """What a layer makes of vectors [B, D] or [B, L, D], for each token: [B, 1 or L, ...]."""
+    return vec.through(project) if isinstance(vec, SampleVectors) else per_token(project(vec))
+
+
+def of_text(vec: Tensor | SampleVectors) -> Tensor | SampleVectors:
     """The vector [B, D] of text tokens, which have no time of their own: the mean of those of the image tokens."""
+    if isinstance(vec, SampleVectors):
+        return vec.of_text()
     return vec if vec.ndim == 2 else vec.mean(dim=1)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.attention import timestep_embedding
+from library.core.courses import course
 from library.flux_models import (
     BlockVectors,
     DoubleStreamBlock,
@@ -81,6 +82,7 @@ class Chroma(StreamTransformer):
             params.approximator_in_dim, hidden, params.approximator_hidden_size, params.approximator_depth
         )
 
+    @course
     def forward(
         self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, txt_attention_mask: Tensor,
         feature_layer: int | None = None,
@@ -94,7 +96,8 @@ class Chroma(StreamTransformer):
         """
         self.prepare_block_swap_before_forward()
         vectors = self._block_vectors(self.modulation_vectors(timesteps))
-        return self.run_streams(img, img_ids, txt, txt_ids, vectors, attended_tokens(txt_attention_mask), feature_layer)
+        attended = attended_tokens(txt_attention_mask)
+        return (yield from self.run_streams(img, img_ids, txt, txt_ids, vectors, attended, feature_layer))
 
     def modulation_vectors(self, timesteps: Tensor) -> Tensor:
         """[B] in 0..1 -> [B, vectors, hidden]: of the single blocks, of image and of text of the double blocks, of the

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from library.core.courses import course
 from library.device_utils import to_device
 from library.flux_train_utils import on_packed_latents
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from library.chroma_models import Chroma
 
 
+@course
 def predict_velocity(
     denoiser: Chroma, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: object
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -23,6 +25,9 @@ def predict_velocity(
     among `inputs` the result is (velocity, tokens [B, L, hidden] after that block).
     """
     mask = to_device(conditioning["t5_attn_mask"], noisy_latents.device)
-    return on_packed_latents(
-        denoiser, noisy_latents, timesteps, conditioning["t5_out"], txt_attention_mask=mask, **inputs
+    text = conditioning["t5_out"]
+    return (
+        yield from on_packed_latents.course(
+            denoiser, noisy_latents, timesteps, text, txt_attention_mask=mask, **inputs
+        )
     )

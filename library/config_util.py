@@ -41,6 +41,7 @@ from library.dataset.config_sources import (
     check_shared_caches,
     check_sources,
     check_targets,
+    idle_beside_native,
     idle_bucket_settings,
     learns_videos,
     source_settings,
@@ -48,6 +49,7 @@ from library.dataset.config_sources import (
     told,
 )
 from library.dataset.items import DatasetParams, SubsetParams
+from library.dataset.native_sizes import RULE, NativeSizes
 
 logger = logging.getLogger(__name__)
 __getattr__, __dir__ = lazy_names(__name__, homes(
@@ -149,12 +151,13 @@ def load_blueprint(
     supports_cn: bool | None = None,
     supports_dropout: bool | None = None,
     content: Mapping[str, Any] | None = None,
+    native: NativeSizes | None = None,
 ) -> Blueprint:
     """Read the dataset configuration, or the folder options that stand for one, and resolve every setting.
 
     `content` is the parsed configuration where the caller has it already. `explicit` are the options that the user
-    wrote; `script` decides the kinds of dataset (`supports_cn`, `supports_dropout` override its rules). Files named in
-    the configuration are not looked at; that is the scan's part. Raises DatasetConfigError with all problems.
+    wrote; `script` decides the kinds of dataset (`supports_cn`, `supports_dropout` override its rules). With `native`
+    pictures keep their sizes, and settings of buckets have no effect. Files named in the configuration are not looked at; that is the scan's part. Raises DatasetConfigError with all problems.
     """
     problems, warnings = ProblemList(), []
     rules = rules_of(script, options, supports_cn, supports_dropout)
@@ -178,10 +181,12 @@ def load_blueprint(
         problems, kinds=rules.keys, supports_dropout=rules.dropout, learns_videos=learns_videos(architecture)
     )
     tables = reader.read(with_new_names(raw, warnings))
-    resolver = _Resolver(options, caching or CachingOptions(), explicit, architecture, rules, problems, warnings)
+    resolver = _Resolver(
+        options, caching or CachingOptions(), explicit, architecture, rules, problems, warnings, native=native
+    )
     datasets = tuple(resolver.dataset(tables, dataset) for dataset in tables.datasets)
     check_shared_caches(datasets, tables.datasets, architecture, problems)
-    warnings += idle_bucket_settings(tables, explicit)
+    warnings += idle_bucket_settings(tables, explicit) if native is None else []
     if options.masked_loss and not any(d.kind == "CN" or any(s.alpha_mask for s in d.subsets) for d in datasets):
         warnings.append(
             "--masked_loss is on, and no dataset has conditioning_data_dir or alpha_mask: the loss is not masked"
@@ -209,6 +214,7 @@ class _Resolver:
     warnings: list[str]
     scopes: list[tuple[Sequence[str], Scope]] = field(default_factory=list)
     """names and where they were looked up, of every dataset and subset"""
+    native: NativeSizes | None = None
 
     def shadowed(self) -> frozenset[str]:
         """Options that no dataset and no subset took."""
@@ -247,6 +253,12 @@ class _Resolver:
 
     def _buckets(self, dataset: DatasetTables, scope: Scope, values: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of buckets as they count, checked."""
+        if self.native is not None:
+            check_resolution(scope, self.architecture, self.problems)
+            self.warnings += idle_beside_native(dataset)
+            return {
+                "enable_bucket": True, "bucket_rule": RULE, "bucket_reso_steps": self.native.step, "native": self.native
+            }
         if dataset.is_flat:
             if values["enable_bucket"] is True:
                 check_area(scope, self.architecture, self.problems)

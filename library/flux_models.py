@@ -24,6 +24,7 @@ from library.attention import (
     modulate,
     of_joined_tokens,
     of_text,
+    of_tokens,
     per_token,
     plain_norm,
     rms_normed,
@@ -32,7 +33,11 @@ from library.attention import (
     split_query_key_value,
     timestep_embedding,
 )
+from library.components.block_calls import BlockCall
 from library.components.ldm_models import AutoEncoder, AutoEncoderParams  # noqa: F401, names that are imported from here
+from library.components.mixed_models import entry_dtype
+from library.components.packed_tokens import SampleVectors, Segments, Stream, ropes, segments, vectors
+from library.core.courses import Course, course
 from library.custom_offloading_utils import StreamStackMixin, split_blocks_to_swap  # noqa: F401, imported from here too
 from library.custom_offloading_utils import stream_swap_problem as block_swap_problem  # noqa: F401
 
@@ -144,17 +149,26 @@ class Modulation(nn.Module):
         self.multiplier = 6 if double else 3
         self.lin = nn.Linear(dim, self.multiplier * dim)
 
-    def forward(self, vec: Tensor) -> Sequence[Tensor]:
+    def forward(self, vec: Tensor | SampleVectors) -> Sequence[Tensor]:
         """vec [B, hidden], or [B, L, hidden] for a vector per token -> each [B, 1 or L, hidden]."""
-        return per_token(self.lin(F.silu(vec))).chunk(self.multiplier, dim=-1)
+        return of_tokens(lambda values: self.lin(F.silu(values)), vec).chunk(self.multiplier, dim=-1)
+
+    packed = staticmethod(vectors)
+    """the vectors of several batches as those of the row of their tokens"""
 
 
 class GivenModulation(nn.Module):
     """In the place of `Modulation` where shifts, scales and gates are made elsewhere."""
 
-    def forward(self, vectors: Tensor) -> Sequence[Tensor]:
-        """[B, n, hidden] -> n of [B, 1, hidden]."""
-        return vectors.split(1, dim=1)
+    def forward(self, given: Tensor | SampleVectors) -> Sequence[Tensor]:
+        """[B, n, hidden] -> n of [B, 1, hidden], or of packed tokens [1, all, hidden]."""
+        if isinstance(given, SampleVectors):
+            return given.stream.spread(given.values).unbind(2)
+        return given.split(1, dim=1)
+
+    @staticmethod
+    def packed(parts: Sequence[Tensor], stream: Stream) -> SampleVectors:
+        return SampleVectors(torch.cat(list(parts)), stream)
 
 
 def _mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:
@@ -180,7 +194,8 @@ class DoubleStreamBlock(AttentionModule):
         self.txt_mlp = _mlp(hidden, params.mlp_hidden)
 
     def forward(
-        self, img: Tensor, txt: Tensor, img_vec: Tensor, txt_vec: Tensor, rope: Rope, key_mask: Tensor | None = None
+        self, img: Tensor, txt: Tensor, img_vec: Tensor, txt_vec: Tensor, rope: Rope,
+        key_mask: Tensor | Segments | None = None,
     ) -> tuple[Tensor, Tensor]:
         """img [B, L, hidden], txt [B, T, hidden]; rope and key_mask over the T + L joined tokens. The vectors are [B,
         hidden], that of the image also [B, L, hidden]; without modulation of its own the block gets shift, scale, gate,
@@ -199,6 +214,15 @@ class DoubleStreamBlock(AttentionModule):
         txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(self.txt_norm2(txt), txt_shift2, txt_scale2)))
         return img, txt
 
+    def packed_context(self, streams: Sequence[Stream], contexts: Sequence[tuple]) -> tuple:
+        """See `BlockCall`."""
+        (img, txt), (img_vecs, txt_vecs, tables, masks) = streams, zip(*contexts)
+        joined = (txt, img)
+        return (
+            self.img_mod.packed(img_vecs, img), self.txt_mod.packed(txt_vecs, txt), ropes(tables, joined),
+            segments(joined, masks=masks),
+        )  # fmt: skip
+
 
 class SingleStreamBlock(AttentionModule):
     """Attention and MLP in parallel on the joined tokens, with fused input and output projections."""
@@ -215,7 +239,7 @@ class SingleStreamBlock(AttentionModule):
         self.mlp_act = nn.GELU(approximate="tanh")
         self.modulation = Modulation(hidden, double=False) if modulates else GivenModulation()
 
-    def forward(self, x: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | Segments | None = None) -> Tensor:
         """x [B, T + L, hidden], text tokens first; vec [B, hidden] or [B, T + L, hidden], or shift, scale, gate [B, 3,
         hidden]."""
         shift, scale, gate = self.modulation(vec)
@@ -224,6 +248,11 @@ class SingleStreamBlock(AttentionModule):
         query, key = self.norm(query, key)
         attended = self.scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), value, key_mask)
         return torch.addcmul(x, gate, self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1)))
+
+    def packed_context(self, streams: Sequence[Stream], contexts: Sequence[tuple]) -> tuple:
+        """See `BlockCall`."""
+        vecs, tables, masks = zip(*contexts)
+        return self.modulation.packed(vecs, streams[0]), ropes(tables, streams), segments(streams, masks=masks)
 
 
 class LastLayer(nn.Module):
@@ -272,7 +301,7 @@ class StreamTransformer(StreamStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.img_in.bias.dtype
+        return entry_dtype(self, self.img_in.bias)
 
     @property
     def feature_width(self) -> int:
@@ -282,7 +311,7 @@ class StreamTransformer(StreamStackMixin, nn.Module):
     def run_streams(
         self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, vectors: BlockVectors,
         txt_mask: Tensor | None, feature_layer: int | None = None, residuals: Sequence[Tensor] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Course:
         """From packed latents [B, L, 4C] and text [B, T, context] to the velocity [B, L, 4C]; with `feature_layer` also
         the image tokens [B, L, hidden] after that block, counted from 0 over the double, then the single blocks.
         `txt_mask` [B, T]: 1 = attend; `residuals`: what is added to the image tokens after each double block."""
@@ -294,12 +323,12 @@ class StreamTransformer(StreamStackMixin, nn.Module):
 
         double, single = self.offloaders
         for index, (block, pair) in enumerate(zip(self.double_blocks, vectors.double)):
-            img, txt = self.run_block(block, index, double, (img, txt), (*pair, rope, key_mask))
+            img, txt = yield BlockCall(self, block, index, double, (img, txt), (*pair, rope, key_mask))
             img = img if residuals is None else img + residuals[index].to(img.dtype)
             features += [img] if index == feature_layer else []
         joined = torch.cat((txt, img), dim=1)  # [B, T + L, hidden]
         for index, (block, vec) in enumerate(zip(self.single_blocks, vectors.single)):
-            (joined,) = self.run_block(block, index, single, (joined,), (vec, rope, key_mask))
+            (joined,) = yield BlockCall(self, block, index, single, (joined,), (vec, rope, key_mask))
             features += [joined[:, txt.shape[1] :]] if self.params.depth + index == feature_layer else []
         velocity = self.final_layer(joined[:, txt.shape[1] :], vectors.last)
         return velocity if feature_layer is None else (velocity, features[0])
@@ -351,6 +380,7 @@ class Flux(FluxInputs):
         self.single_blocks = nn.ModuleList(SingleStreamBlock(params) for _ in range(params.depth_single_blocks))
         self.final_layer = LastLayer(hidden, params.in_channels)
 
+    @course
     def forward(
         self,
         img: Tensor,
@@ -375,14 +405,18 @@ class Flux(FluxInputs):
         self.prepare_block_swap_before_forward()
         vec = self.conditioning_vector(timesteps, y, guidance)  # [B, hidden] or [B, L, hidden]
         joined = of_joined_tokens(vec, txt.shape[1])
-        vectors = BlockVectors(
+        modulating = BlockVectors(
             [(vec, of_text(vec))] * self.params.depth, [joined] * self.params.depth_single_blocks, vec
         )
         residuals = None
         if control is not None:
             given = (img, img_ids, txt, txt_ids, timesteps, y, guidance, txt_attention_mask)
             residuals = control.residuals(self.params.depth, *given)
-        return self.run_streams(img, img_ids, txt, txt_ids, vectors, txt_attention_mask, feature_layer, residuals)
+        return (
+            yield from self.run_streams(
+                img, img_ids, txt, txt_ids, modulating, txt_attention_mask, feature_layer, residuals
+            )
+        )
 
 
 def joined_key_mask(txt_attention_mask: Tensor | None, num_img_tokens: int) -> Tensor | None:

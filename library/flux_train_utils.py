@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from library.components.block_calls import DenoiserCall
 from library.components.control_models import Control, GuidedBy
+from library.core.courses import course
 from library.core.lazy_names import homes, lazy_names
 from library.device_utils import to_device
 from library.flux_utils import pack_latents, prepare_img_ids, unpack_latents
@@ -62,6 +64,7 @@ def get_schedule(
     return sigmas.tolist()
 
 
+@course
 def predict_velocity(
     denoiser: Flux,
     noisy_latents: Tensor,
@@ -80,28 +83,29 @@ def predict_velocity(
     it. With `feature_layer` among `inputs` the result is (velocity, tokens [B, L, hidden] after that block).
     """
     device = noisy_latents.device
-    return on_packed_latents(
+    return (yield from on_packed_latents.course(
         denoiser, noisy_latents, timesteps, conditioning["t5_out"],
         y=to_device(conditioning["l_pooled"], device),
         guidance=torch.full((len(noisy_latents),), float(guidance), device=device, dtype=torch.float32),
         txt_attention_mask=to_device(conditioning["t5_attn_mask"], device) if use_t5_mask else None,
         **inputs,
-    )
+    ))  # fmt: skip
 
 
+@course
 def on_packed_latents(
     denoiser: StreamTransformer, noisy_latents: Tensor, timesteps: Tensor, text: Tensor, **inputs: object
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Call a denoiser of these blocks on latents [B, C, H, W] and text [B, T, context]; its velocity unpacked again."""
     height, width = (side // 2 for side in noisy_latents.shape[-2:])
-    velocity = denoiser(
+    velocity = yield DenoiserCall(denoiser, inputs=dict(
         img=pack_latents(noisy_latents),  # [B, (H/2)(W/2), 4C]
         img_ids=prepare_img_ids(1, height, width),
         txt=to_device(text, noisy_latents.device),
         txt_ids=torch.zeros(1, text.shape[1], 3),  # as those of every text, on the CPU, where positions are read
         timesteps=timesteps.float() / NUM_TRAIN_TIMESTEPS,
         **inputs,
-    )
+    ))  # fmt: skip
     if isinstance(velocity, tuple):
         return unpack_latents(velocity[0], height, width), velocity[1]
     return unpack_latents(velocity, height, width)  # [B, C, H, W]

@@ -27,6 +27,7 @@ from library.attention import (
     timestep_embedding,
 )
 from library.components.hunyuan_stream_models import RMSNorm, Rope, TextProjection, rotated
+from library.components.mixed_models import entry_dtype
 from library.custom_offloading_utils import StreamStackMixin
 
 FREQUENCY_WIDTH = 256
@@ -396,7 +397,7 @@ class HunyuanVideoTransformer3DModelPacked(StreamStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.x_embedder.proj.bias.dtype
+        return entry_dtype(self, self.x_embedder.proj.bias)
 
     @property
     def feature_width(self) -> int:

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.components.hunyuan_stream_models import StreamDenoiser, StreamParams, TimestepEmbedder
+from library.core.courses import course
 from library.core.lazy_names import homes, lazy_names
 
 __getattr__, __dir__ = lazy_names(
@@ -75,6 +76,7 @@ class HYImageDiffusionTransformer(StreamDenoiser):
         later = {"time_r_in": TimestepEmbedder(params.time_embed_dim, hidden)} if params.mean_flow else {}
         self.build_rows(params, params.in_channels, **later)
 
+    @course
     def forward(
         self,
         hidden_states: Tensor,
@@ -104,7 +106,7 @@ class HYImageDiffusionTransformer(StreamDenoiser):
         img = self.img_in(hidden_states.to(self.dtype))  # [B, L, hidden]
         txt, mask = self._text_tokens(timestep, text_states, encoder_attention_mask, byt5_text_states, byt5_text_mask)
         rope = self.rope((height, width), hidden_states.device)
-        velocity, features = self.run_streams(img, txt, vec, rope, mask, feature_layer)
+        velocity, features = yield from self.run_streams(img, txt, vec, rope, mask, feature_layer)
         velocity = rearrange(velocity, "b (h w) c -> b c h w", h=height)
         return velocity if feature_layer is None else (velocity, features)
 

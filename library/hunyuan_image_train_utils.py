@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.components.block_calls import DenoiserCall
+from library.core.courses import course
 from library.device_utils import to_device
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, with_spread
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from library.hunyuan_image_models import HYImageDiffusionTransformer
 
 
+@course
 def predict_velocity(
     denoiser: HYImageDiffusionTransformer,
     noisy_latents: Tensor,
@@ -36,17 +39,19 @@ def predict_velocity(
     needed = needed_text(conditioning)
     text = {name: None if tensor is None else to_device(tensor, device) for name, tensor in needed.items()}
     scales = torch.full((len(noisy_latents),), guidance * NUM_TRAIN_TIMESTEPS, device=device, dtype=torch.float32)
-    return denoiser(
-        noisy_latents, timesteps.float(), text["vlm_embed"], text["vlm_mask"], text["byt5_embed"], text["byt5_mask"],
-        timestep_r=timesteps_r, guidance=scales if denoiser.params.guidance_embed else None, **inputs,
-    )  # fmt: skip
+    given = (noisy_latents, timesteps.float(), *(text[name] for name in TEXT_INPUTS))
+    beside = {"timestep_r": timesteps_r, "guidance": scales if denoiser.params.guidance_embed else None}
+    return (yield DenoiserCall(denoiser, given, {**beside, **inputs}))
+
+
+TEXT_INPUTS = ("vlm_embed", "vlm_mask", "byt5_embed", "byt5_mask")
+"""of the conditioning, in the order in which the denoiser takes them"""
 
 
 def needed_text(conditioning: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     """The tensors that the denoiser reads. Glyphs that no caption has, and masks that hide nothing, are left out where
     that can be seen without waiting for a device: attention is faster without them."""
-    names = ("vlm_embed", "vlm_mask", "byt5_embed", "byt5_mask")
-    text: dict[str, Tensor | None] = {name: conditioning[name] for name in names}
+    text: dict[str, Tensor | None] = {name: conditioning[name] for name in TEXT_INPUTS}
     masks = (text["vlm_mask"], text["byt5_mask"])
     if any(mask is None or mask.device.type != "cpu" for mask in masks):  # None: they were left out before
         return text

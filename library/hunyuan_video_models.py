@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.components.hunyuan_stream_models import StreamDenoiser, StreamParams
+from library.core.courses import course
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,7 @@ class HYVideoDiffusionTransformer(StreamDenoiser):
         out_width = prod(params.patch_size) * params.out_channels
         self.build_rows(params, out_width, vector_in=MLPEmbedder(params.vec_dim, params.hidden_size))
 
+    @course
     def forward(
         self,
         hidden_states: Tensor,
@@ -114,7 +116,7 @@ class HYVideoDiffusionTransformer(StreamDenoiser):
             img = self.img_in(hidden_states.to(self.dtype))  # [B, L, hidden]
             txt = self.txt_in(text_states.to(self.dtype), timestep, mask)  # [B, T, hidden]
         rope = self.rope(grid, hidden_states.device)
-        velocity, features = self.run_streams(img, txt, vec, rope, mask, feature_layer)
+        velocity, features = yield from self.run_streams(img, txt, vec, rope, mask, feature_layer)
         velocity = rearrange(
             velocity, "b (f h w) (c pf ph pw) -> b c (f pf) (h ph) (w pw)", f=grid[0], h=grid[1], pf=patch[0],
             ph=patch[1], pw=patch[2],

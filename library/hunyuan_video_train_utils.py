@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.components.block_calls import DenoiserCall
 from library.components.clip_tokens import needed_text, times_of_tokens
+from library.core.courses import course
 from library.device_utils import to_device, to_like
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from library.hunyuan_video_models import HYVideoDiffusionTransformer
 
 
+@course
 def predict_velocity(
     denoiser: HYVideoDiffusionTransformer,
     noisy_latents: Tensor,
@@ -45,11 +48,10 @@ def predict_velocity(
     frames, height, width = (size // step for size, step in zip(given.shape[2:], params.patch_size))
     times = times_of_tokens(timesteps.float(), frames, frames * height * width)
     scales = torch.full((len(given),), guidance * guidance_factor, device=device, dtype=torch.float32)
-    return denoiser(
-        given, times, to_device(states, device), None if mask is None else to_device(mask, device),
-        to_device(conditioning["clipL"], device),
-        guidance=scales if params.guidance_embed else None, **inputs,
-    )  # fmt: skip
+    text = (to_device(states, device), None if mask is None else to_device(mask, device))
+    told = {"guidance": scales if params.guidance_embed else None}
+    vector = to_device(conditioning["clipL"], device)
+    return (yield DenoiserCall(denoiser, (given, times, *text, vector), {**told, **inputs}))
 
 
 def shown_latents(first_frame: Tensor, frames: int) -> Tensor:

@@ -6,6 +6,7 @@ name and class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +20,16 @@ from library.attention import (
     in_heads,
     never_empty,
     of_joined_tokens,
+    of_tokens,
     per_token,
     rope_cos_sin,
     rotate_pairs,
     timestep_embedding,
 )
+from library.components.block_calls import BlockCall
+from library.components.mixed_models import entry_dtype
+from library.components.packed_tokens import SampleVectors, Segments, Stream, ropes, segments, vectors
+from library.core.courses import course
 from library.custom_offloading_utils import BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
@@ -102,7 +108,7 @@ class JointAttention(AttentionModule):
         self.q_norm = RMSNorm(params.head_dim, eps=params.qk_norm_eps)
         self.k_norm = RMSNorm(params.head_dim, eps=params.qk_norm_eps)
 
-    def forward(self, x: Tensor, rope: Rope, key_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, key_mask: Tensor | Segments | None) -> Tensor:
         parts = self.qkv(x).split(self.rows, dim=-1)
         query, key, value = (in_heads(part, part.shape[-1] // self.head_dim) for part in parts)
         query, key = rotate_pairs(self.q_norm(query), rope), rotate_pairs(self.k_norm(key), rope)
@@ -138,15 +144,23 @@ class JointTransformerBlock(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(params.time_dim, 4 * params.dim))
         self.modulation = modulation
 
-    def forward(self, x: Tensor, emb: Tensor | None, rope: Rope, key_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor | SampleVectors | None, rope: Rope, key_mask: Tensor | Segments | None = None
+    ) -> Tensor:
         """x [B, L, dim]; emb [B, time_dim], or [B, L, time_dim] for a time per token; key_mask [B, L], 1 = attend."""
         if not self.modulation:
             x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, key_mask))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
-        scale_msa, gate_msa, scale_mlp, gate_mlp = per_token(self.adaLN_modulation(emb)).chunk(4, dim=-1)
+        scale_msa, gate_msa, scale_mlp, gate_mlp = of_tokens(self.adaLN_modulation, emb).chunk(4, dim=-1)
         attended = self.attention(self.attention_norm1(x) * (1 + scale_msa), rope, key_mask)
         x = x + gate_msa.tanh() * self.attention_norm2(attended)
         return x + gate_mlp.tanh() * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp)))
+
+    def packed_context(self, streams: Sequence[Stream], contexts: Sequence[tuple]) -> tuple:
+        """See `BlockCall`."""
+        vecs, tables, masks = zip(*contexts)
+        modulating = vectors(vecs, streams[0]) if self.modulation else None
+        return modulating, ropes(tables, streams), segments(streams, masks=masks)
 
 
 class TimestepEmbedder(nn.Module):
@@ -201,13 +215,14 @@ class NextDiT(BlockStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.x_embedder.bias.dtype
+        return entry_dtype(self, self.x_embedder.bias)
 
     @property
     def feature_width(self) -> int:
         """Width of the tokens that `feature_layer` gives."""
         return self.params.dim
 
+    @course
     def forward(
         self, x: Tensor, t: Tensor, cap_feats: Tensor, cap_mask: Tensor | None = None, feature_layer: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -230,10 +245,10 @@ class NextDiT(BlockStackMixin, nn.Module):
         text = self.cap_embedder(cap_feats.to(self.dtype))  # [B, T, dim]
         attended = None if mask is None else never_empty(mask)
         for index, block in enumerate(self.context_refiner):
-            (text,) = self.run_block(block, index, None, (text,), (None, text_rope, attended))
+            (text,) = yield BlockCall(self, block, index, None, (text,), (None, text_rope, attended))
         image = self.x_embedder(patches.to(self.dtype))  # [B, L, dim]
         for index, block in enumerate(self.noise_refiner):
-            (image,) = self.run_block(block, index, None, (image,), (emb, image_rope, None))
+            (image,) = yield BlockCall(self, block, index, None, (image,), (emb, image_rope, None))
 
         num_text = text.shape[1]
         joint = torch.cat((text, image), dim=1)  # [B, T + L, dim]
@@ -242,7 +257,7 @@ class NextDiT(BlockStackMixin, nn.Module):
         (offloader,), features = self.offloaders, []
         joint_emb = of_joined_tokens(emb, num_text)
         for index, block in enumerate(self.layers):
-            (joint,) = self.run_block(block, index, offloader, (joint,), (joint_emb, rope, key_mask))
+            (joint,) = yield BlockCall(self, block, index, offloader, (joint,), (joint_emb, rope, key_mask))
             features += [joint[:, num_text:]] if index == feature_layer else []
         velocity = self._unpatched(self.final_layer(joint[:, num_text:], emb), grid)[..., :height, :width]
         return velocity if feature_layer is None else (velocity, features[0])

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from library.components.block_calls import DenoiserCall
+from library.core.courses import course
 from library.device_utils import to_device
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from library.lumina_models import NextDiT
 
 
+@course
 def predict_velocity(
     denoiser: NextDiT, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: object
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -26,10 +29,9 @@ def predict_velocity(
     `inputs` the result is (velocity, tokens [B, L, dim] after that layer).
     """
     device = noisy_latents.device
-    return denoiser(
-        noisy_latents,
-        1 - timesteps.float() / NUM_TRAIN_TIMESTEPS,
-        cap_feats=to_device(conditioning["hidden_state"], device),
-        cap_mask=to_device(conditioning["attention_mask"], device),
-        **inputs,
-    )
+    text = {
+        "cap_feats": to_device(conditioning["hidden_state"], device),
+        "cap_mask": to_device(conditioning["attention_mask"], device),
+    }
+    times = 1 - timesteps.float() / NUM_TRAIN_TIMESTEPS
+    return (yield DenoiserCall(denoiser, (noisy_latents, times), {**text, **inputs}))

@@ -22,13 +22,17 @@ from library.attention import (
     joined_along_tokens,
     modulate,
     of_text,
-    per_token,
+    of_tokens,
     plain_norm,
     rms_normed,
     split_query_key_value,
     timestep_embedding,
 )
+from library.components.block_calls import BlockCall
 from library.components.ldm_models import AutoEncoder as SDVAE  # noqa: F401, a name that is imported from here
+from library.components.mixed_models import entry_dtype
+from library.components.packed_tokens import SampleVectors, Segments, Stream, segments, vectors
+from library.core.courses import course
 from library.core.errors import ConfigError
 from library.core.lazy_names import homes, lazy_names
 from library.custom_offloading_utils import BlockStackMixin
@@ -185,18 +189,21 @@ class SingleDiTBlock(AttentionModule):
             self.mlp = MLP(hidden, params.mlp_hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, self.num_chunks * hidden))
 
-    def modulation(self, c: Tensor) -> Sequence[Tensor]:
+    def modulation(self, c: Tensor | SampleVectors) -> Sequence[Tensor]:
         """Shift and scale; gate of the attention, shift, scale and gate of the feed-forward; shift, scale and gate of
         the second attention: as many as the stream has, each [B, 1 or L, hidden]."""
-        return per_token(self.adaLN_modulation(c)).chunk(self.num_chunks, dim=-1)
+        return of_tokens(self.adaLN_modulation, c).chunk(self.num_chunks, dim=-1)
 
-    def after_attention(self, x: Tensor, attended: Tensor, chunks: Sequence[Tensor]) -> Tensor:
-        """The stream [B, L, hidden] after this block, from what the joint attention gave it."""
+    def after_attention(
+        self, x: Tensor, attended: Tensor, chunks: Sequence[Tensor], alone: Segments | None = None
+    ) -> Tensor:
+        """The stream [B, L, hidden] after this block, from what the joint attention gave it. `alone`: which tokens of
+        a row of several samples attend to which in the second attention."""
         gate_attn, shift_mlp, scale_mlp, gate_mlp = chunks[2:6]
         result = torch.addcmul(x, gate_attn, self.attn.proj(attended))
         if len(chunks) == 9:
             shift, scale, gate = chunks[6:]
-            own = self.scaled_attention(*self.attn2.query_key_value(modulate(self.norm1(x), shift, scale)))
+            own = self.scaled_attention(*self.attn2.query_key_value(modulate(self.norm1(x), shift, scale)), alone)
             result = torch.addcmul(result, gate, self.attn2.proj(own))
         return torch.addcmul(result, gate_mlp, self.mlp(modulate(self.norm2(result), shift_mlp, scale_mlp)))
 
@@ -209,17 +216,26 @@ class MMDiTBlock(AttentionModule):
         self.context_block = SingleDiTBlock(params, pre_only=number == params.depth - 1)
         self.x_block = SingleDiTBlock(params, has_second=number in params.x_block_self_attn_layers)
 
-    def forward(self, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, context: Tensor, x: Tensor, c: Tensor | SampleVectors, joint: Segments | None = None,
+        alone: Segments | None = None,
+    ) -> tuple[Tensor, ...]:
         """context [B, T, hidden], x [B, L, hidden], c [B, hidden] or [B, L, hidden] -> (context, x); the last block
-        gives (x,)."""
+        gives (x,). `joint` and `alone`: which tokens of a row of several samples attend to which, of both streams and
+        in the second attention of the picture."""
         text, picture = self.context_block, self.x_block
         text_chunks, chunks = text.modulation(of_text(c)), picture.modulation(c)
         text_qkv = text.attn.query_key_value(modulate(text.norm1(context), *text_chunks[:2]))
         qkv = picture.attn.query_key_value(modulate(picture.norm1(x), *chunks[:2]))
-        attended = self.scaled_attention(*map(joined_along_tokens, text_qkv, qkv))
+        attended = self.scaled_attention(*map(joined_along_tokens, text_qkv, qkv), joint)
         text_attended, attended = attended.split((context.shape[1], x.shape[1]), dim=1)
-        x = picture.after_attention(x, attended, chunks)
+        x = picture.after_attention(x, attended, chunks, alone)
         return (x,) if text.pre_only else (text.after_attention(context, text_attended, text_chunks), x)
+
+    def packed_context(self, streams: Sequence[Stream], contexts: Sequence[tuple]) -> tuple:
+        """See `BlockCall`."""
+        (text, picture), (vecs,) = streams, zip(*contexts)
+        return vectors(vecs, picture, text), segments((text, picture)), segments((picture,))
 
 
 class MMDiT(BlockStackMixin, nn.Module):
@@ -247,13 +263,14 @@ class MMDiT(BlockStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.context_embedder.bias.dtype
+        return entry_dtype(self, self.context_embedder.bias)
 
     @property
     def feature_width(self) -> int:
         """Width of the tokens that `feature_layer` gives."""
         return self.params.hidden_size
 
+    @course
     def forward(
         self,
         x: Tensor,
@@ -283,7 +300,7 @@ class MMDiT(BlockStackMixin, nn.Module):
         (offloader,) = self.offloaders
         features: list[Tensor] = []
         for index, block in enumerate(self.joint_blocks):
-            *text_after, tokens = self.run_block(block, index, offloader, (text, tokens), (c,))
+            *text_after, tokens = yield BlockCall(self, block, index, offloader, (text, tokens), (c,))
             text = text_after[0] if text_after else text
             features += [tokens] if index == feature_layer else []
         side = self.params.patch_size

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from library.components.block_calls import DenoiserCall
+from library.core.courses import course
 from library.core.keyed_random import StepDraws
 from library.core.lazy_names import homes, lazy_names
 from library.device_utils import to_device, to_like
@@ -31,6 +33,7 @@ SAMPLE_SHIFT = 3.0
 """shift of the schedule that pictures are made along"""
 
 
+@course
 def predict_velocity(
     denoiser: MMDiT, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], **inputs: object
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -43,7 +46,8 @@ def predict_velocity(
     device = noisy_latents.device
     context = to_device(joined_context(conditioning["lg_out"], conditioning["t5_out"]), device)
     pooled = to_device(conditioning["lg_pooled"], device)
-    return denoiser(noisy_latents, timesteps.float(), y=pooled, context=context, **inputs)
+    given = {"y": pooled, "context": context, **inputs}
+    return (yield DenoiserCall(denoiser, (noisy_latents, timesteps.float()), given))
 
 
 def joined_context(lg_out: Tensor, t5_out: Tensor) -> Tensor:

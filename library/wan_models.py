@@ -7,8 +7,9 @@ name and class. What makes a variant is in its shapes: `img_emb` and `k_img` are
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +27,10 @@ from library.attention import (
     rope_cos_sin,
     rotate_pairs,
 )
+from library.components.block_calls import BlockCall
+from library.components.mixed_models import entry_dtype
+from library.components.packed_tokens import Segments, Stream, ropes, segments
+from library.core.courses import course
 from library.custom_offloading_utils import BlockStackMixin
 
 Rope = tuple[Tensor, Tensor]
@@ -140,10 +145,10 @@ class WanLayerNorm(nn.LayerNorm):
 @dataclass(frozen=True)
 class Modulation:
     """What the time makes of a layer: float32 vectors of every distinct time [U, n, D], and which of them each token
-    has, [B, L]; without `places` there is one for each sample (U = B)."""
+    has, [B, L], or the tokens of a row of several samples; without `places` there is one for each sample (U = B)."""
 
     vectors: Tensor
-    places: Tensor | None = None
+    places: Tensor | Stream | None = None
 
     def plus(self, own: Tensor) -> Modulation:
         """With the learned vectors [1, n, D] of one layer added."""
@@ -152,6 +157,8 @@ class Modulation:
     def part(self, number: int) -> Tensor:
         """One of the n vectors of each token, [B, 1, D] or [B, L, D]."""
         chosen = self.vectors[:, number]
+        if isinstance(self.places, Stream):
+            return self.places.spread(chosen)
         return chosen[:, None] if self.places is None else chosen[self.places]
 
 
@@ -169,12 +176,12 @@ class WanSelfAttention(AttentionModule):
         """[B, L, D] -> [B, heads, L, D / heads]."""
         return in_heads(states, self.num_heads)
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        """x [B, L, D], rope [B or 1, L, D / heads / 2] each -> [B, L, D]."""
+    def forward(self, x: Tensor, rope: Rope, segments: Segments | None = None) -> Tensor:
+        """x [B, L, D], rope [B or 1, L, D / heads / 2] each -> [B, L, D]. `segments`: which tokens of a row of several
+        samples attend to which."""
         query, key = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(x)))
-        return self.o(
-            self.scaled_attention(rotate_pairs(query, rope), rotate_pairs(key, rope), self.heads(self.v(x)))
-        )
+        query, key = rotate_pairs(query, rope), rotate_pairs(key, rope)
+        return self.o(self.scaled_attention(query, key, self.heads(self.v(x)), segments))
 
 
 @dataclass(frozen=True)
@@ -205,19 +212,22 @@ class WanCrossAttention(WanSelfAttention):
     guidance: AttentionGuidance | None = None
     """inside a forward that is guided"""
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
-        """x [B, L, D], text [B, T, D] -> [B, L, D]."""
-        return self.o(self.of_text(self.heads(self.norm_q(self.q(x))), text))
+    def forward(
+        self, x: Tensor, text: Tensor, image: Tensor | None = None, segments: tuple[Segments | None, ...] = (None, None)
+    ) -> Tensor:
+        """x [B, L, D], text [B, T, D] -> [B, L, D]. `segments`: which tokens of a row of several samples attend to
+        which tokens of the text and of pictures."""
+        return self.o(self.of_text(self.heads(self.norm_q(self.q(x))), text, segments[0]))
 
-    def of_text(self, query: Tensor, text: Tensor) -> Tensor:
-        attended = self.to_tokens(query, text)
+    def of_text(self, query: Tensor, text: Tensor, segments: Segments | None) -> Tensor:
+        attended = self.to_tokens(query, text, segments)
         if self.guidance is None:
             return attended
         other = self.guidance.text.expand(len(query), -1, -1)
         return self.guidance.of(attended, self.to_tokens(query, other))
 
-    def to_tokens(self, query: Tensor, text: Tensor) -> Tensor:
-        return self.scaled_attention(query, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
+    def to_tokens(self, query: Tensor, text: Tensor, segments: Segments | None = None) -> Tensor:
+        return self.scaled_attention(query, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)), segments)
 
 
 class WanImageCrossAttention(WanCrossAttention):
@@ -228,13 +238,15 @@ class WanImageCrossAttention(WanCrossAttention):
         self.k_img, self.v_img = (nn.Linear(params.dim, params.dim) for _ in range(2))
         self.norm_k_img = WanRMSNorm(params.dim, params.eps)
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, text: Tensor, image: Tensor | None = None, segments: tuple[Segments | None, ...] = (None, None)
+    ) -> Tensor:
         """x [B, L, D], text [B, T, D], image [B, N, D] or None -> [B, L, D]."""
         query = self.heads(self.norm_q(self.q(x)))
-        attended = self.of_text(query, text)
+        attended = self.of_text(query, text, segments[0])
         if image is not None:
             key = self.heads(self.norm_k_img(self.k_img(image)))
-            attended = attended + self.scaled_attention(query, key, self.heads(self.v_img(image)))
+            attended = attended + self.scaled_attention(query, key, self.heads(self.v_img(image)), segments[1])
         return self.o(attended)
 
 
@@ -255,15 +267,39 @@ class WanAttentionBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, NUM_MODULATIONS, dim) / dim**0.5)
 
     def forward(
-        self, x: Tensor, vectors: Tensor, places: Tensor | None, text: Tensor, image: Tensor | None, rope: Rope
+        self, x: Tensor, vectors: Tensor, places: Tensor | Stream | None, text: Tensor, image: Tensor | None,
+        rope: Rope, segments: tuple[Segments | None, ...] = (None, None, None),
     ) -> Tensor:
-        """x [B, L, D]; vectors [U, 6, D] and places as in `Modulation`; text [B, T, D], image [B, N, D]."""
+        """x [B, L, D]; vectors [U, 6, D] and places as in `Modulation`; text [B, T, D], image [B, N, D]. `segments`:
+        which tokens of a row of several samples attend to each other, to which of the text and to which of pictures.
+        """
         kind, e = x.dtype, Modulation(vectors, places).plus(self.modulation)
-        attended = self.self_attn((self.norm1(x) * (1 + e.part(1)) + e.part(0)).to(kind), rope)
+        attended = self.self_attn((self.norm1(x) * (1 + e.part(1)) + e.part(0)).to(kind), rope, segments[0])
         x = (x + attended.float() * e.part(2)).to(kind)
-        x = x + self.cross_attn(self.norm3(x).to(kind), text, image)
+        x = x + self.cross_attn(self.norm3(x).to(kind), text, image, segments[1:])
         moved = self.ffn((self.norm2(x) * (1 + e.part(4)) + e.part(3)).to(kind))
         return (x + moved.float() * e.part(5)).to(kind)
+
+    def packed_context(self, streams: Sequence[Stream], contexts: Sequence[tuple]) -> tuple:
+        """See `BlockCall`."""
+        (stream,), (vectors, places, texts, images, tables) = streams, zip(*contexts)
+        text, has_images = Stream.of(texts), images[0] is not None
+        image = Stream.of(images) if has_images else None
+        return (
+            torch.cat(vectors), _joined_places(places, vectors, stream), text.join(texts),
+            image.join(images) if has_images else None, ropes(tables, streams),
+            (segments(streams), segments(streams, (text,)), segments(streams, (image,)) if has_images else None),
+        )  # fmt: skip
+
+
+def _joined_places(
+    places: Sequence[Tensor | None], vectors: Sequence[Tensor], stream: Stream
+) -> Tensor | Stream:
+    """Which of the vectors of all parts each token of their row has."""
+    if places[0] is None:
+        return stream
+    starts = itertools.accumulate((len(part) for part in vectors[:-1]), initial=0)
+    return stream.join([part + start for part, start in zip(places, starts)])
 
 
 class Head(nn.Module):
@@ -317,6 +353,8 @@ class WanModel(BlockStackMixin, nn.Module):
     blocks_that_stay = 1  # as many as the known trainer of it swaps
     riflex_index = 0
     """see `riflex_frequencies`"""
+    float32_parts = ("time_embedding.", "time_projection.")
+    """what the time goes through: times would be rounded to what bfloat16 holds"""
 
     def __init__(self, params: WanParams) -> None:
         super().__init__()
@@ -344,13 +382,14 @@ class WanModel(BlockStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.patch_embedding.bias.dtype
+        return entry_dtype(self, self.patch_embedding.bias)
 
     @property
     def feature_width(self) -> int:
         """Width of the tokens that `feature_layer` gives."""
         return self.params.dim
 
+    @course
     def forward(
         self,
         x: Tensor,
@@ -395,7 +434,7 @@ class WanModel(BlockStackMixin, nn.Module):
         shared = (times.vectors, times.places, text, image, rope)
         for index, block in enumerate(self.blocks):
             if index not in skip_block_indices:
-                (tokens,) = self.run_block(block, index, offloader, (tokens,), shared)
+                (tokens,) = yield BlockCall(self, block, index, offloader, (tokens,), shared)
             elif offloader is not None:
                 offloader.after_block(index, ())  # its place is given away all the same
             features += [tokens] if index == feature_layer else []

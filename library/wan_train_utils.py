@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.components.block_calls import DenoiserCall
+from library.core.courses import course
 from library.core.keyed_random import StepDraws, key_seed
 from library.dataset.collate import stack_padded
 from library.device_utils import to_device
@@ -52,6 +54,7 @@ class OneSide:
         return torch.where((times >= self.boundary) != side, first, times)  # a side that the law hardly ever takes
 
 
+@course
 def predict_velocity(
     denoiser: WanModel,
     noisy_latents: Tensor,
@@ -81,7 +84,7 @@ def predict_velocity(
     if attention_guidance is not None:
         more["attention_guidance"] = attention_guidance
 
-    def forward(rows: slice | Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(rows: slice | Tensor) -> DenoiserCall:
         def of_rows(tensor: Tensor) -> Tensor:
             return tensor[rows if isinstance(rows, slice) else to_device(rows, tensor.device)]
 
@@ -89,10 +92,11 @@ def predict_velocity(
         beside = {name: None if t is None else to_device(of_rows(t), device) for name, t in given.items()}
         places = None if f_indices is None else of_rows(f_indices)  # read as numbers, so they stay where they are
         times = of_rows(timesteps).float()
-        return denoiser(of_rows(noisy_latents), times, of_rows(states), f_indices=places, **beside, **more)
+        inputs = {"f_indices": places, **beside, **more}
+        return DenoiserCall(denoiser, (of_rows(noisy_latents), times, of_rows(states)), inputs)
 
     if denoiser.experts is None or boundary is None:
-        return forward(slice(None))
+        return (yield forward(slice(None)))
     readable = timesteps if known_times is None else known_times
     noisiest = readable if readable.ndim == 1 else readable.flatten(1).amax(dim=1)
     high = torch.tensor([is_high_noise(time / NUM_TRAIN_TIMESTEPS, boundary) for time in noisiest.tolist()])
@@ -100,7 +104,7 @@ def predict_velocity(
     made = []
     for side in sides:
         denoiser.experts.use(high_noise=side)
-        made.append(forward(slice(None) if len(sides) == 1 else torch.nonzero(high == side)[:, 0]))
+        made.append((yield forward(slice(None) if len(sides) == 1 else torch.nonzero(high == side)[:, 0])))
     if len(sides) == 1:
         return made[0]
     back = torch.argsort(torch.cat([torch.nonzero(high == side)[:, 0] for side in sides]))

@@ -68,7 +68,7 @@ def takes_scale(path: str) -> bool:
 
 def _stays_float32(name: str) -> bool:
     """What the time goes through, and the modulations: times would be rounded to what bfloat16 holds."""
-    return name.startswith(("time_embedding.", "time_projection.")) or name.endswith("modulation")
+    return name.startswith(WanModel.float32_parts) or name.endswith("modulation")
 
 
 KIND = DenoiserKind(

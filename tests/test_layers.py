@@ -58,7 +58,8 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("library/components/block_ring.py", 1), ("library/components/activation_offload.py", 1),
     ("library/*_models.py", 1), ("library/*_vae.py", 1),
     ("library/components/*_models.py", 1), ("library/components/tiling.py", 1),
-    ("library/components/attention_backends.py", 1),
+    ("library/components/attention_backends.py", 1), ("library/components/packed_tokens.py", 1),
+    ("library/components/block_calls.py", 1),
     ("library/checkpoints/number_formats.py", 1),
     ("library/generation/image_grid.py", 1), ("library/generation/prompt_weighting.py", 1),
     # 4 by name, before the wider pattern of row 2

@@ -16,6 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakIdKeyDictionary
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+EndToEnd = Callable[..., Tensor]
+"""of sequences end to end, [tokens, heads, D] -> the same: (query, key, value, where the queries of each end [n + 1],
+where its keys end [n + 1], most queries of one, most keys)"""
 ROW_ALIGNMENT = 8
 """numbers to a multiple of which xformers wants the rows of a bias apart"""
 
@@ -93,12 +96,27 @@ def _flash(
     """By the two functions of a release: for sequences of one length, and for sequences end to end."""
     if key_mask is None:
         return first_of(even(*tokens_first(query, key, value)))
+    return by_segments(_end_to_end(varied), query, key, value, key_mask)
 
+
+def _end_to_end(varied: Callable[..., Tensor]) -> EndToEnd:
     def call(query: Tensor, key: Tensor, value: Tensor, *sizes: Tensor | int) -> Tensor:
         names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
         return first_of(varied(query, key, value, **dict(zip(names, sizes, strict=True))))
 
-    return by_segments(call, query, key, value, key_mask)
+    return call
+
+
+def flash_end_to_end(query: Tensor, key: Tensor, value: Tensor, *sizes: Tensor | int) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return _end_to_end(flash_attn_varlen_func)(query, key, value, *sizes)
+
+
+def flash3_end_to_end(query: Tensor, key: Tensor, value: Tensor, *sizes: Tensor | int) -> Tensor:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return _end_to_end(flash_attn_varlen_func)(query, key, value, *sizes)
 
 
 def sage_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -160,6 +178,10 @@ KERNELS: dict[str, Kernel] = {
     "flex": flex_attention,
 }
 """by the names of ATTENTION_MODES"""
+
+
+END_TO_END: dict[str, EndToEnd] = {"flash": flash_end_to_end, "flash3": flash3_end_to_end}
+"""those that take sequences of several lengths in one call, for training"""
 
 
 _KEPT = WeakIdKeyDictionary()

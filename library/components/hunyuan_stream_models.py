@@ -24,6 +24,7 @@ from library.attention import (
     never_empty,
     of_joined_tokens,
     of_text,
+    of_tokens,
     per_token,
     plain_norm,
     riflex_frequencies,
@@ -33,6 +34,10 @@ from library.attention import (
     split_query_key_value,
     timestep_embedding,
 )
+from library.components.block_calls import BlockCall
+from library.components.mixed_models import entry_dtype
+from library.components.packed_tokens import SampleVectors, Segments, Stream, ropes, segments, vectors
+from library.core.courses import Course
 from library.custom_offloading_utils import StreamStackMixin
 
 Rope = tuple[Tensor, Tensor]
@@ -186,9 +191,9 @@ class ModulateDiT(nn.Module):
         self.act = nn.SiLU()
         self.linear = nn.Linear(hidden, factor * hidden)
 
-    def forward(self, vec: Tensor) -> Sequence[Tensor]:
+    def forward(self, vec: Tensor | SampleVectors) -> Sequence[Tensor]:
         """vec [B, hidden], or [B, L, hidden] for a vector per token -> each [B, 1 or L, hidden]."""
-        return per_token(self.linear(self.act(vec))).chunk(self.factor, dim=-1)
+        return of_tokens(lambda values: self.linear(self.act(values)), vec).chunk(self.factor, dim=-1)
 
 
 def grid_rope(sizes: Sequence[int], axes: Sequence[int], theta: float, first_axis: Tensor | None = None) -> Rope:
@@ -223,7 +228,8 @@ class MMDoubleStreamBlock(AttentionModule):
             self.add_module(f"{side}_mlp", MLP(hidden, params.mlp_hidden, nn.GELU(approximate="tanh")))
 
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | None = None
+        self, img: Tensor, txt: Tensor, vec: Tensor | SampleVectors, rope: Rope,
+        key_mask: Tensor | Segments | None = None,
     ) -> tuple[Tensor, Tensor]:
         """img [B, L, hidden], txt [B, T, hidden], vec [B, hidden] or [B, L, hidden]; rope over the L image tokens,
         key_mask [B, L + T]."""
@@ -245,6 +251,11 @@ class MMDoubleStreamBlock(AttentionModule):
         txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(self.txt_norm2(txt), txt_shift2, txt_scale2)))
         return img, txt
 
+    def packed_context(self, streams: Sequence[Stream], contexts: Sequence[tuple]) -> tuple:
+        """See `BlockCall`."""
+        (img, txt), (vecs, tables, masks) = streams, zip(*contexts)
+        return vectors(vecs, img, txt), ropes(tables, (img,)), segments(streams, masks=masks)
+
     def _qkv(self, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return split_query_key_value(joined, self.num_heads)
 
@@ -265,7 +276,9 @@ class MMSingleStreamBlock(AttentionModule):
         self.mlp_act = nn.GELU(approximate="tanh")
         self.modulation = ModulateDiT(hidden, 3)
 
-    def forward(self, x: Tensor, vec: Tensor, rope: Rope, key_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, vec: Tensor | SampleVectors, rope: Rope, key_mask: Tensor | Segments | None = None
+    ) -> Tensor:
         """x [B, L + T, hidden], image tokens first; vec [B, hidden] or [B, L + T, hidden]."""
         shift, scale, gate = self.modulation(vec)
         *qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split_sizes, dim=-1)
@@ -273,6 +286,11 @@ class MMSingleStreamBlock(AttentionModule):
         query, key = rotated(self.q_norm(query), rope), rotated(self.k_norm(key), rope)
         attended = self.scaled_attention(query, key, value, key_mask)
         return torch.addcmul(x, gate, self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1)))
+
+    def packed_context(self, streams: Sequence[Stream], contexts: Sequence[tuple]) -> tuple:
+        """See `BlockCall`."""
+        vecs, tables, masks = zip(*contexts)
+        return vectors(vecs, streams[0]), ropes(tables, streams), segments(streams, masks=masks)
 
 
 class StreamDenoiser(StreamStackMixin, nn.Module):
@@ -310,7 +328,7 @@ class StreamDenoiser(StreamStackMixin, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations enter with. Biases tell it: weights may be stored in 8 bits."""
-        return self.final_layer.linear.bias.dtype
+        return entry_dtype(self, self.final_layer.linear.bias)
 
     @property
     def feature_width(self) -> int:
@@ -335,7 +353,7 @@ class StreamDenoiser(StreamStackMixin, nn.Module):
 
     def run_streams(
         self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope, mask: Tensor | None, feature_layer: int | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Course:
         """(what the tokens of the picture hold at the end [B, L, out_width], their state [B, L, hidden] after block
         `feature_layer`, counted from 0 over the double, then the single blocks).
 
@@ -346,11 +364,11 @@ class StreamDenoiser(StreamStackMixin, nn.Module):
         features: Tensor | None = None
         double, single = self.offloaders
         for index, block in enumerate(self.double_blocks):
-            img, txt = self.run_block(block, index, double, (img, txt), (vec, rope, key_mask))
+            img, txt = yield BlockCall(self, block, index, double, (img, txt), (vec, rope, key_mask))
             features = img if index == feature_layer else features
         joined = torch.cat((img, txt), dim=1)  # [B, L + T, hidden]
         joined_vec = of_joined_tokens(vec, num_text, text_first=False)
         for index, block in enumerate(self.single_blocks):
-            (joined,) = self.run_block(block, index, single, (joined,), (joined_vec, rope, key_mask))
+            (joined,) = yield BlockCall(self, block, index, single, (joined,), (joined_vec, rope, key_mask))
             features = joined[:, :num_image] if self.params.depth + index == feature_layer else features
         return self.final_layer(joined[:, :num_image], vec), features

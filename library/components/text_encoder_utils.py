@@ -25,8 +25,8 @@ from library.checkpoints.loading import (
     strip_prefix,
 )
 from library.checkpoints.open_clip_convert import OPEN_CLIP_ROOTS, is_open_clip_text, open_clip_to_hf, with_text_model
-from library.components.transformers_import import import_transformers_models
 from library.checkpoints.weight_forms import whole
+from library.components.transformers_import import import_transformers_models
 from library.core.errors import CheckpointError
 
 if TYPE_CHECKING:

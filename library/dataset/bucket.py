@@ -16,6 +16,7 @@ from typing import Any
 from library.core.keyed_random import keyed_random
 from library.dataset.area_buckets import area_buckets, control_bucket, on_grid
 from library.dataset.items import DatasetParams, ImageItem
+from library.dataset.native_sizes import NativeSizes
 from library.dataset.plan import BucketList
 from library.families.latents import Bucket
 
@@ -96,14 +97,18 @@ class BucketSelector:
         bucket_reso_steps: int = 64,
         bucket_no_upscale: bool = False,
         bucket_rule: str = "steps",
+        native: NativeSizes | None = None,
     ) -> None:
         self.resolution = resolution
         self.rule = bucket_rule
+        self.native = native
         self.enable_bucket = enable_bucket
         self.no_upscale = bucket_no_upscale
         self.step = bucket_reso_steps
         self.min_reso, self.max_reso = effective_limits(min_bucket_reso, max_bucket_reso, bucket_reso_steps)
-        if not enable_bucket:
+        if native is not None:
+            self.predefined = []
+        elif not enable_bucket:
             self.predefined = [resolution]
         elif bucket_rule == "area":
             self.predefined = area_buckets(resolution, self.step)
@@ -122,11 +127,18 @@ class BucketSelector:
             bucket_reso_steps=params.bucket_reso_steps,
             bucket_no_upscale=params.bucket_no_upscale,
             bucket_rule=params.bucket_rule,
+            native=params.native,
         )
 
-    def select(self, size: Size) -> BucketChoice | None:
-        """The bucket of an image of this size; None when a side would be shorter than one step (no-upscale only)."""
-        if self.enable_bucket and self.rule == "area":
+    def select(self, size: Size, frames: int = 1) -> BucketChoice | None:
+        """The bucket of an image of this size, or of a clip of so many frames; None when a side would be shorter than
+        one step (no-upscale and native sizes only)."""
+        if self.native is not None:
+            bucket = self.native.size_of(size, frames)
+            if bucket is None:
+                return None
+            resized = size if bucket == self.native.floored(size) else cover_size(size, bucket)
+        elif self.enable_bucket and self.rule == "area":
             bucket = self._own_or_nearest(size)
             if 0 in bucket:
                 return None
@@ -238,8 +250,8 @@ def assign_buckets(
     warnings.
     """
     selector = BucketSelector.of(params)
-    by_size = {size: selector.select(size) for size in {item.image_size for item in items}}
-    choices = [by_size[item.image_size] for item in items]
+    by_size = {size: selector.select(*size) for size in {(item.image_size, item.frames) for item in items}}
+    choices = [by_size[item.image_size, item.frames] for item in items]
     for item, choice in zip(items, choices):
         if choice is not None:
             item.bucket_reso, item.resized_size = choice.bucket_reso, choice.resized_size
@@ -299,8 +311,9 @@ def _repeats(
 def bucket_info(
     buckets: Sequence[BucketList], choices: Sequence[BucketChoice | None], params: DatasetParams
 ) -> dict[str, Any] | None:
-    """The record of the buckets for the metadata; the error is the mean over images, repeats not counted."""
-    if not params.enable_bucket:
+    """The record of the buckets for the metadata; the error is the mean over images, repeats not counted. None where
+    there are no buckets, or as many as pictures."""
+    if not params.enable_bucket or params.native is not None:
         return None
     errors = [abs(choice.ar_error) for choice in choices if choice is not None]
     return {
@@ -316,6 +329,11 @@ def _small_warnings(items: Sequence[ImageItem], too_small: Sequence[int], params
         f"{items[index].absolute_path} ({_wh(items[index].image_size)})" for index in too_small[:WORST_SHOWN]
     )
     more = f" and {len(too_small) - WORST_SHOWN} more" if len(too_small) > WORST_SHOWN else ""
+    if params.native is not None:
+        return [
+            f"images left out: {len(too_small)}, of which one side is shorter than {params.native.step} px, the step of"
+            f" sizes: {shown}{more}"
+        ]
     return [
         f"images left out: {len(too_small)}, of which one side would be shorter than one bucket step "
         f"({params.bucket_reso_steps} px)"
@@ -375,6 +393,8 @@ def cut_of(choice: BucketChoice) -> float:
 def cutting_setting(size: Size, params: DatasetParams, finest_step: int = 1) -> str:
     """The bucket setting because of which an image of this size is cut, with a value that cuts little. `finest_step`:
     what bucket_reso_steps must be a multiple of."""
+    if params.native is not None:
+        return f"the reason is the step of sizes, {params.native.step} px"
     if not params.enable_bucket:
         return f"the reason is enable_bucket = false, which crops every image to {_wh(params.resolution)}; write enable_bucket = true"
     area, ratio, step = params.resolution[0] * params.resolution[1], max(size) / min(size), params.bucket_reso_steps

@@ -215,6 +215,17 @@ def idle_bucket_settings(tables: ConfigTables, explicit: frozenset[str]) -> list
     return [f"{', '.join(names)} {have} no effect: datasets without subsets have buckets of all shapes of one area"]
 
 
+def idle_beside_native(dataset: DatasetTables) -> list[str]:
+    """A line on settings of buckets that a dataset has, where pictures keep their sizes."""
+    names = [name for name in (*BUCKET_KEYS, "enable_bucket", "bucket_no_upscale") if name in dataset.table.values]
+    if not names:
+        return []
+    return [
+        f"{dataset.table.path}: {', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect with"
+        " --navit_native_resolution: pictures keep their sizes"
+    ]
+
+
 def check_shared_caches(
     datasets: Sequence[DatasetParams], tables: Sequence[DatasetTables], architecture: DataArchitecture,
     problems: ProblemList,

@@ -27,7 +27,7 @@ from library.core.registry import import_target
 from library.dataset.batch import CONDITIONING_IMAGES, Batch, rows_of
 from library.dataset.captions import Replacements, replaced
 from library.dataset.collate import Sample, collate
-from library.dataset.plan import BatchRequest, StepPlan
+from library.dataset.plan import BatchRequest, GlobalBatch, StepPlan
 from library.dataset.strategies import StrategySet
 
 
@@ -140,7 +140,8 @@ class CustomDatasetGroup(torch.utils.data.Dataset):
         groups = [sum(full[i : i + num_processes], ()) for i in range(0, whole, num_processes)] + full[whole:] + short
         rng.shuffle(groups)
         return [
-            tuple((0, group) for group in groups[i : i + accumulation]) for i in range(0, len(groups), accumulation)
+            tuple(GlobalBatch(0, group) for group in groups[i : i + accumulation])
+            for i in range(0, len(groups), accumulation)
         ]
 
     def load(self, request: BatchRequest) -> Batch:

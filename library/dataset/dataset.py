@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, listed
 from library.core.keyed_random import LateRandom
 from library.dataset.architectures import DataArchitecture
 from library.dataset.batch import CONDITIONING_IMAGES, Batch, numbered
@@ -33,12 +33,14 @@ from library.dataset.draws import sample_color, sample_flip, sample_geometry
 from library.dataset.items import DatasetParams, ImageItem, SubsetParams
 from library.dataset.latent_cache import float32_if_floats, seed_of
 from library.dataset.media_utils import ImageFileError
-from library.dataset.plan import BatchRequest, BucketList, StepPlan, plan_epoch
+from library.dataset.packed_batch import PackedBatch
+from library.dataset.packing import Pack, Packing, packs_of_epoch
+from library.dataset.plan import BatchRequest, BucketList, StepPlan, plan_epoch, plan_packs
 from library.dataset.samples import Geometry, image_tensor, mask_tensor, picture_tensors, read_pictures, read_pixels
 from library.dataset.shared_tensors import SharedTensors
 from library.dataset.strategies import Conditioning, StrategySet
 from library.dataset.text_caching import cached_caption
-from library.families.latents import PLAIN
+from library.families.latents import PLAIN, Bucket
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +174,33 @@ class Dataset:
             request, samples, tokenize, self.params.network_multiplier, caching.layout.names, caching.layout.lists
         )
 
+    def load_pack(self, request: BatchRequest) -> PackedBatch:
+        """The samples of a request, each size as a batch of its own."""
+        places: dict[Bucket, list[int]] = {}
+        for place, item in enumerate(request.items):
+            places.setdefault(self.items[item].bucket, []).append(place)
+        parts = [
+            dataclasses.replace(
+                request,
+                items=tuple(request.items[place] for place in places[bucket]),
+                positions=tuple(request.positions[place] for place in places[bucket]),
+            )
+            for bucket in sorted(places)
+        ]
+        return PackedBatch(request, [self.load(part) for part in parts])
+
+    def packs(self, packing: Packing, epoch: int, seed: int) -> list[Pack]:
+        """The packs of an epoch."""
+        samples = [item for bucket in self.buckets for item in bucket.samples]
+        return packs_of_epoch(samples, self.tokens, packing, seed=seed, epoch=epoch, dataset=self.index)
+
+    @property
+    def tokens(self) -> dict[int, int]:
+        """How many the denoiser makes of each item that appears in an epoch."""
+        latents = self.architecture.latents
+        used = {item for bucket in self.buckets for item in bucket.samples}
+        return {item: latents.tokens(self.items[item].bucket) for item in used}
+
     def _needs_tokens(self, samples: Sequence[Sample]) -> bool:
         """Tokens are made where an encoder runs in the step: nothing is cached, or an encoder trains beside the
         cache."""
@@ -290,24 +319,32 @@ class DatasetGroup(torch.utils.data.Dataset):
         self.datasets = list(datasets)
         self.is_training = is_training
         self.shared = SharedTensors()
+        self.packing: Packing | None = None
+        """of samples of several sizes; None: batches of one size"""
 
     def __len__(self) -> int:
         """Batches of an epoch with one process."""
+        if self.packing is not None:
+            return sum(len(dataset.packs(self.packing, 1, dataset.seed)) for dataset in self.datasets)
         return sum(dataset.assignment.num_batches for dataset in self.datasets)
 
-    def __getitem__(self, request: BatchRequest) -> Batch:
+    def __getitem__(self, request: BatchRequest) -> Batch | PackedBatch:
         return self.load(request)
 
     def plan(self, epoch: int, seed: int, num_processes: int, accumulation: int = 1) -> list[StepPlan]:
         """The optimizer steps of an epoch as global micro-batches; always in the same order for validation."""
+        if self.packing is not None:
+            packs = [(dataset.index, dataset.packs(self.packing, epoch, seed)) for dataset in self.datasets]
+            return plan_packs(packs, seed=seed, epoch=epoch, num_processes=num_processes, accumulation=accumulation)
         buckets = [bucket for dataset in self.datasets for bucket in dataset.buckets]
         return plan_epoch(
             buckets, seed=seed, epoch=epoch, num_processes=num_processes, accumulation=accumulation,
             shuffle=self.is_training
         )
 
-    def load(self, request: BatchRequest) -> Batch:
-        return self.datasets[request.dataset].load(request)
+    def load(self, request: BatchRequest) -> Batch | PackedBatch:
+        dataset = self.datasets[request.dataset]
+        return dataset.load(request) if self.packing is None else dataset.load_pack(request)
 
     @property
     def items(self) -> list[ImageItem]:
@@ -352,6 +389,18 @@ class DatasetGroup(torch.utils.data.Dataset):
     def set_strategies(self, strategies: StrategySet) -> None:
         for dataset in self.datasets:
             dataset.strategies = strategies
+
+    def set_packing(self, packing: Packing | None) -> None:
+        """Let samples of several sizes be trained together."""
+        self.packing = packing
+        for dataset in self.datasets if packing is not None else ():
+            alone = [dataset.items[item] for item, count in dataset.tokens.items() if count > packing.token_budget]
+            if alone:
+                logger.warning(
+                    "%s: of %d samples each has more tokens than --navit_token_budget %d and is a pack of its own: %s",
+                    dataset.params.label, len(alone), packing.token_budget,
+                    listed([item.absolute_path for item in alone]),
+                )
 
     def set_max_train_steps(self, max_train_steps: int) -> None:
         """For settings that are a part of all steps; before loader workers start."""

@@ -31,6 +31,7 @@ from library.dataset.folders import NAME_VIDEOS, has_extension
 from library.dataset.info_cache import info_entry, known_image, read_info, write_info
 from library.dataset.items import NO_CAPTIONS, DatasetParams, ImageItem, SubsetParams
 from library.dataset.media_utils import ImageCheck
+from library.dataset.native_sizes import NativeSizes, native_problems, without_copies
 from library.dataset.scanner import FoundImage, Scanner
 
 logger = logging.getLogger(__name__)
@@ -134,10 +135,12 @@ def load_datasets(
     script: str | ScriptRules = "train_network",
     seed: int | None = None,
     check_images: bool | None = None,
+    native: NativeSizes | None = None,
 ) -> tuple[Blueprint, ScanResult]:
     """Read the configuration and scan its images; problems of both are raised together, as one ConfigError.
 
-    `check_images`: see scan_datasets; by default what the options say.
+    `check_images`: see scan_datasets; by default what the options say. With `native` pictures keep their sizes, and
+    what several datasets have of one is a sample of the first.
     """
     if check_images is None:
         check_images = reads_all_images(options, caching)
@@ -147,7 +150,9 @@ def load_datasets(
         check_images=check_images,
     )
     try:
-        blueprint = load_blueprint(options, caching, explicit=explicit, architecture=architecture, script=script)
+        blueprint = load_blueprint(
+            options, caching, explicit=explicit, architecture=architecture, script=script, native=native
+        )
     except DatasetConfigError as error:
         if error.partial is None or not error.partial.datasets:
             raise
@@ -156,7 +161,12 @@ def load_datasets(
         except ConfigError as files:
             raise ConfigError([*error.problems, *files.problems]) from error
         raise
-    return blueprint, scan_datasets(blueprint, **settings)
+    scan = scan_datasets(blueprint, **settings)
+    if native is None:
+        return blueprint, scan
+    if problems := list(native_problems(blueprint, scan)):
+        raise ConfigError(problems)
+    return blueprint, without_copies(blueprint, scan)
 
 
 def reads_all_images(options: DatasetOptions, caching: CachingOptions | None) -> bool:
@@ -463,7 +473,14 @@ def _check_counts(
                 (scanner.warnings if filled else scanner.problems).append(f"{subset.label}: {why}")
         if items and not blueprint.is_partial:
             selector = BucketSelector.of(dataset)
-            if all(selector.select(item.image_size) is None for item in items):
+            if any(selector.select(item.image_size, item.frames) is not None for item in items):
+                continue
+            if dataset.native is not None:
+                scanner.problems.append(
+                    f"{dataset.label}: of every image one side is shorter than {dataset.native.step} px, the step of"
+                    " sizes; larger ones are needed"
+                )
+            else:
                 finer = " or lower bucket_reso_steps" if dataset.bucket_rule == "steps" else ""
                 scanner.problems.append(
                     f"{dataset.label}: of every image one side would be shorter than one bucket step "

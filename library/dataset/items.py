@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from library.core.file_limits import stem_of
 from library.dataset.clips.settings import WINDOW_SIZE, ClipSettings, OneFrameSettings
 from library.dataset.clips.windows import ClipWindow, ControlClip
+from library.dataset.native_sizes import NativeSizes
 from library.families.latents import PLAIN, Bucket, SampleKind
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ class DatasetParams:
     bucket_no_upscale: bool = False
     bucket_rule: str = "steps"
     """steps: buckets from min_bucket_reso to max_bucket_reso in steps; area: all shapes of the resolution's area whose
-    sides are multiples of bucket_reso_steps"""
+    sides are multiples of bucket_reso_steps; native: the sizes of the pictures, as `native` says"""
+    native: NativeSizes | None = None
     network_multiplier: float = 1.0
     validation_split: float = 0.0
     validation_seed: int | None = None

@@ -1,7 +1,7 @@
 """The order of an epoch: a pure function of (seed, epoch), made for the global batch and cut for the ranks.
 
 An optimizer step trains one *group* of `accumulation` micro-batches. A micro-batch is global: batch_size * processes
-samples of one bucket, of which each rank loads its slice. Positions number the samples of a group through, so that two
+samples of one bucket, of which each rank loads its slice, or a pack for each rank. Positions number the samples of a group through, so that two
 processes, or two accumulated micro-batches, draw the same noise as one process with twice the batch.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from library.core.keyed_random import keyed_random
 
@@ -48,8 +49,23 @@ class BucketList:
     batch_size: int
 
 
-GlobalBatch = tuple[int, tuple[int, ...]]
-"""index of the dataset, item indices: one micro-batch of all ranks"""
+class GlobalBatch(NamedTuple):
+    """One micro-batch of all ranks."""
+
+    dataset: int
+    """its index"""
+    items: tuple[int, ...]
+    sizes: tuple[int, ...] = ()
+    """samples of each rank, where these are packs; else they have even shares"""
+
+    def of_rank(self, rank: int, num_processes: int) -> slice:
+        """The part of the items that belongs to a rank."""
+        if not self.sizes:
+            return rank_slice(len(self.items), rank, num_processes)
+        start = sum(self.sizes[:rank])
+        return slice(start, start + (self.sizes[rank] if rank < len(self.sizes) else 0))
+
+
 StepPlan = tuple[GlobalBatch, ...]
 """the micro-batches of one optimizer step"""
 
@@ -72,14 +88,42 @@ def plan_epoch(
         if shuffle:
             keyed_random(seed, "order of a bucket", epoch, bucket.dataset, *bucket.bucket).shuffle(samples)
         size = bucket.batch_size * num_processes
-        batches = [(bucket.dataset, tuple(samples[i : i + size])) for i in range(0, len(samples), size)]
-        full = len(batches) - len(batches) % accumulation
-        steps += [tuple(batches[i : i + accumulation]) for i in range(0, full, accumulation)]
-        left_over += batches[full:]
+        batches = [GlobalBatch(bucket.dataset, tuple(samples[i : i + size])) for i in range(0, len(samples), size)]
+        whole, rest = _in_steps(batches, accumulation)
+        steps += whole
+        left_over += rest
     steps += [tuple(left_over[i : i + accumulation]) for i in range(0, len(left_over), accumulation)]
     if shuffle:
         keyed_random(seed, "order of steps", epoch).shuffle(steps)
     return steps
+
+
+def plan_packs(
+    packs: Sequence[tuple[int, Sequence[tuple[int, ...]]]], *, seed: int, epoch: int, num_processes: int,
+    accumulation: int = 1,
+) -> list[StepPlan]:
+    """The optimizer steps of an epoch of packs, (index of the dataset, its packs) each. Every rank gets a pack; else as
+    `plan_epoch`."""
+    steps: list[StepPlan] = []
+    left_over: list[GlobalBatch] = []
+    for dataset, made in packs:
+        groups = [made[i : i + num_processes] for i in range(0, len(made), num_processes)]
+        batches = [
+            GlobalBatch(dataset, tuple(item for pack in group for item in pack), tuple(len(pack) for pack in group))
+            for group in groups
+        ]
+        whole, rest = _in_steps(batches, accumulation)
+        steps += whole
+        left_over += rest
+    steps += [tuple(left_over[i : i + accumulation]) for i in range(0, len(left_over), accumulation)]
+    keyed_random(seed, "order of steps", epoch).shuffle(steps)
+    return steps
+
+
+def _in_steps(batches: Sequence[GlobalBatch], accumulation: int) -> tuple[list[StepPlan], Sequence[GlobalBatch]]:
+    """(complete optimizer steps, the micro-batches that are left over)"""
+    full = len(batches) - len(batches) % accumulation
+    return [tuple(batches[i : i + accumulation]) for i in range(0, full, accumulation)], batches[full:]
 
 
 def rank_slice(count: int, rank: int, num_processes: int) -> slice:
@@ -104,13 +148,13 @@ def requests_of_epoch(
     index = sum(len(step) for step in steps[:start])
     last_index = sum(len(step) for step in steps) - 1
     for number, step in enumerate(steps[start:], start):
-        group_size = sum(len(items) for _, items in step)
+        group_size = sum(len(batch.items) for batch in step)
         offset = 0
-        for k, (dataset, items) in enumerate(step):
-            part = rank_slice(len(items), rank, num_processes)
+        for k, batch in enumerate(step):
+            part = batch.of_rank(rank, num_processes)
             yield BatchRequest(
-                dataset=dataset,
-                items=items[part],
+                dataset=batch.dataset,
+                items=batch.items[part],
                 positions=tuple(range(offset + part.start, offset + part.stop)),
                 epoch=epoch,
                 step=first_step + number,
@@ -120,5 +164,5 @@ def requests_of_epoch(
                 is_last_of_epoch=index == last_index,
                 is_training=is_training,
             )
-            offset += len(items)
+            offset += len(batch.items)
             index += 1

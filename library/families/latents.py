@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -91,6 +92,12 @@ class LatentSpec:
         if frames == 1:
             return picture
         return (self.channels, kind.section_frames or 1 + (frames - 1) // (self.temporal_stride or 1), *picture[1:])
+
+    def tokens(self, bucket: Sequence[int]) -> int:
+        """Tokens that a denoiser makes of the latents of a sample of this size: square patches of every frame, the last
+        ones of a side filled up."""
+        *frames, height, width = self.latent_shape(bucket)[1:]
+        return math.prod(frames) * -(-height // self.patch) * -(-width // self.patch)
 
     def sections_in(self, frames: int, section_frames: int) -> int:
         """Whole sections of so many latent frames in a clip, behind its first latent frame; 0 when it is too short."""

@@ -18,6 +18,7 @@ from library.generation.anima_options import (
 )
 from library.generation.latent_script import LatentScript
 from library.generation.script import format_problems
+from library.generation.speed_options import speed_of
 from library.training.wiring.base import tokenizer_problems
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class AnimaScript(LatentScript[AnimaRequest]):
         from library.generation.anima_pipeline import load_pipeline
 
         needs_vae = config[AnimaPromptOptions].output_type != "latent"
-        return load_pipeline(config[AnimaModelOptions], config[ListedAdapterOptions], needs_vae=needs_vae)
+        groups = config[AnimaModelOptions], config[ListedAdapterOptions]
+        return load_pipeline(*groups, needs_vae=needs_vae, speed=speed_of(config))
 
     def load_decoder(self, config: Config) -> tuple[AnimaPipeline, torch.device]:
         from library.generation.anima_pipeline import AnimaPipeline, device_of, load_decoder

@@ -23,6 +23,8 @@ from library.generation.anima_options import AnimaModelOptions, AnimaRequest
 from library.generation.flow_pipeline import FlowPipeline
 from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import Conditioning
+from library.generation.speed import as_stored, type_to_load
+from library.generation.speed_options import SpeedOptions
 from library.strategy_anima import AnimaTextEncodingStrategy, AnimaTokenizeStrategy
 
 if TYPE_CHECKING:
@@ -58,14 +60,15 @@ def load_decoder(options: AnimaModelOptions) -> WanVAE:
 
 
 def load_pipeline(
-    options: AnimaModelOptions, adapters: ListedAdapterOptions, *, needs_vae: bool
+    options: AnimaModelOptions, adapters: ListedAdapterOptions, *, needs_vae: bool,
+    speed: SpeedOptions = SpeedOptions(),
 ) -> PictureMaker[AnimaRequest]:
     """Load every part, and the adapters merged or hooked. CheckpointError when a file does not fit."""
     device, wide = device_of(options), getattr(torch, options.dtype_name)
 
     def load(transform: Transform | None) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
         encoder = load_qwen3(options.text_encoder, wide, "cpu", transform=transform)
-        return load_denoiser(options, wide, device, transform), [encoder]
+        return load_denoiser(options, wide, device, transform, speed), [encoder]
 
     denoiser, encoders, loaded = load_with_adapters("anima", adapters.adapters, load)
     tokenize = AnimaTokenizeStrategy(
@@ -80,10 +83,13 @@ def load_pipeline(
 
 
 def load_denoiser(
-    options: AnimaModelOptions, wide: torch.dtype, device: torch.device, transform: Transform | None = None
+    options: AnimaModelOptions, wide: torch.dtype, device: torch.device, transform: Transform | None = None,
+    speed: SpeedOptions = SpeedOptions(),
 ) -> Anima:
     """The denoiser in the type that the options ask for. What is stored in 8 bits is never cast afterwards."""
     form = FP8_SCALED if options.fp8_scaled else FP8 if options.fp8 else None
-    return load_anima(
-        options.dit, wide, device, llm_adapter_path=options.llm_adapter_path, transform=transform, form=form
-    )
+    denoiser = load_anima(
+        options.dit, type_to_load(wide, speed), device, llm_adapter_path=options.llm_adapter_path,
+        transform=transform, form=form,
+    )  # fmt: skip
+    return as_stored(denoiser, speed, wide)

@@ -17,6 +17,7 @@ from library.generation.chroma_options import (
 from library.generation.flux_inference import raise_file_problems
 from library.generation.flux_options import SIZE_STEP
 from library.generation.script import ImageScript
+from library.generation.speed_options import speed_of
 
 if TYPE_CHECKING:
     from library.generation.pipeline import PictureMaker
@@ -38,7 +39,7 @@ class ChromaScript(ImageScript[ChromaRequest]):
     def load(self, config: Config) -> PictureMaker[ChromaRequest]:
         from library.generation.chroma_pipeline import load_pipeline
 
-        return load_pipeline(config[ChromaModelOptions])
+        return load_pipeline(config[ChromaModelOptions], speed_of(config))
 
     def completed(self, request: ChromaRequest, maker: PictureMaker[ChromaRequest]) -> ChromaRequest:
         request = super().completed(request, maker)

@@ -18,6 +18,8 @@ from library.generation.flow_pipeline import FlowPipeline
 from library.generation.flux_pipeline import computing_of, dtype_of, shift_of_tokens, sigmas_of_tokens
 from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import Conditioning
+from library.generation.speed import as_stored, type_to_load
+from library.generation.speed_options import SpeedOptions
 from library.strategy_chroma import ChromaTextEncodingStrategy, ChromaTokenizeStrategy
 
 TOKEN_LENGTH = 512
@@ -39,7 +41,9 @@ class ChromaPipeline(FlowPipeline[ChromaRequest]):
         return shift_of_tokens(self, request)
 
 
-def load_pipeline(options: ChromaModelOptions) -> PictureMaker[ChromaRequest]:
+def load_pipeline(
+    options: ChromaModelOptions, speed: SpeedOptions = SpeedOptions()
+) -> PictureMaker[ChromaRequest]:
     """Load every part, and the adapters merged or hooked. CheckpointError when a file does not fit."""
     device = get_preferred_device()
     place = torch.device("cpu") if options.offload else device
@@ -47,7 +51,9 @@ def load_pipeline(options: ChromaModelOptions) -> PictureMaker[ChromaRequest]:
     def load(transform: Transform | None) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
         encoder = load_t5xxl(options.t5xxl, dtype_of(options, "t5xxl_dtype"), place, transform=transform)
         wide = dtype_of(options, "flux_dtype")
-        return load_chroma(options.ckpt_path, wide, place, transform=transform, form=options.form), [encoder]
+        kind = type_to_load(wide, speed)
+        denoiser = load_chroma(options.ckpt_path, kind, place, transform=transform, form=options.form)
+        return as_stored(denoiser, speed, wide), [encoder]
 
     denoiser, encoders, adapters = load_with_adapters("chroma", options.adapters, load)
     vae = load_ae(options.ae, dtype_of(options, "ae_dtype"), place)
@@ -58,5 +64,6 @@ def load_pipeline(options: ChromaModelOptions) -> PictureMaker[ChromaRequest]:
     strategies = StrategySet(tokenize, ChromaTextEncodingStrategy(), text_layout=TEXT_LAYOUTS["chroma"])
     return PictureMaker(
         ChromaPipeline(denoiser, vae), strategies, encoders, adapters, device, device,
-        text_waits=options.offload, denoiser_waits=options.offload, computing=computing_of(denoiser, device, options.form),
+        text_waits=options.offload, denoiser_waits=options.offload,
+        computing=computing_of(denoiser, device, options.form, speed),
     )  # fmt: skip

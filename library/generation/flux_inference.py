@@ -21,6 +21,7 @@ from library.generation.flux_options import (
     PromptOptions,
 )
 from library.generation.script import ImageScript, format_problems, with_seed_and_size
+from library.generation.speed_options import speed_of
 
 if TYPE_CHECKING:
     from library.checkpoints.embeddings import Widths
@@ -78,7 +79,7 @@ class FluxScript(ImageScript[FluxRequest]):
     def load(self, config: Config) -> PictureMaker[FluxRequest]:
         from library.generation.flux_pipeline import load_pipeline
 
-        return load_pipeline(config[InferenceModelOptions])
+        return load_pipeline(config[InferenceModelOptions], speed_of(config))
 
     def completed(self, request: FluxRequest, maker: PictureMaker[FluxRequest]) -> FluxRequest:
         return complete(request, maker.pipeline.is_schnell)

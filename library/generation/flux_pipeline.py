@@ -24,6 +24,8 @@ from library.generation.flux_options import FluxRequest, InferenceModelOptions
 from library.generation.pipeline import PictureMaker
 from library.generation.requests import PictureRequest
 from library.generation.sampling_utils import Conditioning
+from library.generation.speed import as_stored, type_to_load
+from library.generation.speed_options import SpeedOptions
 from library.strategy_flux import FluxTextEncodingStrategy, FluxTokenizeStrategy
 
 TOKEN_LENGTH_DEV, TOKEN_LENGTH_SCHNELL = 512, 256
@@ -69,7 +71,9 @@ def shift_of_tokens(pipeline: FlowPipeline[Any], request: PictureRequest) -> flo
     return math.exp(get_lin_function(y1=BASE_SHIFT, y2=MAX_SHIFT)(tokens_of(pipeline, request)))
 
 
-def load_pipeline(options: InferenceModelOptions) -> PictureMaker[FluxRequest]:
+def load_pipeline(
+    options: InferenceModelOptions, speed: SpeedOptions = SpeedOptions()
+) -> PictureMaker[FluxRequest]:
     """Load every part, and the adapters merged or hooked. CheckpointError when a file does not fit."""
     device = get_preferred_device()
     place = torch.device("cpu") if options.offload else device
@@ -80,7 +84,9 @@ def load_pipeline(options: InferenceModelOptions) -> PictureMaker[FluxRequest]:
             load_t5xxl(options.t5xxl, dtype_of(options, "t5xxl_dtype"), place, transform=transform),
         ]
         wide = dtype_of(options, "flux_dtype")
-        return load_flux(options.ckpt_path, wide, place, transform=transform, form=options.form), encoders
+        kind = type_to_load(wide, speed)
+        denoiser = load_flux(options.ckpt_path, kind, place, transform=transform, form=options.form)
+        return as_stored(denoiser, speed, wide), encoders
 
     denoiser, encoders, adapters = load_with_adapters("flux", options.adapters, load)
     vae = load_ae(options.ae, dtype_of(options, "ae_dtype"), place)
@@ -95,15 +101,18 @@ def load_pipeline(options: InferenceModelOptions) -> PictureMaker[FluxRequest]:
     )
     return PictureMaker(
         pipeline, strategies, encoders, adapters, device, device,
-        text_waits=options.offload, denoiser_waits=options.offload, computing=computing_of(denoiser, device, options.form),
+        text_waits=options.offload, denoiser_waits=options.offload,
+        computing=computing_of(denoiser, device, options.form, speed),
     )  # fmt: skip
 
 
 def computing_of(
-    denoiser: torch.nn.Module, device: torch.device, form: str | None
+    denoiser: torch.nn.Module, device: torch.device, form: str | None, speed: SpeedOptions
 ) -> Callable[[], AbstractContextManager[Any]]:
     """What forwards run inside: weights of 8 bits without scales compute in bfloat16."""
-    if form is None and any(parameter.dtype == torch.float8_e4m3fn for parameter in denoiser.parameters()):
+    if form is not None or speed.mixed_precision_transformer:
+        return nullcontext
+    if any(parameter.dtype == torch.float8_e4m3fn for parameter in denoiser.parameters()):
         return functools.partial(torch.autocast, device.type, torch.bfloat16)
     return nullcontext
 

@@ -70,7 +70,7 @@ class FramePackScript(LlamaClipScript):
         return StrategySet(tokenize, FramePackTextEncodingStrategy(), text_layout=TEXT_LAYOUTS[self.family])
 
     def load_denoiser(
-        self, config: Config, dtype: torch.dtype, device: torch.device, transform: Transform | None
+        self, config: Config, dtype: torch.dtype | None, device: torch.device, transform: Transform | None
     ) -> nn.Module:
         from library.framepack_utils import load_framepack
 
@@ -80,7 +80,7 @@ class FramePackScript(LlamaClipScript):
             transform=transform,
         )  # fmt: skip
 
-    def save_denoiser(self, denoiser: Any, target: str, dtype: torch.dtype) -> None:
+    def save_denoiser(self, denoiser: Any, target: str, dtype: torch.dtype | None) -> None:
         from library.framepack_utils import save_framepack
 
         save_framepack(denoiser, target, dtype)

@@ -18,6 +18,7 @@ from library.generation.hunyuan_image_options import (
 )
 from library.generation.latent_script import LatentScript
 from library.generation.script import format_problems
+from library.generation.speed_options import speed_of
 from library.training.wiring.base import tokenizer_problems
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class HunyuanImageScript(LatentScript[HunyuanImageRequest]):
         from library.generation.hunyuan_image_pipeline import load_pipeline
 
         needs_vae = config[HunyuanImagePromptOptions].output_type != "latent"
-        return load_pipeline(config[HunyuanImageModelOptions], config[ListedAdapterOptions], needs_vae=needs_vae)
+        groups = config[HunyuanImageModelOptions], config[ListedAdapterOptions]
+        return load_pipeline(*groups, needs_vae=needs_vae, speed=speed_of(config))
 
     def load_decoder(self, config: Config) -> tuple[HunyuanImagePipeline, torch.device]:
         from library.generation.hunyuan_image_pipeline import HunyuanImagePipeline, device_of, load_decoder
@@ -66,7 +68,7 @@ class HunyuanImageScript(LatentScript[HunyuanImageRequest]):
     def save_merged(self, config: Config, target: str) -> None:
         from library.generation.hunyuan_image_pipeline import save_merged
 
-        save_merged(config[HunyuanImageModelOptions], config[ListedAdapterOptions], target)
+        save_merged(config[HunyuanImageModelOptions], config[ListedAdapterOptions], target, speed_of(config))
 
 
 def _without_effect(config: Config) -> list[str]:

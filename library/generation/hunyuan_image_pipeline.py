@@ -24,6 +24,8 @@ from library.generation.guidance_options import step_scales
 from library.generation.hunyuan_image_options import HunyuanImageModelOptions, HunyuanImageRequest
 from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import NUM_TRAIN_TIMESTEPS, Conditioning, on_device
+from library.generation.speed import as_stored, type_to_load
+from library.generation.speed_options import SpeedOptions
 from library.hunyuan_image_train_utils import ProjectedGuidance, needed_text, predict_velocity
 from library.hunyuan_image_utils import load_encoders, load_hunyuan_image, load_vae, save_hunyuan_image
 from library.strategy_hunyuan_image import HunyuanImageTextEncodingStrategy, HunyuanImageTokenizeStrategy
@@ -132,14 +134,15 @@ def load_decoder(options: HunyuanImageModelOptions) -> HunyuanVAE2D:
 
 
 def load_pipeline(
-    options: HunyuanImageModelOptions, adapters: ListedAdapterOptions, *, needs_vae: bool
+    options: HunyuanImageModelOptions, adapters: ListedAdapterOptions, *, needs_vae: bool,
+    speed: SpeedOptions = SpeedOptions(),
 ) -> PictureMaker[HunyuanImageRequest]:
     """Load every part, and the adapters merged or hooked. CheckpointError when a file does not fit."""
     device, wide = device_of(options), getattr(torch, options.dtype_name)
 
     def load(transform: Transform | None) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
         encoders = load_encoders(options.text_encoder, options.byt5, wide, "cpu")
-        return load_denoiser(options, wide, device, transform), encoders
+        return load_denoiser(options, wide, device, transform, speed), encoders
 
     denoiser, encoders, loaded = load_with_adapters("hunyuan_image", adapters.adapters, load)
     tokenize = HunyuanImageTokenizeStrategy(
@@ -156,24 +159,29 @@ def load_pipeline(
 
 
 def load_denoiser(
-    options: HunyuanImageModelOptions, wide: torch.dtype, device: torch.device, transform: Transform | None = None
+    options: HunyuanImageModelOptions, wide: torch.dtype, device: torch.device, transform: Transform | None = None,
+    speed: SpeedOptions = SpeedOptions(),
 ) -> HYImageDiffusionTransformer:
     """The denoiser in the type that the options ask for, on the device, or with block swap spread over device and main
     memory."""
     form = FP8_SCALED if options.fp8_scaled else FP8 if options.fp8 else None
     denoiser = load_hunyuan_image(
-        options.dit, wide, "cpu" if options.blocks_to_swap else device, form=form, by_rows=options.fp8_fast,
-        transform=transform,
+        options.dit, type_to_load(wide, speed), "cpu" if options.blocks_to_swap else device, form=form,
+        by_rows=options.fp8_fast, transform=transform,
     )  # fmt: skip
+    as_stored(denoiser, speed, wide)
     if options.blocks_to_swap:
         denoiser.enable_block_swap(options.blocks_to_swap, device)
         denoiser.move_to_device_except_swap_blocks(device)
     return denoiser
 
 
-def save_merged(options: HunyuanImageModelOptions, adapters: ListedAdapterOptions, target: str) -> None:
+def save_merged(
+    options: HunyuanImageModelOptions, adapters: ListedAdapterOptions, target: str,
+    speed: SpeedOptions = SpeedOptions(),
+) -> None:
     """Write the denoiser with the adapters in it, in the type that the options ask for."""
-    wide = getattr(torch, options.dtype_name)
+    wide = type_to_load(getattr(torch, options.dtype_name), speed)
     merge = merging("hunyuan_image", adapters.files)
     denoiser = load_hunyuan_image(options.dit, wide, "cpu", transform=merge)
     merge.finish()

@@ -62,7 +62,7 @@ class HunyuanVideoScript(LlamaClipScript):
         return StrategySet(tokenize, encode, text_layout=TEXT_LAYOUTS[self.family])
 
     def load_denoiser(
-        self, config: Config, dtype: torch.dtype, device: torch.device, transform: Transform | None
+        self, config: Config, dtype: torch.dtype | None, device: torch.device, transform: Transform | None
     ) -> nn.Module:
         from library.hunyuan_video_utils import load_hunyuan_video
 
@@ -74,7 +74,7 @@ class HunyuanVideoScript(LlamaClipScript):
         denoiser.embedders_wait = options.img_in_txt_in_offloading
         return denoiser
 
-    def save_denoiser(self, denoiser: Any, target: str, dtype: torch.dtype) -> None:
+    def save_denoiser(self, denoiser: Any, target: str, dtype: torch.dtype | None) -> None:
         from library.hunyuan_video_utils import save_hunyuan_video
 
         save_hunyuan_video(denoiser, target, dtype)

@@ -18,6 +18,7 @@ from library.generation.lumina_options import (
     LuminaRequest,
 )
 from library.generation.script import ImageScript, format_problems
+from library.generation.speed_options import speed_of
 from library.training.wiring.base import tokenizer_problems
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class LuminaScript(ImageScript[LuminaRequest]):
     def load(self, config: Config) -> PictureMaker[LuminaRequest]:
         from library.generation.lumina_pipeline import load_pipeline
 
-        return load_pipeline(config[LuminaModelOptions], config[LuminaPromptOptions])
+        return load_pipeline(config[LuminaModelOptions], config[LuminaPromptOptions], speed_of(config))
 
 
 def _file_problems(options: LuminaModelOptions) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from library.core.errors import ConfigError
 from library.core.options import (
@@ -46,6 +47,9 @@ TOKEN_LENGTH = 256
 @dataclass(frozen=True, kw_only=True)
 class LuminaModelOptions:
     """Models"""
+
+    format_options: ClassVar[tuple[str, ...]] = ("dtype",)
+    """see `speed_options.denoiser_format`"""
 
     pretrained_model_name_or_path: str | None = option(
         None, help="file of the Lumina-Image 2.0 denoiser, alone or with the other parts inside, or a diffusers folder"

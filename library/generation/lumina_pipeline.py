@@ -19,6 +19,8 @@ from library.generation.flow_pipeline import FlowPipeline
 from library.generation.lumina_options import LuminaModelOptions, LuminaPromptOptions, LuminaRequest
 from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import Conditioning
+from library.generation.speed import as_stored, type_to_load
+from library.generation.speed_options import SpeedOptions
 from library.lumina_train_utils import predict_velocity
 from library.lumina_utils import load_ae, load_lumina
 from library.strategy_lumina import LuminaTextEncodingStrategy, LuminaTokenizeStrategy
@@ -64,7 +66,9 @@ class LuminaPipeline(FlowPipeline[LuminaRequest]):
         return velocity * (bound / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp(max=1.0)
 
 
-def load_pipeline(options: LuminaModelOptions, pictures: LuminaPromptOptions) -> PictureMaker[LuminaRequest]:
+def load_pipeline(
+    options: LuminaModelOptions, pictures: LuminaPromptOptions, speed: SpeedOptions = SpeedOptions()
+) -> PictureMaker[LuminaRequest]:
     """Load every part, and the adapters merged or hooked. CheckpointError when a file does not fit."""
     device = get_preferred_device() if options.device is None else torch.device(options.device)
     place = torch.device("cpu") if options.offload else device
@@ -74,7 +78,9 @@ def load_pipeline(options: LuminaModelOptions, pictures: LuminaPromptOptions) ->
     def load(transform: Transform | None) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
         encoder = load_gemma2(gemma2, _dtype(options, "gemma2_dtype"), place, transform=transform)
         wide = _dtype(options, "dtype")
-        return load_lumina(model, wide, place, transform=transform, form=options.form), [encoder]
+        kind = type_to_load(wide, speed)
+        denoiser = load_lumina(model, kind, place, transform=transform, form=options.form)
+        return as_stored(denoiser, speed, wide), [encoder]
 
     denoiser, encoders, adapters = load_with_adapters("lumina", options.adapters, load)
     tokenize = LuminaTokenizeStrategy(
@@ -87,7 +93,8 @@ def load_pipeline(options: LuminaModelOptions, pictures: LuminaPromptOptions) ->
         pipeline, strategies, encoders, adapters, device, device, text_waits=options.offload,
         denoiser_waits=options.offload,
     )  # fmt: skip
-    if options.form is None and any(parameter.dtype == torch.float8_e4m3fn for parameter in denoiser.parameters()):
+    is_plain = options.form is None and not speed.mixed_precision_transformer
+    if is_plain and any(parameter.dtype == torch.float8_e4m3fn for parameter in denoiser.parameters()):
         # weights of 8 bits compute in it
         maker.computing = functools.partial(torch.autocast, device.type, torch.bfloat16)
     return maker

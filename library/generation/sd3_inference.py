@@ -17,6 +17,7 @@ from library.generation.sd3_options import (
     Sd3PromptOptions,
     Sd3Request,
 )
+from library.generation.speed_options import speed_of
 
 if TYPE_CHECKING:
     from library.checkpoints.embeddings import Widths
@@ -63,7 +64,7 @@ class Sd3Script(ImageScript[Sd3Request]):
     def load(self, config: Config) -> PictureMaker[Sd3Request]:
         from library.generation.sd3_pipeline import load_pipeline
 
-        return load_pipeline(config[Sd3ModelOptions])
+        return load_pipeline(config[Sd3ModelOptions], speed_of(config))
 
 
 SCRIPT = Sd3Script()

@@ -16,6 +16,8 @@ from library.generation.flow_pipeline import FlowPipeline
 from library.generation.pipeline import PictureMaker
 from library.generation.sampling_utils import Conditioning
 from library.generation.sd3_options import Sd3ModelOptions, Sd3Request
+from library.generation.speed import as_stored, type_to_load
+from library.generation.speed_options import SpeedOptions
 from library.sd3_train_utils import SAMPLE_SHIFT, predict_velocity, sample_schedule
 from library.sd3_utils import ENCODER_LOADERS, ENCODER_SLOTS, load_sd3, load_vae_sd3, part_paths
 from library.strategy_sd3 import Sd3TextEncodingStrategy, Sd3TokenizeStrategy
@@ -38,7 +40,7 @@ class Sd3Pipeline(FlowPipeline[Sd3Request]):
         return SAMPLE_SHIFT
 
 
-def load_pipeline(options: Sd3ModelOptions) -> PictureMaker[Sd3Request]:
+def load_pipeline(options: Sd3ModelOptions, speed: SpeedOptions = SpeedOptions()) -> PictureMaker[Sd3Request]:
     """Load every part, and the adapters merged or hooked. CheckpointError when a file does not fit."""
     device, dtype = get_preferred_device(), getattr(torch, options.dtype_name)
     place = torch.device("cpu") if options.offload else device
@@ -49,7 +51,9 @@ def load_pipeline(options: Sd3ModelOptions) -> PictureMaker[Sd3Request]:
             ENCODER_LOADERS[slot](path, _text_dtype(slot, dtype), place, transform=transform)
             for slot, path in paths.items()
         ]
-        return load_sd3(options.ckpt_path, dtype, place, transform=transform, form=options.form), encoders
+        kind = type_to_load(dtype, speed)
+        denoiser = load_sd3(options.ckpt_path, kind, place, transform=transform, form=options.form)
+        return as_stored(denoiser, speed, dtype), encoders
 
     denoiser, encoders, adapters = load_with_adapters("sd3", options.adapters, load)
     if options.enable_scaled_pos_embed:

@@ -41,6 +41,12 @@ def fast_products_option() -> Any:
 class SpeedOptions:
     """Speed and number formats"""
 
+    optimized: bool = option(
+        False,
+        help="set what makes this script quick on an NVIDIA GPU, as far as it is not given and machine and model allow:"
+        " --attn_mode sageattn, --compile, --fp8_scaled, --fp8_fast, --fp16_accumulation, those of them that there are;"
+        " a line says which",
+    )
     fp16_accumulation: bool = option(
         False,
         help="let GPUs add up products of float16 in float16: quicker and less exact; for a denoiser that computes in"
@@ -55,6 +61,11 @@ class SpeedOptions:
         False, help="compute 8-bit weights and their scales in float32",
         reason="--upcast_quantization: weights become 8 bits in float32 in any case, and scales stay float32",
     )  # fmt: skip
+    mixed_precision_transformer: bool = option(
+        False,
+        help="keep every tensor of the denoiser in the type that its file has, and compute each layer in that of its"
+        " weights; between layers is the type of most of them",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +78,10 @@ class UnetSpeedOptions(SpeedOptions):
     upcast_quantization: bool = refused_option(
         False, help="compute 8-bit weights and their scales in float32", reason=_NO_EIGHT_BITS
     )
+    mixed_precision_transformer: bool = refused_option(
+        False, help="keep every tensor of the denoiser in the type that its file has",
+        reason="the denoiser is a U-Net, which computes in one type; leave it out",
+    )  # fmt: skip
 
 
 def speed_of(config: Config) -> SpeedOptions:
@@ -83,6 +98,8 @@ class Format:
     name: str
     said: str
     option: str | None
+    in_eight_bits: bool = False
+    """whether the option asks for weights of 8 bits"""
 
     def asking_for(self, name: str) -> str:
         """The option for a format, float16 or bfloat16."""
@@ -92,12 +109,22 @@ class Format:
 def denoiser_format(config: Config) -> Format:
     """By the options of a script. Weights of 8 bits compute in bfloat16."""
     values = config.values()
-    own = (group.format_options for group in config.classes() if hasattr(group, "format_options"))
-    for option_name in next(own, FORMATS):
+    for option_name in _format_options(config):
         if (value := values.get(option_name)) is not None:
             name = DTYPE_NAMES.get(str(value).lower(), str(value))
-            name = "bfloat16" if name.startswith("float8") else name
-            return Format(name, f"--{option_name} is {value}", option_name)
+            in_eight_bits = name.startswith("float8")
+            name = "bfloat16" if in_eight_bits else name
+            return Format(name, f"--{option_name} is {value}", option_name, in_eight_bits)
     given = next((name for name in ("fp16", "bf16") if values.get(name)), None)
     name = {"fp16": "float16", "bf16": "bfloat16", None: "float32"}[given]
     return Format(name, f"--{given} is given" if given else "neither --fp16 nor --bf16 is given", None)
+
+
+def _format_options(config: Config) -> tuple[str, ...]:
+    own = (group.format_options for group in config.classes() if hasattr(group, "format_options"))
+    return next(own, FORMATS)
+
+
+def format_option(config: Config) -> str:
+    """The option of the denoiser's number format alone; of some scripts there is none of this name."""
+    return _format_options(config)[0]

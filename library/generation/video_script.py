@@ -24,6 +24,7 @@ from library.generation.nag_options import NagOptions
 from library.generation.recorded_requests import ENTRY
 from library.generation.requests import SessionOptions
 from library.generation.script import format_problems, free_path
+from library.generation.speed_options import speed_of
 from library.generation.step_options import SamplerStepOptions, StepOptions
 from library.generation.video_options import (
     CompileOptions,
@@ -116,15 +117,15 @@ class VideoScript(LatentScript[VideoRequest]):
 
     @abstractmethod
     def load_denoiser(
-        self, config: Config, dtype: torch.dtype, device: torch.device, transform: Transform | None
+        self, config: Config, dtype: torch.dtype | None, device: torch.device, transform: Transform | None
     ) -> nn.Module:
-        """In `dtype`, or in 8 bits of it where the options say so."""
+        """In `dtype`, or in 8 bits of it where the options say so; None = in the types of the file."""
 
     @abstractmethod
     def pipeline(self, config: Config, denoiser: Any, vae: Any) -> VideoPipeline: ...
 
     @abstractmethod
-    def save_denoiser(self, denoiser: Any, target: str, dtype: torch.dtype) -> None:
+    def save_denoiser(self, denoiser: Any, target: str, dtype: torch.dtype | None) -> None:
         """Write a denoiser file, for --save_merged_model."""
 
     def fitting_problems(self, config: Config) -> list[str]:
@@ -196,9 +197,17 @@ class VideoScript(LatentScript[VideoRequest]):
         self, config: Config, dtype: torch.dtype, home: torch.device, transform: Transform | None
     ) -> nn.Module:
         """`load_denoiser`, with block swap spread over device and main memory."""
-        return self.placed(config, self.load_denoiser(config, dtype, home, transform))
+        from library.generation.speed import type_to_load
+
+        kind = type_to_load(dtype, speed_of(config))
+        return self.placed(config, self.load_denoiser(config, kind, home, transform))
 
     def placed(self, config: Config, denoiser: Any) -> Any:
+        import torch
+
+        from library.generation.speed import as_stored
+
+        as_stored(denoiser, speed_of(config), getattr(torch, config[self.models].dit_dtype_name))
         swap, device = config[self.models].blocks_to_swap, device_of(config[self.models])
         if swap:
             denoiser.enable_block_swap(swap, device)
@@ -216,8 +225,9 @@ class VideoScript(LatentScript[VideoRequest]):
         import torch
 
         from library.generation.adapters import merging
+        from library.generation.speed import type_to_load
 
-        wide = getattr(torch, config[self.models].dit_dtype_name)
+        wide = type_to_load(getattr(torch, config[self.models].dit_dtype_name), speed_of(config))
         merge = merging(self.family, config[self.adapters].files)
         denoiser = self.load_denoiser(config, wide, torch.device("cpu"), merge)
         merge.finish()

@@ -13,6 +13,7 @@ from library.families.wan_tasks import DEFAULT_TASK, TASKS, WanTask, boundary_of
 from library.generation.adapter_files import file_problem
 from library.generation.nag_options import NagOptions
 from library.generation.requests import DTYPE_NAMES
+from library.generation.speed_options import speed_of
 from library.generation.video_options import OldCompileOptions
 from library.generation.video_requests import VideoRequest
 from library.generation.video_script import VideoScript, device_of
@@ -188,12 +189,12 @@ class WanScript(VideoScript):
         return vae
 
     def load_denoiser(
-        self, config: Config, dtype: torch.dtype, device: torch.device, transform: Transform | None
+        self, config: Config, dtype: torch.dtype | None, device: torch.device, transform: Transform | None
     ) -> nn.Module:
         return self._load_expert(config, config[self.models].dit, dtype, device, transform)
 
     def _load_expert(
-        self, config: Config, path: str, dtype: torch.dtype, device: torch.device, transform: Transform | None
+        self, config: Config, path: str, dtype: torch.dtype | None, device: torch.device, transform: Transform | None
     ) -> nn.Module:
         from library.wan_utils import load_wan
 
@@ -211,11 +212,13 @@ class WanScript(VideoScript):
         if options.dit_high_noise is None:
             return denoiser
         from library.generation.adapters import merging
+        from library.generation.speed import type_to_load
         from library.wan_expert_utils import TwoExperts
 
         adapters = config[self.adapters].high_noise
         merge = merging(self.family, adapters.files) if adapters else None
-        other = self.placed(config, self._load_expert(config, options.dit_high_noise, dtype, home, merge))
+        kind = type_to_load(dtype, speed_of(config))
+        other = self.placed(config, self._load_expert(config, options.dit_high_noise, kind, home, merge))
         if merge:
             merge.finish()
         denoiser.experts = TwoExperts(denoiser, other, offload=options.offloads)
@@ -247,7 +250,7 @@ class WanScript(VideoScript):
         dtype = torch.float32 if device_of(options).type == "cpu" else torch.float16
         return load_vision(options.clip, dtype, "cpu", options.disable_numpy_memmap)
 
-    def save_denoiser(self, denoiser: Any, target: str, dtype: torch.dtype) -> None:
+    def save_denoiser(self, denoiser: Any, target: str, dtype: torch.dtype | None) -> None:
         from library.wan_utils import save_wan
 
         save_wan(denoiser, target, dtype)

@@ -18,12 +18,13 @@ from library.core.options import Config, equivalent_option, option, option_field
 from library.core.registry import import_target
 from library.dataset import CachingOptions, DatasetOptions
 from library.families.registry import FAMILIES, record_of
-from library.training import clip_cache_options, option_reader, parser_common
+from library.training import clip_cache_options, option_reader, packing_options, parser_common
 from library.training.clip_cache_options import ClipCacheOptions, ClipLatentsOptions
 from library.training.computing_options import DdpOptions, PrecisionOptions
 from library.training.config_file import read_config_file
 from library.training.idle_options import as_block
 from library.training.option_groups import ConfigFileOptions, ConsoleOptions, LoopOptions, ModelOptions
+from library.training.packing_options import NavitOptions
 
 if TYPE_CHECKING:
     from library.dataset.items import ImageItem
@@ -91,6 +92,11 @@ def refusals(family: type[ModelFamily], what: str) -> dict[str, str]:
             "prior_loss_weight",
             "debug_dataset",
             "output_config",
+            "navit_max_images_per_pack",
+            "navit_pack_strategy",
+            "navit_pack_ffd_window",
+            "navit_drop_last",
+            "navit_text_trim_padding",
         ),
         _DENOISER: (
             "fp8_base_unet",
@@ -134,6 +140,7 @@ def tool_script(family: str, what: str) -> option_reader.Script:
             DatasetOptions,
             CachingOptions,
             LoopOptions,
+            *((NavitOptions,) if what == "latents" and hasattr(family_class.predict, "course") else ()),
             PrecisionOptions,
             DdpOptions,
             ConsoleOptions,
@@ -239,7 +246,7 @@ def run(what: str, argv: Sequence[str]) -> None:
     set_up_logging(config[ConsoleOptions])
     for note in parsed.notes:
         logger.log(note.level, note.text)
-    ignored = [*config.ignored, *clip_cache_options.idle(config)]
+    ignored = [*config.ignored, *clip_cache_options.idle(config), *packing_options.idle_sizes(config)]
     if ignored and config[ConfigFileOptions].strict:
         raise ConfigError([f"{item} (--strict is set)" for item in ignored])
     if ignored:
@@ -284,12 +291,12 @@ def _data(config: Config, family: ModelFamily, what: str) -> tuple[DataGroups, R
     """The images, after every problem of model files, configuration and image files was looked for."""
     from library.device_utils import device_problem
     from library.training.accelerator_setup import prepare_runtime
-    from library.training.data_phase import find_data, group_data
+    from library.training.data_phase import find_data, group_data, side_limit_of
 
     problems, found = Problems(), None
     clips = config[ClipCacheOptions] if ClipCacheOptions in config.classes() else ClipCacheOptions()
     try:
-        found = find_data(config, family.architecture)
+        found = find_data(config, family.architecture, limit=side_limit_of(family))
     except ConfigError as error:
         problems.absorb(error)
     if found is not None and found.scan is not None:

@@ -79,7 +79,7 @@ def collect(config: Config, family: ModelFamily, trainable: Trainable) -> list[s
 def all_problems(config: Config, family: type[ModelFamily], trainable: type[Trainable]) -> list[str]:
     """The problems of a Config in which groups of options are missing, as far as what is there tells: every check that
     does not need them, and the data."""
-    from library.training.data_phase import find_data
+    from library.training.data_phase import find_data, side_limit_of
 
     problems = Problems()
 
@@ -103,7 +103,8 @@ def all_problems(config: Config, family: type[ModelFamily], trainable: type[Trai
     attempt(lambda: attention_problems(config, family(config), trainable(config)))
     attempt(lambda: family(config).check())
     attempt(lambda: trainable(config).check(family(config)))
-    attempt(lambda: find_data(config, family.architecture, trainable.dataset_rules(family)) and None)
+    rules = trainable.dataset_rules(family)
+    attempt(lambda: find_data(config, family.architecture, rules, side_limit_of(family(config))) and None)
     return problems.messages
 
 

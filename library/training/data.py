@@ -19,6 +19,7 @@ import torch
 from library.core.errors import AtelierError, CheckpointError, ConfigError, TrainingError
 from library.core.keyed_random import NOISE, StepDraws
 from library.dataset.batch import Batch
+from library.dataset.packed_batch import PackedBatch
 from library.dataset.plan import BatchRequest, StepPlan, requests_of_epoch
 from library.training.failures import failure_of
 from library.training.option_groups import LoopOptions
@@ -102,9 +103,11 @@ class Failure:
         return self.kind(self.message)
 
 
-def with_noise(batch: Batch, seed: int) -> Batch:
+def with_noise(batch: Batch | PackedBatch, seed: int) -> Batch | PackedBatch:
     """A training batch whose latents are cached, with the noise of its step: that of a clip takes a tenth of a second,
     which a worker has while the device computes."""
+    if isinstance(batch, PackedBatch):
+        return batch.with_parts(lambda part: with_noise(part, seed))
     if batch.latents is None or not batch.request.is_training:
         return batch
     draws = StepDraws(seed, batch.request.step, batch.request.positions)
@@ -129,6 +132,11 @@ class Guarded:
         return len(self.group)
 
 
+def _as_it_is(batch: Batch | Failure) -> Batch | Failure:
+    """What a group gives is collated."""
+    return batch
+
+
 class BatchLoader:
     """Loads requests in their order. A dataset group takes requests for indices and is a pure function of them, so any
     worker may serve any request."""
@@ -143,6 +151,7 @@ class BatchLoader:
             num_workers=loading.num_workers,
             persistent_workers=loading.persistent_workers and loading.num_workers > 0,
             pin_memory=loading.pin_memory,
+            collate_fn=_as_it_is,
             worker_init_fn=leave_quietly,
             # the loader's own draw for worker seeds must not touch the global generator
             generator=torch.Generator().manual_seed(0),
@@ -175,7 +184,7 @@ class TrainingData:
         plan = self._plan(1)
         self.steps_per_epoch = len(plan)
         self.batches_per_epoch = sum(len(step) for step in plan)
-        self.samples_per_step = max((sum(len(items) for _, items in step) for step in plan), default=0)
+        self.samples_per_step = max((sum(len(batch.items) for batch in step) for step in plan), default=0)
         """of all processes, at most"""
 
     def _plan(self, epoch: int) -> list[StepPlan]:
@@ -200,7 +209,7 @@ class TrainingData:
         if self.validation is None:
             return iter(())
         plan = self.validation.plan(0, self.seed, self.num_processes)[:limit]
-        offsets = [0, *itertools.accumulate(len(items) for step in plan for _, items in step)]
+        offsets = [0, *itertools.accumulate(len(batch.items) for step in plan for batch in step)]
         requests = requests_of_epoch(
             plan, epoch=0, first_step=0, rank=self.rank, num_processes=self.num_processes, is_training=False
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 
 from library.config_util import Blueprint, ScriptRules
-from library.core.errors import ConfigError
+from library.core.errors import CheckpointError, ConfigError
 from library.core.options import Config
 from library.dataset import CachingOptions, DatasetOptions
 from library.dataset.architectures import DataArchitecture
@@ -28,6 +28,7 @@ from library.dataset.strategies import StrategySet, Texts
 from library.dataset.text_caching import warn_overlong_captions
 from library.training.accelerator_setup import Runtime
 from library.training.option_groups import LoopOptions
+from library.training.packing_options import native_sizes, packing_of
 
 if TYPE_CHECKING:
     from library.families.latents import SideLimit
@@ -92,12 +93,15 @@ class TextPhase:
     sample_conditioning: Texts = field(default_factory=dict)
 
 
-def find_data(config: Config, architecture: DataArchitecture, script: str | ScriptRules = "train_network") -> FoundData:
+def find_data(
+    config: Config, architecture: DataArchitecture, script: str | ScriptRules = "train_network",
+    limit: SideLimit | None = None,
+) -> FoundData:
     """Read the dataset configuration and look at its files; every problem of both, and of the caches, in one
     ConfigError.
 
     `script`: the one that runs, or the rules of what is trained (Trainable.dataset_rules): they differ in the kinds of
-    dataset that they take.
+    dataset that they take. `limit`: of pictures that keep their sizes.
     """
     data, caching = config[DatasetOptions], config[CachingOptions]
     if data.dataset_class is not None:
@@ -109,9 +113,18 @@ def find_data(config: Config, architecture: DataArchitecture, script: str | Scri
     return FoundData(
         *load_datasets(
             data, caching, explicit=config.explicit, architecture=architecture, script=script,
-            seed=config[LoopOptions].seed
+            seed=config[LoopOptions].seed, native=native_sizes(config, architecture, limit),
         )
     )
+
+
+def side_limit_of(family: ModelFamily) -> SideLimit | None:
+    """How large pictures may be; None too where that cannot be told, as the denoiser's file is not given or damaged,
+    which is for other checks to tell."""
+    try:
+        return family.side_limit()
+    except (CheckpointError, OSError):
+        return None
 
 
 def side_problems(found: FoundData, limit: SideLimit | None) -> list[str]:
@@ -120,8 +133,10 @@ def side_problems(found: FoundData, limit: SideLimit | None) -> list[str]:
         return []
     problems = []
     for params, train, held_out in zip(found.blueprint.datasets, found.scan.train, found.scan.validation, strict=True):
+        if params.native is not None:
+            continue  # these sizes know the limit
         selector = BucketSelector.of(params)
-        choices = [selector.select(item.image_size) for item in (*train, *held_out)]
+        choices = [selector.select(item.image_size, item.frames) for item in (*train, *held_out)]
         counts = Counter(choice.bucket_reso for choice in choices if choice is not None)
         for size, count in sorted(counts.items()):
             what = f"{params.label}: the bucket of {count} {'image' if count == 1 else 'images'}"
@@ -139,7 +154,7 @@ def preserving_problems(found: FoundData, parts: Iterable[Trainable | Hook]) -> 
 
 
 def group_data(config: Config, found: FoundData, architecture: DataArchitecture, seed: int) -> DataGroups:
-    """Items into buckets."""
+    """Items into buckets, and these into packs where the run packs."""
     data = config[DatasetOptions]
     if found.blueprint is None:
         group = load_custom_dataset(data.dataset_class, resolution=data.resolution, debug_dataset=data.debug_dataset)
@@ -147,6 +162,8 @@ def group_data(config: Config, found: FoundData, architecture: DataArchitecture,
     train, validation = build_dataset_groups(
         found.blueprint, data, architecture=architecture, seed=seed, scan=found.scan
     )
+    if packing := packing_of(config):
+        train.set_packing(packing)
     blueprint = found.blueprint
     return DataGroups(train, validation, blueprint.used_config_file, blueprint.shadowed, found.scan.index)
 

@@ -26,6 +26,7 @@ from library.training.option_groups import (
     SavingOptions,
     ValidationOptions,
 )
+from library.training.packing_options import NavitOptions, idle_beside_packs
 from library.training.timestep_samplers.info_noise_options import InfoNoiseOptions
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ _NOISE = {
 """settings of a kind of noise -> what switches it on"""
 PLUG_INS: dict[type, str] = {
     InfoNoiseOptions: "infonoise_enabled", SelfFlowOptions: "self_flow", SraOptions: "sra_enabled",
-    LeapOptions: "leap_enabled",
+    LeapOptions: "leap_enabled", NavitOptions: "navit_packing",
 }  # fmt: skip
 """groups of options -> the switch of each"""
 
@@ -58,6 +59,7 @@ def ignored(config: Config, family: ModelFamily | None = None, trainable: Traina
     found = [*config.ignored, *(Ignored(f"--{name}", reason) for name, reason in _idle(config)), *idle_formulas(config)]
     if family is not None:
         found += loss_weights.idle_cap(config, family.objective())
+        found += idle_beside_packs(config, family)
         found += [*family.idle(), *family.attention.idle, *family.idle_text_form(), *_idle_swap(config, family)]
     if trainable is not None and family is not None:
         found += trainable.idle(family)

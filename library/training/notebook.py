@@ -82,9 +82,9 @@ class Training:
     @cached_property
     def dataset(self) -> DatasetGroup:
         """The images of the training in their buckets; batches are planned by `plan` and read by `load`."""
-        from library.training.data_phase import find_data, group_data
+        from library.training.data_phase import find_data, group_data, side_limit_of
 
-        found = find_data(self.config, self.family.architecture, "train")
+        found = find_data(self.config, self.family.architecture, "train", side_limit_of(self.family))
         data = group_data(self.config, found, self.family.architecture, self.runtime.seed)
         data.set_strategies(self.strategies)
         return data.train

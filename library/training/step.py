@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from library.components.block_calls import denoise_together
+from library.core.courses import run_together
 from library.core.errors import ConfigError, TrainingError
 from library.core.keyed_random import NOISE, StepDraws, key_seed
 from library.dataset.batch import PRESERVED, Batch, conditioning_rows
 from library.dataset.latent_cache import bucket_of
+from library.dataset.packed_batch import PackedBatch
 from library.dataset.strategies import Conditioning, StrategySet
 from library.device_utils import to_device
 from library.training.hooks.base import is_empty
@@ -56,7 +59,7 @@ class TrainStep:
         self._compute_loss = replacement_of(self.hooks, "compute_loss")
         self._watchers = [hook for hook in self.hooks if not is_empty(hook, "on_prediction")]
 
-    def __call__(self, batch: Batch, times: torch.Tensor | None = None) -> StepOutput:
+    def __call__(self, batch: Batch | PackedBatch, times: torch.Tensor | None = None) -> StepOutput:
         """Loss of one batch. `times` ([B], or one per frame or token) fixes the noise level in the objective's unit
         (validation); None draws it."""
         if len(batch) == 0:  # a rank without samples only joins the reduction
@@ -71,8 +74,10 @@ class TrainStep:
             return result
         return self.process_batch(batch, times)
 
-    def process_batch(self, batch: Batch, times: torch.Tensor | None = None) -> StepOutput:
+    def process_batch(self, batch: Batch | PackedBatch, times: torch.Tensor | None = None) -> StepOutput:
         """The body of the step, which one hook may replace."""
+        if isinstance(batch, PackedBatch):
+            return self.process_pack(batch)
         output, sample, batch = self.forward(batch, times)
         return self.result(*self.loss_of(output, sample, batch), batch)
 
@@ -81,7 +86,14 @@ class TrainStep:
     ) -> tuple[DiTOutput, NoisyLatents, Batch]:
         """One forward as in every step: the output, what was noised, and the batch with latents. `inputs` go to
         `predict`."""
-        draws = self.begin(batch, times)
+        sample, conditioning, batch = self.noised(batch, self.begin(batch, times), times)
+        output = self.predict(sample, conditioning, batch, **inputs)
+        return self.with_preserved_targets(output, sample, batch, conditioning), sample, batch
+
+    def noised(
+        self, batch: Batch, draws: StepDraws, times: torch.Tensor | None = None
+    ) -> tuple[NoisyLatents, Conditioning, Batch]:
+        """What the denoiser is given of a batch: noised latents and conditioning; and the batch with latents."""
         batch = self.with_latents(batch)
         latents = self.latents_of(batch)  # [B, C, H, W] or [B, C, F, H, W]
         noise = self.noise_of(latents, draws) if batch.noise is None else batch.noise.view_as(latents)
@@ -90,13 +102,31 @@ class TrainStep:
         sample = self.objective.corrupt(latents, noise, times, draws)
         if batch.request.is_training:
             self.trainable.on_sample(sample)
-        conditioning = self.conditioning_of(batch)
-        output = self.predict(sample, conditioning, batch, **inputs)
-        return self.with_preserved_targets(output, sample, batch, conditioning), sample, batch
+        return sample, self.conditioning_of(batch), batch
+
+    def process_pack(self, pack: PackedBatch) -> StepOutput:
+        """The body of the step for samples of several sizes: every sample is what it would be in a batch of its own
+        size, and the denoiser runs on the tokens of all of them at once."""
+        self.begin(pack)
+        parts = [self._noised_part(part) for part in pack.parts]
+        with self.runtime.autocast():
+            courses = [
+                self.family.predict.course(self.family, self.models, *part, **self.inputs_of(*part)) for part in parts
+            ]
+            predicted = run_together(courses, denoise_together)
+        outputs = []
+        for output, (sample, conditioning, batch) in zip(predicted, parts, strict=True):
+            output = self.with_preserved_targets(output, sample, batch, conditioning)
+            outputs.append(self.result(*self.loss_of(output, sample, batch), batch))
+        return dataclasses.replace(merge_outputs(outputs), loss=sum(output.loss for output in outputs))
+
+    def _noised_part(self, part: Batch) -> tuple[NoisyLatents, Conditioning, Batch]:
+        sample, conditioning, batch = self.noised(part, self.draws_of(part, None))
+        return sample, self.family.of_pack(conditioning), batch
 
     # -- the pieces of the body, which hooks put together in their own ways --------------------------------------------
 
-    def begin(self, batch: Batch, times: torch.Tensor | None = None) -> StepDraws:
+    def begin(self, batch: Batch | PackedBatch, times: torch.Tensor | None = None) -> StepDraws:
         """The random draws of the batch, after what is learned has heard of them."""
         draws = self.draws_of(batch, times)
         if batch.request.is_training:
@@ -123,10 +153,17 @@ class TrainStep:
         """One forward of the denoiser in the run's precision, with what the trainable adds to its inputs. `untouched`:
         as if nothing had been learned. `inputs` go to the family's `predict`."""
         with self.trainable.disabled() if untouched else nullcontext(), self.runtime.autocast():
-            own = {} if untouched else self.trainable.inputs(batch, sample, conditioning)
-            if batch.request.is_training:
-                own = {**self.family.training_inputs(self.models, sample, self.draws_of(batch, None)), **own}
+            own = self.inputs_of(sample, conditioning, batch, untouched=untouched)
             return self.family.predict(self.models, sample, conditioning, batch, **{**own, **inputs})
+
+    def inputs_of(
+        self, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, *, untouched: bool = False
+    ) -> Mapping[str, object]:
+        """What `predict` is given beside its usual inputs: by what is learned, and in training by the family."""
+        own = {} if untouched else self.trainable.inputs(batch, sample, conditioning)
+        if batch.request.is_training:
+            own = {**self.family.training_inputs(self.models, sample, self.draws_of(batch, None)), **own}
+        return own
 
     def loss_of(self, output: DiTOutput, sample: NoisyLatents, batch: Batch) -> tuple[torch.Tensor, Logs]:
         """Losses per sample [B], and values for the log; by the hook that replaces `compute_loss`, where there is
@@ -149,9 +186,10 @@ class TrainStep:
     @staticmethod
     def result(per_sample: torch.Tensor, logs: Logs, batch: Batch) -> StepOutput:
         """The output of the step from losses per sample [B]."""
+        total = per_sample.sum()
         return StepOutput(
-            loss=per_sample.sum() / batch.request.group_size,
-            loss_sum=per_sample.detach().sum(),
+            loss=total / batch.request.group_size,
+            loss_sum=total.detach(),
             count=len(batch),
             logs=logs,
         )
@@ -162,7 +200,7 @@ class TrainStep:
         """From the prediction to one weighted loss per sample [B]; one hook may replace it."""
         return self.loss(output, sample, batch), {}
 
-    def draws_of(self, batch: Batch, times: torch.Tensor | None) -> StepDraws:
+    def draws_of(self, batch: Batch | PackedBatch, times: torch.Tensor | None) -> StepDraws:
         """Training draws are keyed by the step, validation draws by the image and the noise level alone."""
         request = batch.request
         if request.is_training:

@@ -17,7 +17,7 @@ import torch
 from library.attention import use_attention
 from library.components.transformers_import import import_in_background
 from library.core.attention_modes import AttentionChoice
-from library.core.errors import AtelierError, CheckpointError, ConfigError, Problems, RunInterrupted
+from library.core.errors import AtelierError, ConfigError, Problems, RunInterrupted
 from library.core.garbage import started
 from library.core.memory_room import resident_memory
 from library.core.options import AUTO, Config, option_fields, shortened
@@ -43,6 +43,7 @@ from library.training.data_phase import (
     lacking_problems,
     prepare_text,
     preserving_problems,
+    side_limit_of,
     side_problems,
 )
 from library.training.earlier_runs import clean_up, final_file, keep_earlier_files
@@ -60,6 +61,7 @@ from library.training.optimizers import OptimizerOptions
 from library.training.optimizers.host_states import keep_on_host
 from library.training.option_groups import LoopOptions, ResumeOptions, SamplingOptions, SavingOptions
 from library.training.own_hooks import make_hooks, names_never_called
+from library.training.packing_options import NavitOptions, check_packing
 from library.training.progress import Progress
 from library.training.prompt_files import check_files
 from library.training.run import Models, Run
@@ -253,8 +255,10 @@ class Trainer:
 
     def twin(self, config: Config) -> Trainer:
         """A trainer of the same run with this configuration, for a plan: what is attached to its family and its
-        trainable is not to this one's. Its blocks are not compiled: that would take longer than the plan."""
+        trainable is not to this one's. Its blocks are not compiled: that would take longer than the plan; texts keep
+        their padding, as where it begins is in their values."""
         config = changed(config, MemoryOptions, torch_compile=False)
+        config = changed(config, NavitOptions, navit_text_trim_padding=False)
         twin = copy.copy(self)
         twin.config = config
         twin.family = copy.copy(self.family)
@@ -294,16 +298,15 @@ class Trainer:
             problems.add(message)
         problems.attempt(lambda: check_replacements(self.added_hooks))
         problems.attempt(lambda: info_noise_options.check_hooks(self.config, self.added_hooks))
+        problems.attempt(lambda: check_packing(self.config, self.family, self.trainable, self.added_hooks))
         for hook in self.added_hooks:
             problems.attempt(lambda hook=hook: hook.check(self.config, self.family, self.trainable))
             for line in names_never_called(type(hook)) if is_main_process() else ():
                 logger.warning(line)
         rules = self.trainable.dataset_rules(self.family)
-        found = problems.attempt(lambda: find_data(self.config, self.family.architecture, rules))
-        try:
-            too_large = side_problems(found, self.family.side_limit()) if found is not None else []
-        except (CheckpointError, OSError):  # the family's check has told of the file
-            too_large = []
+        limit = side_limit_of(self.family)
+        found = problems.attempt(lambda: find_data(self.config, self.family.architecture, rules, limit))
+        too_large = side_problems(found, limit) if found is not None else []
         preserving = preserving_problems(found, [self.trainable, *self.added_hooks]) if found is not None else []
         for message in (*too_large, *preserving):
             problems.add(message)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from library import attention
 from library.attention import AttentionModule, scaled_attention, use_attention
 from library.components.attention_backends import KERNELS
+from library.components.packed_tokens import Stream, segments
 from library.core.attention_modes import ALIASES, ATTENTION_MODES, AttentionChoice
 from tests.networks.tiny_denoisers import DENOISERS, tiny_denoiser
 
@@ -122,6 +123,28 @@ def test_every_way_gives_what_torch_gives(monkeypatch: pytest.MonkeyPatch) -> No
         {"flash_attn_func", "flash_attn_varlen_func"}, {"flash_attn_func", "flash_attn_varlen_func"},
         {"sageattn", "sageattn_varlen"}, {"memory_efficient_attention"},
     ]  # fmt: skip
+
+
+def test_packed_tokens_are_attended_to_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of text and picture of three samples in two sizes, to themselves and to another text."""
+    flash, flash3, *_ = with_packages(monkeypatch)
+    text, image, other = Stream(((2, 3), (1, 1))), Stream(((2, 4), (1, 5))), Stream(((2, 2), (1, 6)))
+    for kinds in (segments((text, image)), segments((image,), (other,)), segments((text, image), (other,))):
+        sizes = [sum(s * t for part in side for _, s, t in part) for side in (kinds.queries, kinds.keys)]
+        generator = torch.Generator().manual_seed(sum(sizes))
+        inputs = [
+            torch.randn(1, HEADS, size, WIDTH, generator=generator).requires_grad_()
+            for size in (sizes[0], sizes[1], sizes[1])
+        ]
+        results = {}
+        for mode in ("torch", "flash", "flash3"):
+            result = scaled_attention(*inputs, kinds, AttentionChoice(mode))
+            weighed = (result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum()
+            results[mode] = [result, *torch.autograd.grad(weighed, inputs)]
+        for mode in ("flash", "flash3"):
+            for found, expected in zip(results[mode], results["torch"], strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert flash == flash3 == ["flash_attn_varlen_func"] * 3
 
 
 def test_masks_are_read_on_the_host_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:

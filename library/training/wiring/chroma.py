@@ -3,14 +3,16 @@ loading in chroma_utils, text in strategy_chroma."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from library.core.courses import Course
 from library.core.errors import ConfigError
 from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, ignored_option, option
 from library.families.chroma import FAMILY
+from library.training.text_padding import PaddedText
 from library.training.whole_models import WholeModelOptions
 from library.training.wiring.flux import MODEL_TYPES, TOKEN_LENGTH_DEV, FluxFamily, FluxOptions, ignored_options
 
@@ -114,6 +116,12 @@ class ChromaFamily(FluxFamily):
     def masks_text(self) -> bool:
         return True
 
+    @property
+    def padded_texts(self) -> Sequence[PaddedText]:
+        from library.chroma_models import KEPT_PADDING
+
+        return (PaddedText("t5_attn_mask", ("t5_out", "txt_ids"), attended=KEPT_PADDING),)
+
     def _text_strategies(self) -> tuple[TokenizeStrategy, TextEncodingStrategy]:
         from library.strategy_chroma import ChromaTextEncodingStrategy, ChromaTokenizeStrategy
 
@@ -128,10 +136,10 @@ class ChromaFamily(FluxFamily):
 
     def _velocity(
         self, denoiser: torch.nn.Module, sample: NoisyLatents, conditioning: Conditioning, **inputs: object
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> Course:
         from library.chroma_train_utils import predict_velocity
 
-        return predict_velocity(denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
+        return predict_velocity.course(denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
 
     def pipeline_settings(self) -> Mapping[str, object]:
         return {}

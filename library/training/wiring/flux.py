@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
+from library.core.courses import Course, course
 from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, without_effect
 from library.families.flux import FAMILY
 from library.training.option_groups import ModelOptions, NoiseOptions
+from library.training.text_padding import PaddedText
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
@@ -52,7 +54,6 @@ def ignored_options(model: str, clip_skip: str) -> dict[str, str]:
         "clip_skip": clip_skip,
         "max_token_length": f"it counts CLIP tokens; {model} reads captions through T5: see --t5xxl_max_token_length",
         "vae": f"the autoencoder of {model} is given with --ae",
-        "sample_sampler": f"{model} samples with Euler steps along its own schedule",
     }
 
 
@@ -116,6 +117,7 @@ class FluxFamily(FlowFamily):
     denoiser_kinds = ("flux",)
     denoiser_writer = "library.flux_utils:save_flow_model"
     options = FluxOptions
+    padding_masked_by = "apply_t5_attn_mask"
     part_options = {
         "vae": frozenset({"ae"}),
         "text_encoders": frozenset(
@@ -289,6 +291,10 @@ class FluxFamily(FlowFamily):
         """Whether T5 and the denoiser leave padding out."""
         return self.opts.apply_t5_attn_mask
 
+    @property
+    def padded_texts(self) -> Sequence[PaddedText]:
+        return (PaddedText("t5_attn_mask", ("t5_out", "txt_ids")),) if self.masks_text else ()
+
     def _text_strategies(self) -> tuple[TokenizeStrategy, TextEncodingStrategy]:
         from library.strategy_flux import FluxTextEncodingStrategy, FluxTokenizeStrategy
 
@@ -350,13 +356,14 @@ class FluxFamily(FlowFamily):
             weigh=is_scaled
         )
 
+    @course
     def predict(
         self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
         from library.training.objective import clean_estimate
         from library.training.run import DiTOutput
 
-        velocity = self._velocity(models.denoiser, sample, conditioning, **inputs)
+        velocity = yield from self._velocity(models.denoiser, sample, conditioning, **inputs)
         prediction, extra = self.with_side_outputs(velocity)
         if self.opts.model_prediction_type == "sigma_scaled":
             prediction = clean_estimate(prediction.float(), sample.noisy_latents, sample.sigmas)
@@ -364,11 +371,11 @@ class FluxFamily(FlowFamily):
 
     def _velocity(
         self, denoiser: torch.nn.Module, sample: NoisyLatents, conditioning: Conditioning, **inputs: object
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> Course:
         """What the denoiser predicts, with its side outputs where `inputs` ask for them."""
         from library.flux_train_utils import predict_velocity
 
-        return predict_velocity(
+        return predict_velocity.course(
             denoiser, sample.noisy_latents, sample.timesteps, conditioning,
             guidance=self.opts.guidance_scale, use_t5_mask=self.masks_text, **inputs,
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from library.core.courses import course
 from library.core.errors import Problems
 from library.core.options import Ignored, option, without_effect
 from library.families.hunyuan_image import FAMILY
@@ -88,6 +89,7 @@ class HunyuanImageFamily(FlowFamily):
     options = HunyuanImageOptions
     small_text_option = "fp8_vl"
     defaults = {"discrete_flow_shift": 5.0}
+    ends_texts_together = True
     part_options = {
         "vae": frozenset({"vae_chunk_size", "vae_tiling"}),
         "text_encoders": frozenset({"text_encoder", "byt5", "text_encoder_tokenizer", "fp8_vl", "text_encoder_cpu"}),
@@ -99,7 +101,6 @@ class HunyuanImageFamily(FlowFamily):
         "v_parameterization": "HunyuanImage predicts the velocity of its flow in any case",
         "clip_skip": "HunyuanImage takes a fixed layer of its text encoder",
         "max_token_length": "it counts CLIP tokens; HunyuanImage reads 1024 tokens of a caption",
-        "sample_sampler": "HunyuanImage samples with Euler steps along its own schedule",
     }
 
     def _slot_problems(self, part: str) -> list[str]:
@@ -250,6 +251,7 @@ class HunyuanImageFamily(FlowFamily):
             self.config[TimestepOptions], self.config[NoiseOptions], target=target, weigh=is_scaled
         )
 
+    @course
     def predict(
         self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
@@ -257,7 +259,7 @@ class HunyuanImageFamily(FlowFamily):
         from library.training.objective import clean_estimate
         from library.training.run import DiTOutput
 
-        prediction = predict_velocity(
+        prediction = yield from predict_velocity.course(
             models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, guidance=self.opts.guidance_scale,
             **inputs,
         )  # fmt: skip

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from library.core.courses import course
 from library.core.errors import ConfigError
 from library.core.options import Ignored, option, shortened, without_effect
 from library.families.hunyuan_video import FAMILY
+from library.training.text_padding import PaddedText
 from library.training.wiring.video_llama_clip import LlamaClipFamily, LlamaClipOptions
 
 if TYPE_CHECKING:
@@ -118,6 +120,11 @@ class HunyuanVideoFamily(LlamaClipFamily):
 
         return scaled_latents(latents)
 
+    @property
+    def padded_texts(self) -> Sequence[PaddedText]:
+        return (PaddedText("llm_mask", ("llm",)),)
+
+    @course
     def predict(
         self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
@@ -126,7 +133,7 @@ class HunyuanVideoFamily(LlamaClipFamily):
 
         if self.opts.guidance_unscaled:
             inputs = {**inputs, "guidance_factor": 1.0}
-        prediction = predict_velocity(
+        prediction = yield from predict_velocity.course(
             models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, guidance=self.opts.guidance_scale,
             first_frame=sample.latents[:, :, :1], **inputs,
         )  # fmt: skip

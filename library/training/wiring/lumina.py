@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from library.core.courses import course
 from library.core.errors import Problems
 from library.core.options import LARGEST_BATCH, LARGEST_TOKENS, option, refused_option
 from library.dataset import DatasetOptions
 from library.families.lumina import FAMILY
 from library.training.option_groups import ModelOptions, NoiseOptions
+from library.training.text_padding import PaddedText
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 
@@ -104,7 +106,6 @@ class LuminaFamily(FlowFamily):
         "clip_skip": "Lumina-Image 2.0 takes the last layer but one of its text encoder",
         "max_token_length": "it counts CLIP tokens; see --gemma2_max_token_length",
         "vae": "the autoencoder of Lumina-Image 2.0 is given with --ae",
-        "sample_sampler": "Lumina-Image 2.0 samples with Euler steps along its own schedule",
     }
 
     def _slot_problems(self, part: str) -> list[str]:
@@ -190,6 +191,10 @@ class LuminaFamily(FlowFamily):
     def sample_batch_size(self) -> int:
         return self.opts.sample_batch_size or self.config[DatasetOptions].train_batch_size
 
+    @property
+    def padded_texts(self) -> Sequence[PaddedText]:
+        return (PaddedText("attention_mask", ("hidden_state", "input_ids")),)
+
     def side_limit(self) -> SideLimit | None:
         if self._denoiser_path is None:
             return None  # told by the check
@@ -252,6 +257,7 @@ class LuminaFamily(FlowFamily):
             target="latents" if is_scaled else "reverse_velocity", weigh=is_scaled,
         )  # fmt: skip
 
+    @course
     def predict(
         self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
@@ -259,7 +265,8 @@ class LuminaFamily(FlowFamily):
         from library.training.objective import clean_estimate
         from library.training.run import DiTOutput
 
-        prediction = predict_velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
+        given = (models.denoiser, sample.noisy_latents, sample.timesteps, conditioning)
+        prediction = yield from predict_velocity.course(*given, **inputs)
         prediction, extra = self.with_side_outputs(prediction)
         if self.opts.model_prediction_type == "sigma_scaled":
             prediction = clean_estimate(-prediction.float(), sample.noisy_latents, sample.sigmas)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from library.core.courses import course
 from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, without_effect
 from library.families.sd3 import FAMILY
@@ -132,7 +133,6 @@ class Sd3Family(FlowFamily):
         "v_parameterization": "SD3 predicts the velocity of its flow in any case",
         "clip_skip": "SD3 takes the last but one layer of both CLIPs, which is 2",
         "max_token_length": "it counts CLIP tokens; SD3 reads long captions through T5: see --t5xxl_max_token_length",
-        "sample_sampler": "SD3 samples with Euler steps along its own schedule",
     }
     neutral = {"clip_skip": (2,)}
 
@@ -392,6 +392,7 @@ class Sd3Family(FlowFamily):
         rate, size = self.opts.pos_emb_random_crop_rate, tuple(sample.noisy_latents.shape[-2:])
         return {"crop_corners": random_corners(models.denoiser, size, rate, draws)} if rate else {}
 
+    @course
     def predict(
         self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
@@ -399,7 +400,8 @@ class Sd3Family(FlowFamily):
         from library.training.objective import clean_estimate
         from library.training.run import DiTOutput
 
-        velocity = predict_velocity(models.denoiser, sample.noisy_latents, sample.timesteps, conditioning, **inputs)
+        given = (models.denoiser, sample.noisy_latents, sample.timesteps, conditioning)
+        velocity = yield from predict_velocity.course(*given, **inputs)
         velocity, extra = self.with_side_outputs(velocity)
         return DiTOutput(clean_estimate(velocity.float(), sample.noisy_latents, sample.sigmas), sample.target, extra)
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.core.courses import course
 from library.core.errors import CheckpointError, ConfigError, Problems
 from library.core.options import Ignored, equivalent_option, number_or_none, option, without_effect
 from library.families.wan import FAMILY
@@ -395,6 +396,7 @@ class WanFamily(VideoFamily):
         plain = build(dataclasses.replace(times, num_timestep_buckets=None))  # what replaces a draw is in no bucket
         return OneSide(law, self.boundary, plain)
 
+    @course
     def predict(
         self, models: Models, sample: NoisyLatents, conditioning: Conditioning, batch: Batch, **inputs: object
     ) -> DiTOutput:
@@ -402,7 +404,7 @@ class WanFamily(VideoFamily):
         from library.wan_conditioning_utils import training_condition, vision_tokens
         from library.wan_train_utils import predict_velocity
 
-        velocity = predict_velocity(
+        velocity = yield from predict_velocity.course(
             models.denoiser, sample.noisy_latents, sample.timesteps, conditioning["t5"],
             y=training_condition(batch.conditions, fun_control=self.task.fun_control),
             vision=vision_tokens(batch.conditions), f_indices=batch.conditions.get("f_indices"),

@@ -72,3 +72,18 @@ def made(name: str, tiny: Any, folder: Path, *more: str) -> torch.Tensor:
     if path.suffix == ".safetensors":
         return load_file(path)["latent"]
     return torch.from_numpy(numpy.asarray(Image.open(path).convert("RGB")).astype("float32"))
+
+
+MODEL_OPTIONS = ("--ckpt_path=", "--dit=", "--pretrained_model_name_or_path=")
+
+
+def denoiser_file(name: str, tiny: Any) -> Path:
+    """That of the denoiser in a command line."""
+    (word,) = (word for word in words(name, tiny, Path(".")) if word.startswith(MODEL_OPTIONS))
+    return Path(word.partition("=")[2])
+
+
+def with_denoiser(name: str, tiny: Any, path: Path) -> str:
+    """The word that names another file."""
+    (word,) = (word for word in words(name, tiny, Path(".")) if word.startswith(MODEL_OPTIONS))
+    return f"{word.partition('=')[0]}={path}"

@@ -76,7 +76,9 @@ OWN_OF_ALL = {
     "self_flow_teacher_coupling_prob", "self_flow_teacher_mismatch_ratio", "self_flow_teacher_coupling_decay",
     "self_flow_teacher_coupling_decay_steps", "infonoise_enabled", "infonoise_K", "infonoise_N_warm", "infonoise_M",
     "infonoise_B", "infonoise_beta", "prefer_json",
-    "infonoise_N_min", "infonoise_gate_pivot_c",
+    "infonoise_N_min", "infonoise_gate_pivot_c", "navit_packing", "navit_token_budget", "navit_max_images_per_pack",
+    "navit_pack_strategy", "navit_pack_ffd_window", "navit_drop_last", "navit_text_trim_padding",
+    "navit_native_resolution", "navit_native_over_budget",
 }
 VIDEO = ("hunyuan_video_network", "wan_network", "framepack_network", "hunyuan_video_full")
 """scripts of the known video trainer, whose shared options work in every script"""
