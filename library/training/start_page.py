@@ -22,6 +22,7 @@ from library.training.run import Run
 from library.training.sampling_prompts import unreached_interval
 from library.training.schedulers import SchedulerOptions
 from library.training.summary import BucketSummary, DatasetSummary, PackSummary, StartSummary, start_summary
+from library.training.timestep_samplers.info_noise_options import InfoNoiseOptions
 
 if TYPE_CHECKING:
     from library.dataset.custom import CustomDataset
@@ -74,6 +75,7 @@ def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummar
         notes=[
             *run.trainable.notices(),
             *unreached_intervals(run),
+            *(config[InfoNoiseOptions].notices(progress.max_train_steps) if InfoNoiseOptions in config else []),
             *pack_notes(data),
             *formula_warnings(config),
             *formula_notices(config, run.step.objective),
