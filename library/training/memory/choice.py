@@ -46,6 +46,8 @@ class Candidate:
 class SmallerBatches(Protocol):
     most: int
     """samples of the largest of them, 0 when there is none"""
+    otherwise: str
+    """what needs less, where there is none"""
 
     def plan(self, config: Config, count: int) -> MemoryPlan:
         """With batches of `count` samples."""
@@ -79,7 +81,7 @@ class Chooser:
         """Which smaller batch fits with this configuration, found by halving."""
         plans, lowest, most = {}, 1, self._smaller.most
         if not most:
-            return "A smaller resolution"
+            return self._smaller.otherwise
         highest = most
         while lowest <= highest:
             count = (lowest + highest) // 2
