@@ -72,7 +72,7 @@ KL_F8C4: Colours = (
     (-0.184, -0.271, -0.473),
     (0.0, 0.0, 0.0),
 )
-"""the autoencoder of Stable Diffusion 1 and 2; source: "Decoding latents to RGB without upscaling",
+"""the older autoencoder of 4 channels (scale 0.18215); source: "Decoding latents to RGB without upscaling",
 discuss.huggingface.co"""
 KL_F8C4_XL: Colours = (
     (0.4706, 0.4706, 0.4706),
@@ -81,4 +81,5 @@ KL_F8C4_XL: Colours = (
     (-0.549, -0.3922, -0.2745),
     (0.1765, 0.098, 0.0196),
 )
-"""that of SDXL; source: "Explaining the SDXL latent space", huggingface.co/blog"""
+"""the newer one of 4 channels (scale 0.13025); source: TimothyAlexisVass, "Explaining the latent space",
+huggingface.co/blog"""
