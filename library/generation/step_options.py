@@ -21,6 +21,13 @@ from library.training.inference_samplers import (
 from library.training.sampling_prompts import LineOption
 
 
+SOLVERS = {
+    "unipc": "unipc", "dpm++": "dpmsolver++", "vanilla": "euler", "dpm++sde": "dpmsolver++_sde", "lcm": "lcm",
+    "er_sde": "er_sde", "dpmpp_3m_sde": "dpmpp_3m_sde",
+}  # fmt: skip
+"""names of --sample_solver, the first three those of the known script -> names of the samplers here"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
     """Steps"""
