@@ -22,6 +22,7 @@ SUBJECTS = {
     "first": ("benchmarks.first_step", "from the start of the demo to its first step, beside importing its packages"),
     "start": ("benchmarks.start", "starts with few and with many pictures, beside the least that a start must read"),
     "loading": ("benchmarks.loading", "how long steps wait for batches that are read from caches of real sizes"),
+    "packing": ("benchmarks.packing", "pictures of mixed sizes in packs, beside the batches that buckets make of them"),
     "help": ("benchmarks.startup", "--help of every script, beside a bare interpreter"),
     "forms": ("benchmarks.weight_forms", "weights of a base in 8 and 4 bits: errors, held-out loss, room"),
     "merge": ("benchmarks.merge", "memory and time of a merge into a large model, beside a copy of the file"),

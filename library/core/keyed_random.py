@@ -106,20 +106,14 @@ class StepDraws:
     @drawing
     def normal(self, purpose: str, shape: Sequence[int] = (), *keys: int | str) -> torch.Tensor:
         """Standard normal numbers [B, *shape]."""
-        import torch
-
-        return self._stack(lambda g: torch.randn(tuple(shape), generator=g), purpose, shape, keys)
+        return self._filled("normal_", purpose, shape, keys)
 
     @drawing
     def uniform(
         self, purpose: str, shape: Sequence[int] = (), *keys: int | str, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
         """Numbers in [0, 1) [B, *shape]."""
-        import torch
-
-        return self._stack(
-            lambda g: torch.rand(tuple(shape), generator=g, device=device), purpose, shape, keys, device
-        )
+        return self._filled("uniform_", purpose, shape, keys, device)
 
     @drawing
     def batch_uniform(self, purpose: str, *keys: int | str) -> float:
@@ -136,13 +130,20 @@ class StepDraws:
         generator = keyed_generator(self.seed, purpose, self.step, *keys, device=device)
         return torch.rand(count, generator=generator, device=device)
 
-    def _stack(
-        self, draw, purpose: str, shape: Sequence[int], keys, device: torch.device | str = "cpu"
+    def _filled(
+        self, fill: str, purpose: str, shape: Sequence[int], keys: Sequence[int | str],
+        device: torch.device | str = "cpu",
     ) -> torch.Tensor:
+        """[B, *shape], every row filled by this method of tensors with the generator of its sample; it is one object,
+        seeded for each of them."""
         import torch
 
-        rows = [draw(self.generator(purpose, i, *keys, device=device)) for i in range(len(self.positions))]
-        return torch.stack(rows) if rows else torch.empty((0, *shape), device=device)
+        numbers = torch.empty((len(self.positions), *shape), device=device)
+        generator = torch.Generator(device)
+        for row, position in zip(numbers, self.positions):
+            seed = key_seed(self.seed, purpose, self.step, position, *keys)
+            getattr(row, fill)(generator=generator.manual_seed(seed))
+        return numbers
 
 
 @contextmanager

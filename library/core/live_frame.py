@@ -8,6 +8,7 @@ is typed (the ^C of Ctrl-C); to draw is to go up by the height of the frame and 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import sys
@@ -45,7 +46,7 @@ class LiveFrame:
         self._height = self._width = 0
         """of what stands on the terminal"""
         self._size = (0, 0)
-        self._drawn_at = 0.0
+        self._drawn_at = -math.inf
         self._urgent: deque[str] = deque()
         self._activity = ""
         self._restore: list[Callable[[], object]] = []
@@ -141,7 +142,7 @@ class LiveFrame:
             size = self._terminal_size()
             if size != self._size:
                 self._size = size  # while it still changes, nothing is drawn
-                self._drawn_at = 0.0
+                self._drawn_at = -math.inf
             elif self._urgent or time.monotonic() - self._drawn_at >= DRAW_S:
                 self.draw()
 

@@ -59,17 +59,29 @@ def collate(
     give a batch of length 0 whose tensors have no rows. `conditioning_keys`: see Batch; `lists`: those of them that
     are not stacked."""
     captions = [sample.caption for sample in samples]
+    numbers = torch.tensor(  # one tensor for what is short: making each takes longer than filling it
+        [[sample.loss_weight for sample in samples], [network_multiplier] * len(samples)], dtype=torch.float32
+    )  # [2, B]
+    sizes = torch.tensor(
+        [
+            [sample.original_size_hw for sample in samples], [sample.crop_top_left for sample in samples],
+            [sample.target_size_hw for sample in samples],
+        ],
+        dtype=torch.int64,
+    ).reshape(3, len(samples), 2)  # fmt: skip
+    loss_weights, multipliers = numbers.unbind()
+    original_sizes, crops, target_sizes = sizes.unbind()
     tokens, weights = tokenize.tokens_of(captions) if tokenize is not None and captions else (None, None)
     return Batch(
         request=request,
         image_keys=[sample.image_key for sample in samples],
         captions=captions,
-        loss_weights=torch.tensor([sample.loss_weight for sample in samples], dtype=torch.float32),  # [B]
-        original_sizes_hw=_pairs([sample.original_size_hw for sample in samples]),
-        crop_top_lefts=_pairs([sample.crop_top_left for sample in samples]),
-        target_sizes_hw=_pairs([sample.target_size_hw for sample in samples]),
+        loss_weights=loss_weights,
+        original_sizes_hw=original_sizes,
+        crop_top_lefts=crops,
+        target_sizes_hw=target_sizes,
         flippeds=[sample.flipped for sample in samples],
-        network_multipliers=torch.full((len(samples),), network_multiplier, dtype=torch.float32),
+        network_multipliers=multipliers,
         custom_attributes=[sample.custom_attributes for sample in samples],
         are_reg=[sample.is_reg for sample in samples],
         images=_stack([sample.image for sample in samples]),
@@ -86,10 +98,6 @@ def collate(
         input_ids_list=tokens,
         token_weights_list=weights,
     )
-
-
-def _pairs(values: Sequence[tuple[int, int]]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64).reshape(len(values), 2)  # [B, 2]
 
 
 def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +54,7 @@ class TextCache:
         """the family's token length, where it has one, None = not compared"""
         self.settings = {MERGED: "", **settings}
 
-    @property
+    @cached_property
     def layout(self) -> TextLayout:
         return TEXT_LAYOUTS[self.architecture.name]
 

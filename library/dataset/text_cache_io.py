@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,17 +41,19 @@ class TextLayout:
     partial: tuple[int, ...] = ()
     foreign: str = ""
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(key.name for key in self.keys)
 
-    @property
+    @cached_property
     def lists(self) -> frozenset[str]:
         """Keys of which a batch has a list, one tensor for each caption."""
         return frozenset(key.name for key in self.keys if key.varlen)
 
     def made_by(self, encoders: Collection[int]) -> frozenset[str]:
         """The keys that change with any of these encoders: what cannot be cached while they learn."""
+        if not encoders:  # asked in every step
+            return frozenset()
         return frozenset(key.name for key in self.keys if not set(encoders).isdisjoint(key.encoders))
 
     def encoders_for(self, names: Collection[str]) -> frozenset[int]:

@@ -59,7 +59,8 @@ FAMILY = FamilyRecord(
         TextKey("ocr_mask", rank=0, dtype="bool"),
     ),
     samples=SampleDefaults(
-        512, 32, {"sample_steps": 20, "scale": 3.5, "flow_shift": 5.0}, reads=frozenset({"guidance_scale"})
+        512, 32, {"sample_steps": 20, "scale": 3.5, "flow_shift": 5.0},
+        reads=frozenset({"guidance_scale", "sample_sampler"}),
     ),
     model_kinds=(
         ModelKind(

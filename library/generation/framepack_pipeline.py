@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from library.core.errors import ConfigError
 from library.device_utils import to_device
 from library.framepack_train_utils import predict_velocity
 from library.generation.framepack_requests import FramePackRequest
-from library.generation.framepack_sampling import MagCache, decode_by_sections, section_schedule, unipc_clean
+from library.generation.framepack_sampling import MagCache, decode_by_sections, section_sigmas, unipc_clean
 from library.generation.sampling_utils import (
     NUM_TRAIN_TIMESTEPS,
     Conditioning,
@@ -29,11 +30,15 @@ from library.generation.sampling_utils import (
 )
 from library.generation.video_pipeline import VideoPipeline, clip_pixels, picture_pixels
 from library.strategy_framepack import indices_of, masked, picture_states
+from library.training.inference_samplers.common import noise_of
+from library.training.inference_samplers.flow import flow_sampler
 
 logger = logging.getLogger(__name__)
 
 GUIDANCE = 10.0
 """the embedded scale where a request says nothing"""
+OWN_SAMPLER = "unipc"
+"""the name of `unipc_clean`, which has one order more than the UniPC of other families"""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class FramePackPipeline(VideoPipeline):
         count = self.section_count(request)
         texts, starts = sections.section_texts(request.prompt), self._starts(request)
         rows = {index: row for row, index in enumerate(texts)}
-        draws = torch.Generator("cpu").manual_seed(request.seed)
+        draws, drawn = torch.Generator("cpu").manual_seed(request.seed), step_draws(request)
         history = self._history(request, starts)
         made: list[Tensor] = []
         for step in sections.steps_of(count, self.window, is_f1=self.is_f1, given=request.latent_paddings):
@@ -96,7 +101,8 @@ class FramePackPipeline(VideoPipeline):
             start = starts[sections.index_for(step.number, count, starts)]
             text = {name: tensor[row : row + 1] for name, tensor in conditioning.items()}
             noise = torch.randn(1, *self._section_shape(request, self.window), generator=draws)
-            latents = self._made(request, noise, text, negative, {**start.states, **self._seen(step, start, history)})
+            seen = {**start.states, **self._seen(step, start, history)}
+            latents = self._made(request, noise, text, negative, seen, drawn)
             logger.info("section %d of %d is made (number %d)", len(made) + 1, count, step.number)
             made = [*made, latents] if self.is_f1 else [latents, *made]
             if self.observe is not None:
@@ -176,18 +182,22 @@ class FramePackPipeline(VideoPipeline):
 
     def _made(
         self, request: FramePackRequest, noise: Tensor, text: Conditioning, negative: Conditioning | None,
-        seen: Mapping[str, Tensor],
+        seen: Mapping[str, Tensor], drawn: torch.Generator,
     ) -> Tensor:
-        """Latents [1, C, F, h, w] of a section, or of one frame, from noise of that shape."""  # fmt: skip
+        """Latents [1, C, F, h, w] of a section, or of one frame, from noise of that shape. `drawn`: where samplers that
+        add noise take it from."""  # fmt: skip
         device = self.denoiser.device
         noise = to_device(noise, device)
         patch = self.denoiser.params.patch
         tokens = noise[0, 0].numel() / (patch[1] * patch[2])
-        sigmas = section_schedule(request.steps, tokens, request.flow_shift)  # read as numbers: not on the device
+        sigmas = section_sigmas(request.steps, tokens, request.flow_shift, request.sigma_table)  # read as numbers
+        request = dataclasses.replace(request, steps=len(sigmas) - 1)  # some tables have fewer
         conditioning = {**on_device(text, device), **seen}
         negative = None if negative is None else {**on_device(negative, device), **seen}
         velocity = self.scheduled(request, sigmas, conditioning, negative)
-        return unipc_clean(lambda latents, sigma: latents - sigma * velocity(latents, sigma), noise, sigmas)
+        if request.sampler in (None, OWN_SAMPLER):
+            return unipc_clean(lambda latents, sigma: latents - sigma * velocity(latents, sigma), noise, sigmas)
+        return flow_sampler(request.sampler)(velocity, noise, sigmas, noise_of([drawn], noise))
 
     def guided(
         self, request: FramePackRequest, conditioning: Conditioning, negative: Conditioning | None
@@ -234,7 +244,8 @@ class FramePackPipeline(VideoPipeline):
         rows = _rows(Places(latent=(places.target,), near=places.near, middle=places.middle, far=places.far))
         text = {name: tensor[:1] for name, tensor in conditioning.items()}
         noise = start_noise(request.seed, *self._section_shape(request, 1))
-        made = self._made(request, noise, text, negative, {**states, "latents_clean": torch.cat(seen, dim=2), **rows})
+        beside = {**states, "latents_clean": torch.cat(seen, dim=2), **rows}
+        made = self._made(request, noise, text, negative, beside, step_draws(request))
         if self.observe is not None:
             self.observe(1, 1, made)
         return made
@@ -262,6 +273,11 @@ class FramePackPipeline(VideoPipeline):
                 lambda part: self.vae.decode(part).float(), latents, self.window, stride, is_f1=self.is_f1
             )
         return images_of(pixels[0].movedim(1, 0))
+
+
+def step_draws(request: FramePackRequest) -> torch.Generator:
+    """Of the noise that samplers add, in the order in which sections are made."""
+    return torch.Generator("cpu").manual_seed(request.seed + 1)
 
 
 def _rows(places: Places) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from library.generation.framepack_requests import MagCacheSettings
 from library.training.inference_samplers.flow import flow_schedule
+from library.training.inference_samplers.sigma_tables import table_sigmas
 from library.training.timesteps import MU_LINES, line_mu
 
 logger = logging.getLogger(__name__)
@@ -20,12 +21,12 @@ ORDER = 3
 LARGEST_SHIFT = 7.0
 
 
-def section_schedule(steps: int, tokens: float, shift: float | None = None) -> Tensor:
+def section_sigmas(steps: int, tokens: float, shift: float | None = None, table: str | None = None) -> Tensor:
     """Sigmas [steps + 1] float32 from 1 to 0 of a section with that many tokens; `shift` in the place of the one that
-    follows from them."""
+    follows from them, evenly spaced but where a `table` is named, some of which have fewer steps."""
     if shift is None:
         shift = min(math.exp(line_mu(tokens, MU_LINES["flux_shift"])), LARGEST_SHIFT)
-    return flow_schedule(steps, shift)
+    return flow_schedule(steps, shift) if table is None else table_sigmas(table, steps, shift)
 
 
 def unipc_clean(clean: Callable[[Tensor, Tensor], Tensor], latents: Tensor, sigmas: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,12 +59,11 @@ class Runtime:
     def is_main_process(self) -> bool:
         return self.rank == 0
 
-    @contextmanager
-    def autocast(self):
+    def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision around forwards; nothing in full float32."""
-        enabled = self.weight_dtype != torch.float32
-        with torch.autocast(self.device.type, self.weight_dtype) if enabled else nullcontext():
-            yield
+        if self.weight_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.weight_dtype)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of this rank's part of the loss; scaled in fp16."""

@@ -132,6 +132,11 @@ class Guarded:
         return len(self.group)
 
 
+def _as_it_is(batch: Batch | Failure) -> Batch | Failure:
+    """What a group gives is collated."""
+    return batch
+
+
 class BatchLoader:
     """Loads requests in their order. A dataset group takes requests for indices and is a pure function of them, so any
     worker may serve any request."""
@@ -146,6 +151,7 @@ class BatchLoader:
             num_workers=loading.num_workers,
             persistent_workers=loading.persistent_workers and loading.num_workers > 0,
             pin_memory=loading.pin_memory,
+            collate_fn=_as_it_is,
             worker_init_fn=leave_quietly,
             # the loader's own draw for worker seeds must not touch the global generator
             generator=torch.Generator().manual_seed(0),

@@ -46,10 +46,10 @@ class FileWriter:
         if error is not None:
             raise error
 
-    def check(self) -> None:
-        """Raises what was raised, without waiting."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.settle()
+    @property
+    def has_ended(self) -> bool:
+        """The thread has nothing left to do: `settle` waits for nothing, and raises what was raised."""
+        return self._thread is not None and not self._thread.is_alive()
 
 
 class Occasion:

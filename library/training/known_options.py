@@ -81,7 +81,6 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
 ALSO_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "clip_skip": (1,),
     "max_token_length": (75,),
-    "sample_sampler": ("euler", "k_euler"),
 }
 """options that a family ignores or refuses: values that ask for what happens anyway"""
 

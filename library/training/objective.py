@@ -160,8 +160,10 @@ class FlowMatchingObjective(Objective):
         input_noise = with_ip_noise(noise, self.noise_options, draws)
         noisy = flow_noisy_latents(latents, input_noise, sigmas)
         target = flow_target(latents, noise, self.target)
-        known = times.float() * levels.NUM_TIMESTEPS if times.device.type == "cpu" else None
-        return NoisyLatents(latents, noisy, noise, sigmas * levels.NUM_TIMESTEPS, sigmas, target, known)
+        timesteps, known = sigmas * levels.NUM_TIMESTEPS, None
+        if times.device.type == "cpu":
+            known = timesteps if timesteps.device.type == "cpu" else times.float() * levels.NUM_TIMESTEPS
+        return NoisyLatents(latents, noisy, noise, timesteps, sigmas, target, known)
 
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """((1 - s) / s)^2, infinite at s = 0."""

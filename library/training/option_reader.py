@@ -50,6 +50,8 @@ class Script:
     """of the shared options those without meaning here; both: name -> reason"""
     read_values: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     """options of `foreign` of which some values are read all the same: name -> whether a value is one"""
+    idle_values: Mapping[str, Callable[[Any], str | None]] = field(default_factory=dict)
+    """options that work, of which some values have no meaning: name -> (value as text -> why, None for the others)"""
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """values of options without meaning that ask for what happens anyway"""
     stands_for: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -90,7 +92,15 @@ class Script:
     def status_of(self, name: str, value: Any) -> str:
         """The status of an option with this value."""
         is_read = name in self.read_values and self.read_values[name](value)
-        return "works" if is_read else self.status(name)
+        return "works" if is_read else "ignored" if self._idle_reason(name, value) else self.status(name)
+
+    def _idle_reason(self, name: str, value: Any) -> str | None:
+        reason = self.idle_values.get(name)
+        return reason(str(value)) if reason is not None and self.status(name) == "works" else None
+
+    def reason_of(self, name: str, value: Any) -> str | None:
+        """Why an option with this value is refused, ignored or foreign."""
+        return self._idle_reason(name, value) or self.reason(name)
 
     def reason(self, name: str) -> str | None:
         """Why an option is refused, ignored or foreign; the line that answers an equivalent one."""
@@ -267,7 +277,7 @@ class OptionReader:
             if status != "ignored" and not (status == "foreign" and path is not None):
                 kept[name] = value
             elif name not in replaced and not self.what.asks_for_nothing(name, value):
-                self.ignored.append(Ignored(_as_written(name, value, path), str(self.what.reason(name))))
+                self.ignored.append(Ignored(_as_written(name, value, path), str(self.what.reason_of(name, value))))
         return kept
 
     def converted(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -233,6 +233,7 @@ def script(family: str, trainable: str) -> Script:
         ignored={**family_class.ignored, **ignored},
         foreign={**family_class.foreign, **foreign},
         read_values=family_class.read_values,
+        idle_values=family_class.idle_values,
         neutral=family_class.neutral,
         stands_for={**family_class.stands_for, **(said["stands_for"] or {})},
         following=functools.partial(_following, family_class, said["following"]),

@@ -50,19 +50,22 @@ class Bar(Display):
     seconds."""
 
     def __init__(self, length: Length) -> None:
-        self._average: dict[str, str] = {}
+        self._average: float | None = None
         self._texts: dict[str, str] = {}
-        self._bar = _tqdm_bar(length.total, length.done)
+        self._bar = _tqdm_bar(length.total, length.done, self._words)
         self._restore = lines_above_bar() if sys.stderr.isatty() else None
 
     def update(self, status: Status) -> None:
-        self._average = {"avr_loss": f"{status.average:.4g}"}
-        self._bar.set_postfix(self._average | self._texts, refresh=False)
+        self._average = status.average
         self._bar.update(status.step - self._bar.n)
 
     def show(self, texts: Mapping[str, str]) -> None:
         self._texts.update(texts)
-        self._bar.set_postfix(self._average | self._texts, refresh=False)
+
+    def _words(self) -> str:
+        """What stands behind the bar."""
+        average = {} if self._average is None else {"avr_loss": f"{self._average:.4g}"}
+        return ", ".join(f"{name}={text.strip()}" for name, text in (average | self._texts).items())
 
     def close(self) -> None:
         self._bar.close()
@@ -95,11 +98,17 @@ def can_hold_panel() -> bool:
     return console.is_terminal and not console.is_dumb_terminal and not console.legacy_windows
 
 
-def _tqdm_bar(total: int, done: int) -> Any:
+def _tqdm_bar(total: int, done: int, words: Callable[[], str]) -> Any:
+    """`words`: what stands behind the bar, asked for when it is drawn, which most steps do not do."""
     from tqdm import tqdm
 
+    class WordedBar(tqdm):
+        @property
+        def format_dict(self) -> Mapping[str, Any]:
+            return {**super().format_dict, "postfix": words()}
+
     is_console = sys.stderr.isatty()
-    return tqdm(
+    return WordedBar(
         total=total,
         initial=done,
         desc="steps",

@@ -174,7 +174,7 @@ IMAGE_LINE_OPTIONS: Mapping[str, LineOption] = {
 VIDEO_LINE_OPTIONS: Mapping[str, LineOption] = {
     **_SHARED_LINE_OPTIONS,
     "f": LineOption("frame_count", Whole(1, MOST_FRAMES, 25)), "fs": LineOption("discrete_flow_shift", read_shift),
-    "l": LineOption("cfg_scale", read_number),
+    "l": LineOption("cfg_scale", read_number), "ss": LineOption("sample_sampler", read_text),
     "i": LineOption("image_path", read_text), "ei": LineOption("end_image_path", read_text),
     "cn": LineOption("control_video_path", read_text),
     "ci": LineOption("control_image_path", read_text, repeats=True), "of": LineOption("one_frame", read_text),

@@ -186,9 +186,10 @@ class TrainStep:
     @staticmethod
     def result(per_sample: torch.Tensor, logs: Logs, batch: Batch) -> StepOutput:
         """The output of the step from losses per sample [B]."""
+        total = per_sample.sum()
         return StepOutput(
-            loss=per_sample.sum() / batch.request.group_size,
-            loss_sum=per_sample.detach().sum(),
+            loss=total / batch.request.group_size,
+            loss_sum=total.detach(),
             count=len(batch),
             logs=logs,
         )

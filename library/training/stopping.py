@@ -3,6 +3,7 @@ cleanly."""
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -94,7 +95,7 @@ class StopSwitch:
         """the same for the run: every process sees it after the same step"""
         self.tell: Callable[[str], object] = _tell
         """says a line from inside the signal handler; whoever draws on the terminal puts its own way here"""
-        self._received_at = 0.0
+        self._received_at = -math.inf
         self._told: Any = None
         self._work: Any = None
         self._group: Any = None

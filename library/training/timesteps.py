@@ -48,7 +48,7 @@ def density(scheme: str, u: torch.Tensor, *, logit_mean: float, logit_std: float
 
 def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
     """shift * s / (1 + (shift - 1) * s): more noise for shift > 1, the ends stay."""
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+    return sigmas if shift == 1 else shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def line_mu(tokens: float, line: tuple[tuple[float, float], tuple[float, float]]) -> float:
@@ -107,7 +107,8 @@ def logsnr_sigmas(z: torch.Tensor, logit_mean: float, logit_std: float) -> torch
 def limit_range(sigmas: torch.Tensor, min_timestep: int | None, max_timestep: int | None) -> torch.Tensor:
     """Squeeze sigmas into the range of timesteps: (min + s * (max - min)) / 1000. The last rule of every flow mode."""
     low, high = timestep_range(min_timestep, max_timestep)
-    return (low + sigmas * (high - low)) / NUM_TIMESTEPS
+    scaled = sigmas * (high - low)
+    return (low + scaled if low else scaled) / NUM_TIMESTEPS
 
 
 def timestep_range(min_timestep: int | None, max_timestep: int | None) -> tuple[int, int]:

@@ -233,8 +233,13 @@ class AdditionalNetwork(nn.Module):
         scaled = norms * ratios
         return torch.stack([(ratios != 1).sum().to(scaled.dtype), scaled.mean(), scaled.max()])
 
+    @property
+    def follows_norms(self) -> bool:
+        """Whether there are norms to update and to log."""
+        return self.settings.get("ggpo_sigma") is not None
+
     def _ggpo(self) -> list[tuple[AdapterModule, Any]]:
-        if self.settings.get("ggpo_sigma") is None:  # asked several times in every step
+        if not self.follows_norms:  # asked several times in every step
             return []
         return [(module, module.ggpo) for module in self.loras if getattr(module, "ggpo", None) is not None]
 

@@ -162,3 +162,11 @@ def test_forms_of_weights():
     assert list(errors.values()) == sorted(errors.values()) and 0 < errors["int8"] < 0.01 < errors["nf4"] < 0.2
     sizes = [weight_forms.flux_gigabytes(form) for form in ("bf16", "int8", "nf4")]
     assert [round(size, 1) for size in sizes] == [23.8, 12.0, 6.8]
+
+
+def test_packs_beside_buckets(tmp_path):
+    path = tmp_path / "figures.json"
+    assert command.main(["packing", "--quick", "--json", str(path)]) == 0
+    (figure,) = json.loads(path.read_text())["figures"]
+    assert [side["name"] for side in figure["baselines"]] == ["sizes of a pack alone", "buckets"]
+    assert figure["notes"]["steps of an epoch, packs"] < figure["notes"]["steps of an epoch, buckets"]

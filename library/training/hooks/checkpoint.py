@@ -112,8 +112,8 @@ class CheckpointHook(Hook):
         return list(self._files)
 
     def on_step_end(self, run: Run, output: StepOutput) -> None:
-        with self._told_what_stands():
-            self._writer.check()
+        if self._writer.has_ended:
+            self.settle()
         self._write(run, self._rules(run).after_step(run.progress.global_step))
 
     def on_epoch_end(self, run: Run) -> None:

@@ -141,6 +141,8 @@ class LoggingHook(Hook):
         epoch: int | None = None,
     ) -> None:
         """Send values to every tracker; None values are left out. `axis` is "step" or "epoch"."""
+        if not self._trackers:
+            return
         progress = self._run.progress
         step = progress.global_step if step is None else step
         epoch = progress.finished_epochs if epoch is None else epoch

@@ -120,6 +120,8 @@ class SampleHook(Hook):
         unused = unused_settings(self.prompts, run.family.sampling, run.trainable.sample_reads)
         if unused and run.runtime.is_main_process:
             logger.warning("sample prompts set %s, which %s does not have; ignored", ", ".join(unused), run.family.name)
+        for line in run.family.sample_notices(self.prompts) if run.runtime.is_main_process else ():
+            logger.warning("%s", line)
         if run.runtime.is_main_process and self._has_clips(run):
             encoder = self._tried("clips cannot be written", lambda: encoder_of(CLIP_ENDING))
             if encoder is not None and encoder.notice:

@@ -98,6 +98,14 @@ def check_flow_sampler(name: str, what: str) -> None:
     check_sampler(name, what)
 
 
+def sd_sampler_reason(name: str) -> str | None:
+    """Why a family of flow models keeps its own sampler where this name is asked for, which front ends send to every
+    family: it is one that SD models alone have. None for all others, those from outside among them."""
+    if name.lower() not in SAMPLER_NAMES or name.lower() in FLOW_SAMPLER_NAMES:
+        return None
+    return f"a sampler of SD models; flow models have {', '.join(FLOW_SAMPLER_NAMES)}, and make their samples by their own"
+
+
 def check_sigma_table(name: str | None, what: str) -> None:
     """ConfigError when there is no table of noise levels of this name, or one from outside does not keep the contract;
     None passes."""
@@ -148,7 +156,8 @@ class SamplerOptions:
 
     sample_sampler: str = option(
         DEFAULT_SAMPLER,
-        help="sampler of the sample images, as far as the model has it: " + ", ".join(SAMPLER_NAMES) + SAMPLER_HELP,
+        help="sampler of the sample images, as far as the model has it: " + ", ".join(SAMPLER_NAMES) + SAMPLER_HELP
+        + f"; to flow models {DEFAULT_SAMPLER} is their own sampler",
     )
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 from library.training.losses import LossOptions
 from library.training.objective import Objective, expand_like
@@ -15,7 +16,7 @@ def l2_loss(
     options: LossOptions, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor, objective: Objective
 ) -> torch.Tensor:
     """d^2 with d = prediction - target."""
-    return (prediction.float() - target.float()) ** 2
+    return F.mse_loss(prediction.float(), target.float(), reduction="none")
 
 
 def l1_loss(

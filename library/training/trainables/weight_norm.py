@@ -29,7 +29,8 @@ class WeightNormHook(Hook):
 
     @cached_property
     def _is_idle(self) -> bool:
-        return not self.max_norm and not hasattr(self.trainable.network, "update_norms")
+        network = self.trainable.network
+        return not self.max_norm and not getattr(network, "follows_norms", hasattr(network, "update_norms"))
 
     def on_gradients_ready(self, run: Run) -> None:
         if self._is_idle:
@@ -40,6 +41,8 @@ class WeightNormHook(Hook):
                 update()
 
     def on_post_optimizer_step(self, run: Run) -> None:
+        if self._is_idle:
+            return
         if self.max_norm:
             network = self.trainable.network
             if hasattr(network, "limit_norms"):
@@ -51,8 +54,6 @@ class WeightNormHook(Hook):
                 "norm/avg_key_norm": mean_norm,
                 "max_norm/max_key_norm": max_norm,
             }
-            return
-        if self._is_idle:
             return
         names = {
             "norm/avg_key_norm": "weight_norms",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,8 @@ from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, opt
 from library.dataset import CachingOptions
 from library.families.anima import FAMILY
 from library.training.adapters import NetworkOptions
-from library.training.inference_samplers import SamplerOptions, check_flow_sampler
+from library.training.inference_samplers import DEFAULT_SAMPLER
 from library.training.option_groups import ModelOptions, NoiseOptions
-from library.training.sampling_prompts import with_defaults
 from library.training.timestep_samplers import TimestepOptions
 from library.training.whole_models import WholeModelOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
@@ -115,6 +113,7 @@ class AnimaFamily(FlowFamily):
     denoiser_writer = "library.anima_utils:save_anima"
     options = AnimaOptions
     defaults = {"timestep_sampling": "sigmoid", "discrete_flow_shift": 1.0}
+    own_sampler = DEFAULT_SAMPLER
     part_options = {
         "vae": frozenset({"vae_chunk_size", "vae_disable_cache"}),
         "text_encoders": frozenset(
@@ -130,13 +129,6 @@ class AnimaFamily(FlowFamily):
         "clip_skip": "Anima takes the last layer of its text encoder",
         "max_token_length": "it counts CLIP tokens; see --qwen3_max_token_length and --t5_max_token_length",
     }
-
-    def check(self) -> None:
-        problems = Problems()
-        problems.attempt(super().check)
-        if SamplerOptions in self.config:
-            problems.attempt(lambda: check_flow_sampler(self.config[SamplerOptions].sample_sampler, "--sample_sampler"))
-        problems.raise_if_any()
 
     def _slot_problems(self, part: str) -> list[str]:
         """Files of a part that are missing or something else."""
@@ -335,12 +327,6 @@ class AnimaFamily(FlowFamily):
         velocity = yield from predict_velocity.course(*given, **inputs)
         velocity, extra = self.with_side_outputs(velocity)
         return DiTOutput(velocity, sample.target, extra)
-
-    def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
-        """Complete settings, with the sampler of --sample_sampler where the prompt names none."""
-        name = prompt.sample_sampler or self.config[SamplerOptions].sample_sampler
-        check_flow_sampler(name, "a sample prompt's sampler")
-        return dataclasses.replace(with_defaults(prompt, self.sampling), sample_sampler=name)
 
     def needs_negative(self, prompt: SamplePrompt) -> bool:
         return prompt.scale is not None and prompt.scale > 1.0

@@ -22,6 +22,12 @@ from library.training.attention_options import (
     attention_settings,
 )
 from library.training.computing_options import MemoryOptions, PrecisionOptions
+from library.training.inference_samplers import (
+    DEFAULT_SAMPLER,
+    SamplerOptions,
+    check_flow_sampler,
+    sd_sampler_reason,
+)
 from library.training.option_groups import ModelOptions
 from library.training.packing_options import trims_text
 from library.training.sampling_prompts import (
@@ -141,6 +147,8 @@ class ModelFamily(ABC):
     """shared options that the known script of the family does not have: name -> reason"""
     read_values: ClassVar[Mapping[str, Callable[[Any], bool]]] = {}
     """options of `foreign` of which some values are read all the same: name -> whether a value is one"""
+    idle_values: ClassVar[Mapping[str, Callable[[Any], str | None]]] = {}
+    """options that work, of which some values have no meaning here: name -> (value -> why, None for the others)"""
     neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     """values of such options that ask for what happens anyway, where they differ from those of
     known_options.ALSO_NEUTRAL"""
@@ -392,6 +400,11 @@ class ModelFamily(ABC):
             return complete
         return dataclasses.replace(complete, frame_count=self.architecture.latents.usable_frames(complete.frame_count))
 
+    def sample_notices(self, prompts: Sequence[SamplePrompt]) -> list[str]:
+        """Lines for the log where sample prompts ask for what the family has no use for, beside settings that it does
+        not read."""
+        return []
+
     def first_frames(self, text: str) -> list[str]:
         """The picture files that the --i of a sample prompt names."""
         return [text]
@@ -552,11 +565,18 @@ class FlowFamily(ModelFamily):
     denoiser_writer: ClassVar[str] = ""
     """module:function that writes a file of the denoiser alone, from (model, path, dtype, metadata)"""
 
+    idle_values = {"sample_sampler": sd_sampler_reason}
+    own_sampler: ClassVar[str | None] = None
+    """the name of the sampler by which samples are made where none is chosen; None = that of the pipeline, of which
+    their files tell nothing"""
+
     def check(self) -> None:
         problems = Problems()
         for problem in self._file_problems():
             problems.add(problem)
         problems.attempt(self.check_timesteps)
+        if SamplerOptions in self.config:
+            problems.attempt(lambda: check_flow_sampler(self.config[SamplerOptions].sample_sampler, "--sample_sampler"))
         problems.raise_if_any()
         for line in self._notices():
             logger.info(line)
@@ -564,6 +584,22 @@ class FlowFamily(ModelFamily):
     def check_timesteps(self) -> None:
         timestep_samplers.check(self.config[timestep_samplers.TimestepOptions], self.timestep_modes)
         self._check_info_noise()
+
+    def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
+        """With the sampler of the prompt or of --sample_sampler. ConfigError for one that flow models do not have."""
+        complete = super().sample_defaults(prompt)
+        asked = complete.sample_sampler
+        if asked is None or sd_sampler_reason(asked):
+            asked = self.config[SamplerOptions].sample_sampler
+        if asked.lower() == DEFAULT_SAMPLER:
+            return dataclasses.replace(complete, sample_sampler=self.own_sampler)
+        check_flow_sampler(asked, "a sample prompt's sampler")
+        return dataclasses.replace(complete, sample_sampler=asked)
+
+    def sample_notices(self, prompts: Sequence[SamplePrompt]) -> list[str]:
+        asked = {prompt.sample_sampler for prompt in prompts if prompt.sample_sampler}
+        reasons = {name: sd_sampler_reason(name) for name in sorted(asked)}
+        return [f"--ss {name} of sample prompts is ignored: {reason}" for name, reason in reasons.items() if reason]
 
     def part_problems(self, part: str) -> list[str]:
         found = self._slot_problems(part)

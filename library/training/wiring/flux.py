@@ -54,7 +54,6 @@ def ignored_options(model: str, clip_skip: str) -> dict[str, str]:
         "clip_skip": clip_skip,
         "max_token_length": f"it counts CLIP tokens; {model} reads captions through T5: see --t5xxl_max_token_length",
         "vae": f"the autoencoder of {model} is given with --ae",
-        "sample_sampler": f"{model} samples with Euler steps along its own schedule",
     }
 
 

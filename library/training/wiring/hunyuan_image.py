@@ -101,7 +101,6 @@ class HunyuanImageFamily(FlowFamily):
         "v_parameterization": "HunyuanImage predicts the velocity of its flow in any case",
         "clip_skip": "HunyuanImage takes a fixed layer of its text encoder",
         "max_token_length": "it counts CLIP tokens; HunyuanImage reads 1024 tokens of a caption",
-        "sample_sampler": "HunyuanImage samples with Euler steps along its own schedule",
     }
 
     def _slot_problems(self, part: str) -> list[str]:

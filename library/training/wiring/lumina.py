@@ -106,7 +106,6 @@ class LuminaFamily(FlowFamily):
         "clip_skip": "Lumina-Image 2.0 takes the last layer but one of its text encoder",
         "max_token_length": "it counts CLIP tokens; see --gemma2_max_token_length",
         "vae": "the autoencoder of Lumina-Image 2.0 is given with --ae",
-        "sample_sampler": "Lumina-Image 2.0 samples with Euler steps along its own schedule",
     }
 
     def _slot_problems(self, part: str) -> list[str]:

@@ -133,7 +133,6 @@ class Sd3Family(FlowFamily):
         "v_parameterization": "SD3 predicts the velocity of its flow in any case",
         "clip_skip": "SD3 takes the last but one layer of both CLIPs, which is 2",
         "max_token_length": "it counts CLIP tokens; SD3 reads long captions through T5: see --t5xxl_max_token_length",
-        "sample_sampler": "SD3 samples with Euler steps along its own schedule",
     }
     neutral = {"clip_skip": (2,)}
 

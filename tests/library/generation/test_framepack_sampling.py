@@ -13,7 +13,7 @@ from library.generation.framepack_sampling import (
     decode_by_sections,
     joined_clips,
     ratios_of,
-    section_schedule,
+    section_sigmas,
     unipc_clean,
 )
 
@@ -28,7 +28,7 @@ def velocity(latents: torch.Tensor, sigma: float) -> torch.Tensor:
 @pytest.mark.parametrize(("steps", "shift"), [(8, 3.0), (25, 1.0), (3, 7.0), (2, 2.0), (1, 1.0)])
 def test_the_solver_is_that_of_diffusers_along_the_logarithm_of_sigma(steps: int, shift: float) -> None:
     """UniPC of diffusers of order three with bh1, in which the factor of the data is 1 as along -log(sigma)."""
-    sigmas = section_schedule(steps, 100, shift)
+    sigmas = section_sigmas(steps, 100, shift)
     noise = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     result = unipc_clean(lambda x, s: x - s * velocity(x, float(s)), noise, sigmas.double())
     theirs = diffusers.UniPCMultistepScheduler(
@@ -48,7 +48,7 @@ def test_the_solver_is_that_of_diffusers_along_the_logarithm_of_sigma(steps: int
 def test_times_of_a_section() -> None:
     """sigma' = e^mu / (e^mu + 1 / sigma - 1); mu of the tokens lies on a line through (256, 0.5) and (4096, 1.15)."""
     for tokens, shift, mu in ((256, None, 0.5), (4096, None, 1.15), (90000, None, math.log(7)), (9, 3.0, math.log(3))):
-        found = section_schedule(4, tokens, shift)
+        found = section_sigmas(4, tokens, shift)
         wanted = [math.exp(mu) / (math.exp(mu) + 1 / s - 1) if s else 0.0 for s in (1.0, 0.75, 0.5, 0.25, 0.0)]
         assert found.tolist() == pytest.approx(wanted, abs=1e-6)
 

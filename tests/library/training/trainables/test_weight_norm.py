@@ -32,8 +32,10 @@ def test_large_weights_are_scaled_and_the_norms_are_logged():
     assert logs["max_norm/keys_scaled"] == len(network.loras)
     assert float(logs["max_norm/max_key_norm"]) == pytest.approx(1.0, rel=1e-4)
     assert float(logs["norm/avg_key_norm"]) <= 1.0 + 1e-4
-    hook.on_post_optimizer_step(run)
-    assert hook.extra_step_logs(run)["max_norm/keys_scaled"] == 0
+    kept = [parameter.detach().clone() for parameter in network.parameters()]
+    hook.on_post_optimizer_step(run)  # as far as rounding tells, nothing is above the limit
+    for before, after in zip(kept, network.parameters(), strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=0)
 
 
 def test_a_network_without_norms_of_its_own_logs_nothing():
