@@ -18,6 +18,7 @@ from tests.golden_tests.test_metadata_run import metadata_of
 from tests.runs.conftest import Work, fingerprint
 from tests.runs.families import Tinies, refused_run
 from tests.runs.test_packing import draw, mixed_dataset, shaken, step_results
+from tests.tiny_clips import write_moving_shapes
 
 NATIVE = ("--navit_packing", "--navit_native_resolution")
 SIZES = ((70, 55), (90, 64), (64, 110), (130, 40), (64, 64))
@@ -197,3 +198,28 @@ def test_infonoise_learns_from_packs(odd: Work) -> None:
     run.step(pack)
     rows = torch.cat(hook._of_step)  # (place, log ratio, error)
     assert sorted(rows[:, 0].tolist()) == [0, 1, 2, 3, 4] and rows.isfinite().all()
+
+
+CLIPS = """
+[[datasets]]
+video_directory = '{folder}'
+caption_extension = ".txt"
+resolution = [32, 32]
+target_frames = [5, 9]
+frame_extraction = "head"
+"""
+
+
+def test_clips_of_several_sizes_and_lengths_are_packed(tinies: Tinies, tmp_path: Path) -> None:
+    for size in ((70, 54), (100, 40)):
+        write_moving_shapes(tmp_path / f"{size[0]}", 1, size=size)
+    work, dataset = tinies.work("wan", tmp_path), tmp_path / "clips.toml"
+    dataset.write_text("".join(CLIPS.format(folder=tmp_path / name) for name in ("70", "100")), encoding="utf-8")
+    run = work.prepare("out", *NATIVE, dataset=dataset)
+    shaken(run)
+    packs = list(run.data.batches(1))
+    shapes = {tuple(part.images.shape[-3:]) for pack in packs for part in pack.parts}
+    assert shapes == {(5, 48, 64), (9, 48, 64), (5, 32, 96), (9, 32, 96)}
+    for pack in packs:
+        losses, _ = step_results(run, [pack])
+        assert losses == pytest.approx(step_results(run, pack.parts)[0], rel=1e-5)

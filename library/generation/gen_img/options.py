@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from library.core.errors import ConfigError, Problems, problems_of
 from library.core.options import (
@@ -18,7 +17,7 @@ from library.core.options import (
 )
 from library.core.plugins import PluginOptions
 from library.core.text_seeds import seed_of
-from library.generation.file_options import PictureFileOptions
+from library.generation.file_options import PictureFileOptions, wildcard_folder_problem
 from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS
 from library.generation.preview_options import PreviewOptions
 from library.generation.speed_options import UnetSpeedOptions, attention_option
@@ -350,8 +349,8 @@ class GenerationPromptOptions:
 
     def __post_init__(self) -> None:
         problems = _least(self, n_iter=1, images_per_prompt=1, batch_size=1, seed=DRAWN, max_embeddings_multiples=1)
-        if self.prompt_wildcards is not None and not Path(self.prompt_wildcards).is_dir():
-            problems.append(f"--prompt_wildcards is {self.prompt_wildcards}; needed: a folder with files NAME.txt")
+        wildcards = wildcard_folder_problem(self.prompt_wildcards)
+        problems += [wildcards] if wildcards else []
         sources = [f"--{name}" for name in ("prompt", "from_file", "from_module", "interactive") if getattr(self, name)]
         if len(sources) > 1:
             problems.append(f"{' and '.join(sources)} are given; prompts come from one of them")
