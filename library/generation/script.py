@@ -68,6 +68,15 @@ def format_problems(names: Mapping[str, str], device: str | None = None) -> list
     return [problem for flag, dtype in names.items() if (problem := format_problem(flag, dtype, device, instead))]
 
 
+def filled(values: dict[str, Any], groups: Sequence[type], told: list[str]) -> dict[str, Any]:
+    """Values of options by name, with those that --optimized sets; see `optimized.with_optimized`."""
+    if not values.get("optimized"):
+        return values
+    from library.generation.optimized import with_optimized
+
+    return with_optimized(values, groups, told)
+
+
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
@@ -340,10 +349,16 @@ class ImageScript(ABC, Generic[Request]):
 
     def run(self, argv: Sequence[str] | None = None) -> list[Path]:
         """`main` without the handling of errors; returns the files that were written."""
+        script, told = self.chosen(argv), list[str]()
+
+        def complete(values: dict[str, Any]) -> dict[str, Any]:
+            return filled(script.with_recorded(values), script.groups, told)
+
+        config = read_command(argv, script.build_parser(), script.groups, script.check, complete)
         from library.generation.speed import set_switches
 
-        script = self.chosen(argv)
-        config = read_command(argv, script.build_parser(), script.groups, script.check, script.with_recorded)
+        for line in told:
+            logger.info(line)
         tell_equivalent(config)
         tell_ignored(config)
         set_switches(config)

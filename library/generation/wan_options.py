@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from library.core.errors import ConfigError, Problems
 from library.core.options import LARGEST_STEPS, equivalent_option, ignored_option, option
@@ -144,6 +144,11 @@ class WanModelOptions(VideoModelOptions):
         "default", choices=("default", "comfy"), help="how tokens are turned by their places",
         reason="--rope_func: tokens are turned one way, which compiles and gives the numbers of both",
     )  # fmt: skip
+
+    not_optimized: ClassVar[Mapping[str, str]] = {
+        "fp8_fast": "known tools leave the feed-forward layers of this model out of it; it can be asked for by itself"
+    }
+    """see `optimized.choose`"""
 
     def __post_init__(self) -> None:
         problems = self.model_problems()

@@ -22,6 +22,7 @@ from library.training.run import Run
 from library.training.sampling_prompts import unreached_interval
 from library.training.schedulers import SchedulerOptions
 from library.training.summary import BucketSummary, DatasetSummary, PackSummary, StartSummary, start_summary
+from library.training.timestep_samplers.info_noise_options import InfoNoiseOptions
 
 if TYPE_CHECKING:
     from library.dataset.custom import CustomDataset
@@ -74,6 +75,7 @@ def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummar
         notes=[
             *run.trainable.notices(),
             *unreached_intervals(run),
+            *(config[InfoNoiseOptions].notices(progress.max_train_steps) if InfoNoiseOptions in config else []),
             *pack_notes(data),
             *formula_warnings(config),
             *formula_notices(config, run.step.objective),
@@ -119,6 +121,8 @@ def _precision(run: Run) -> str:
     text = f"computing in {str(runtime.weight_dtype).removeprefix('torch.')}" + (
         " (autocast)" if precision.mixed_precision != "no" else ""
     )
+    if precision.mixed_precision_transformer:
+        text += ", frozen weights as their file has them"
     if runtime.denoiser_form:
         text += f", frozen weights in {runtime.denoiser_form}"
     if form := run.family.text_form(runtime):

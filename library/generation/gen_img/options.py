@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ MODELS, LLLITE_MODELS = "control_net_models", "control_net_lllite_models"
 EDGES = (32, 224)
 """thresholds of the Canny filter, as those of tools/canny.py"""
 _TORCH_ATTENTION = "attention of torch is used, which chooses a fast kernel by itself; the pictures are the same"
+_WIDE_HEADS = "heads of Stable Diffusion 1 are wider than SageAttention takes"
 _NO_GUIDANCE = "guidance by CLIP or VGG features of a picture is not there; --image_path (img2img) follows a picture"
 
 
@@ -99,6 +101,8 @@ class GenerationModelOptions:
             problems.append(f"{' and '.join(chosen)} are given; a checkpoint is one of them")
         if self.fp16 and self.bf16:
             problems.append("--fp16 and --bf16 are both given; leave one out")
+        if self.attn_mode == "sageattn" and not (self.sdxl or self.v2):
+            problems.append(f"--attn_mode is sageattn; {_WIDE_HEADS}; needed: torch or xformers")
         if self.sdxl and self.clip_skip is not None:
             problems.append(
                 f"--clip_skip is {self.clip_skip}; SDXL takes the last but one layer of both text encoders, leave it "
@@ -110,6 +114,11 @@ class GenerationModelOptions:
                 "--batch_size above 0"
             )
         _raise(problems)
+
+    @property
+    def not_optimized(self) -> Mapping[str, str]:
+        """See `optimized.choose`."""
+        return {} if self.sdxl or self.v2 else {"attn_mode": _WIDE_HEADS}
 
     @property
     def family(self) -> str:

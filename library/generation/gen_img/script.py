@@ -39,7 +39,7 @@ from library.generation.gen_img.sources import (
 )
 from library.generation.picture_files import write_picture
 from library.generation.recorded_requests import ENTRY
-from library.generation.script import Failures, format_problems, free_path
+from library.generation.script import Failures, filled, format_problems, free_path
 from library.scripts.command_line import read_command, refused_problems, run_to_exit, script_parser, tell_equivalent
 from library.training.inference_samplers import sampler_notices
 from library.training.option_groups import ConsoleOptions
@@ -81,7 +81,11 @@ def main(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> None:
 
 def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
     """`main` without the handling of errors; returns the files that were written."""
-    config = read_command(argv, build_parser(sdxl=sdxl), CLASSES, complete=with_recorded)
+    told: list[str] = []
+    config = read_command(
+        argv, build_parser(sdxl=sdxl), CLASSES,
+        complete=lambda values: filled(with_recorded(values), CLASSES, told),
+    )  # fmt: skip
     problems = Problems()
     for problem in all_problems(config):
         problems.add(problem)
@@ -94,7 +98,7 @@ def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
     from library.generation.speed import set_switches, speed_notices
 
     set_switches(config)
-    for line in (*start_notices(config), *speed_notices(config)):
+    for line in (*told, *start_notices(config), *speed_notices(config)):
         logger.info(line)
     from library.generation.attention import choose_attention
     from library.generation.gen_img.batches import load_batches
