@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, listed
 from library.core.keyed_random import LateRandom
 from library.dataset.architectures import DataArchitecture
 from library.dataset.batch import CONDITIONING_IMAGES, Batch, numbered
@@ -393,6 +393,14 @@ class DatasetGroup(torch.utils.data.Dataset):
     def set_packing(self, packing: Packing | None) -> None:
         """Let samples of several sizes be trained together."""
         self.packing = packing
+        for dataset in self.datasets if packing is not None else ():
+            alone = [dataset.items[item] for item, count in dataset.tokens.items() if count > packing.token_budget]
+            if alone:
+                logger.warning(
+                    "%s: of %d samples each has more tokens than --navit_token_budget %d and is a pack of its own: %s",
+                    dataset.params.label, len(alone), packing.token_budget,
+                    listed([item.absolute_path for item in alone]),
+                )
 
     def set_max_train_steps(self, max_train_steps: int) -> None:
         """For settings that are a part of all steps; before loader workers start."""

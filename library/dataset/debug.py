@@ -11,6 +11,7 @@ from PIL import Image
 from library.core.atomic_file import atomic_path
 from library.dataset.batch import CONDITIONING_IMAGES, Batch
 from library.dataset.dataset import DatasetGroup
+from library.dataset.packed_batch import PackedBatch
 from library.dataset.plan import requests_of_epoch
 from library.generation.image_grid import GridCell, image_grid
 
@@ -34,28 +35,28 @@ def debug_dataset(
             plan, epoch=epoch, first_step=first_step, rank=0, num_processes=1, is_training=group.is_training
         )
         for request in requests:
-            batch = group.load(request)
-            show(
-                f"epoch {epoch}, batch {request.index + 1} of {len(plan)}, dataset {request.dataset}: {describe(batch)}"
-            )
+            loaded = group.load(request)
+            is_pack = isinstance(loaded, PackedBatch)
+            what = f"{'pack' if is_pack else 'batch'} {request.index + 1} of {len(plan)}"
             items = group.datasets[request.dataset].items
-            for i in range(len(batch)):
-                count += 1
-                clip = items[request.items[i]].clip
-                show("  " + describe_sample(batch, i, "" if clip is None else f", {clip.words}"))
-                if sheet is not None and batch.images is not None and len(cells) < MOST_CELLS:
-                    cells.append(
-                        GridCell(
-                            picture(batch.images[i]),
-                            f"{describe_size(batch, i)}: {batch.captions[i] or '(no caption)'}",
-                        )
-                    )
+            for batch in loaded.parts if is_pack else [loaded]:
+                show(f"epoch {epoch}, {what}, dataset {request.dataset}: {describe(batch)}")
+                for i in range(len(batch)):
+                    count += 1
+                    clip = items[batch.request.items[i]].clip
+                    show("  " + describe_sample(batch, i, "" if clip is None else f", {clip.words}"))
+                    if sheet is not None and batch.images is not None and len(cells) < MOST_CELLS:
+                        cells.append(_cell(batch, i))
     if cells:
         title = f"the first {len(cells)} of {count} samples" if len(cells) < count else f"{count} samples"
         with atomic_path(sheet) as temporary:
             image_grid(cells, title=title).save(temporary, "PNG")
         show(f"wrote {sheet}: {title} with their captions")
     return count
+
+
+def _cell(batch: Batch, i: int) -> GridCell:
+    return GridCell(picture(batch.images[i]), f"{describe_size(batch, i)}: {batch.captions[i] or '(no caption)'}")
 
 
 def describe(batch: Batch) -> str:

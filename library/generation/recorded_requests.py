@@ -27,9 +27,10 @@ ENTRY = "atelier-settings"
 NOT_RECORDED = frozenset({
     "no_metadata", "metadata_file_names", "from_metadata", "interactive", "from_file", "output_dir", "save_path",
     "outdir", "output_type", "prompt_wildcards", "latent_path", "save_merged_model", "device", "keep_pngs",
-    "preview_latent_every", "preview_vae",
+    "preview_latent_every", "preview_vae", "optimized",
 })  # fmt: skip
-"""options that say where prompts come from, which files are written where, and what computes; not what is made"""
+"""options that say where prompts come from, which files are written where, and what computes; not what is made. What --optimized sets is
+recorded in its place"""
 
 
 @dataclass(frozen=True)

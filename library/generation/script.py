@@ -34,7 +34,7 @@ from library.generation.picture_files import settings_texts, write_picture
 from library.generation.preview_options import PreviewOptions
 from library.generation.recorded_requests import ENTRY, RecordedSettings, shaping_options
 from library.generation.requests import PictureRequest, Request, SessionOptions, taken_seed
-from library.generation.step_options import SamplerStepOptions, StepOptions
+from library.generation.step_options import STEP_GROUPS
 from library.generation.wildcards import prompts_of, wildcard_problems, with_drawn_words
 from library.scripts.command_line import (
     read_command,
@@ -66,6 +66,15 @@ def format_problems(names: Mapping[str, str], device: str | None = None) -> list
 
     instead = "choose another format: float32 works everywhere"
     return [problem for flag, dtype in names.items() if (problem := format_problem(flag, dtype, device, instead))]
+
+
+def filled(values: dict[str, Any], groups: Sequence[type], told: list[str]) -> dict[str, Any]:
+    """Values of options by name, with those that --optimized sets; see `optimized.with_optimized`."""
+    if not values.get("optimized"):
+        return values
+    from library.generation.optimized import with_optimized
+
+    return with_optimized(values, groups, told)
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
@@ -310,7 +319,7 @@ class ImageScript(ABC, Generic[Request]):
     def base_request(self, config: Config) -> Request:
         """What the options ask for, before lines of prompts change it."""
         request = config[self.pictures].request
-        further = (group for group in (GuidanceOptions, StepOptions, SamplerStepOptions) if group in config)
+        further = (group for group in (GuidanceOptions, *STEP_GROUPS) if group in config)
         fields = {name: value for group in further for name, value in config[group].request_fields().items()}
         return dataclasses.replace(request, **fields) if fields else request
 
@@ -340,10 +349,16 @@ class ImageScript(ABC, Generic[Request]):
 
     def run(self, argv: Sequence[str] | None = None) -> list[Path]:
         """`main` without the handling of errors; returns the files that were written."""
+        script, told = self.chosen(argv), list[str]()
+
+        def complete(values: dict[str, Any]) -> dict[str, Any]:
+            return filled(script.with_recorded(values), script.groups, told)
+
+        config = read_command(argv, script.build_parser(), script.groups, script.check, complete)
         from library.generation.speed import set_switches
 
-        script = self.chosen(argv)
-        config = read_command(argv, script.build_parser(), script.groups, script.check, script.with_recorded)
+        for line in told:
+            logger.info(line)
         tell_equivalent(config)
         tell_ignored(config)
         set_switches(config)

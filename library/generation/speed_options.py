@@ -41,6 +41,12 @@ def fast_products_option() -> Any:
 class SpeedOptions:
     """Speed and number formats"""
 
+    optimized: bool = option(
+        False,
+        help="set what makes this script quick on an NVIDIA GPU, as far as it is not given and machine and model allow:"
+        " --attn_mode sageattn, --compile, --fp8_scaled, --fp8_fast, --fp16_accumulation, those of them that there are;"
+        " a line says which",
+    )
     fp16_accumulation: bool = option(
         False,
         help="let GPUs add up products of float16 in float16: quicker and less exact; for a denoiser that computes in"
@@ -92,6 +98,8 @@ class Format:
     name: str
     said: str
     option: str | None
+    in_eight_bits: bool = False
+    """whether the option asks for weights of 8 bits"""
 
     def asking_for(self, name: str) -> str:
         """The option for a format, float16 or bfloat16."""
@@ -104,8 +112,9 @@ def denoiser_format(config: Config) -> Format:
     for option_name in _format_options(config):
         if (value := values.get(option_name)) is not None:
             name = DTYPE_NAMES.get(str(value).lower(), str(value))
-            name = "bfloat16" if name.startswith("float8") else name
-            return Format(name, f"--{option_name} is {value}", option_name)
+            in_eight_bits = name.startswith("float8")
+            name = "bfloat16" if in_eight_bits else name
+            return Format(name, f"--{option_name} is {value}", option_name, in_eight_bits)
     given = next((name for name in ("fp16", "bf16") if values.get(name)), None)
     name = {"fp16": "float16", "bf16": "bfloat16", None: "float32"}[given]
     return Format(name, f"--{given} is given" if given else "neither --fp16 nor --bf16 is given", None)

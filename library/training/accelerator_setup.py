@@ -38,14 +38,14 @@ class Runtime:
     """Where and in which precision a run computes.
 
     `weight_dtype`: dtype of autocast and of frozen weights; `denoiser_dtype`: dtype in which the denoiser's weights are
-    held (float8_e4m3fn with --fp8_base); `denoiser_form` and `text_form`: the form of large matrices, one of
+    held (float8_e4m3fn with --fp8_base, None = those of the file); `denoiser_form` and `text_form`: the form of large matrices, one of
     weight_forms.FORMS, None = these types; `vae_dtype`: float32 with --no_half_vae.
     """
 
     accelerator: Accelerator
     device: torch.device
     weight_dtype: torch.dtype
-    denoiser_dtype: torch.dtype
+    denoiser_dtype: torch.dtype | None
     text_encoder_dtype: torch.dtype
     vae_dtype: torch.dtype
     trained_dtype: torch.dtype
@@ -233,13 +233,19 @@ def _forms(config: Config) -> dict[str, Any]:
     fp8 = torch.float8_e4m3fn
     return dict(
         weight_dtype=weight_dtype,
-        denoiser_dtype=fp8 if precision.denoiser_form == "fp8" else weight_dtype,
+        denoiser_dtype=_denoiser_dtype(precision, weight_dtype),
         text_encoder_dtype=fp8 if precision.text_form == "fp8" else weight_dtype,
         denoiser_form=precision.denoiser_form,
         text_form=precision.text_form,
         vae_dtype=torch.float32 if config[ModelOptions].no_half_vae else weight_dtype,
         trained_dtype=weight_dtype if precision.full_fp16 or precision.full_bf16 else torch.float32,
     )
+
+
+def _denoiser_dtype(precision: PrecisionOptions, weight_dtype: torch.dtype) -> torch.dtype | None:
+    if precision.mixed_precision_transformer:
+        return None
+    return torch.float8_e4m3fn if precision.denoiser_form == "fp8" else weight_dtype
 
 
 def _has(backend: str) -> bool:

@@ -28,7 +28,7 @@ from library.dataset.strategies import StrategySet, Texts
 from library.dataset.text_caching import warn_overlong_captions
 from library.training.accelerator_setup import Runtime
 from library.training.option_groups import LoopOptions
-from library.training.packing_options import native_sizes
+from library.training.packing_options import native_sizes, packing_of
 
 if TYPE_CHECKING:
     from library.families.latents import SideLimit
@@ -154,7 +154,7 @@ def preserving_problems(found: FoundData, parts: Iterable[Trainable | Hook]) -> 
 
 
 def group_data(config: Config, found: FoundData, architecture: DataArchitecture, seed: int) -> DataGroups:
-    """Items into buckets."""
+    """Items into buckets, and these into packs where the run packs."""
     data = config[DatasetOptions]
     if found.blueprint is None:
         group = load_custom_dataset(data.dataset_class, resolution=data.resolution, debug_dataset=data.debug_dataset)
@@ -162,6 +162,8 @@ def group_data(config: Config, found: FoundData, architecture: DataArchitecture,
     train, validation = build_dataset_groups(
         found.blueprint, data, architecture=architecture, seed=seed, scan=found.scan
     )
+    if packing := packing_of(config):
+        train.set_packing(packing)
     blueprint = found.blueprint
     return DataGroups(train, validation, blueprint.used_config_file, blueprint.shadowed, found.scan.index)
 

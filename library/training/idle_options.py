@@ -117,11 +117,37 @@ def _idle_plug_ins(config: Config) -> Iterator[tuple[str, str]]:
         if is_off and not (HookOptions in config and config[HookOptions].hook):
             written = (name for name in option_fields(group) if name in config.explicit and name != switch)
             yield from ((name, f"has no effect without --{switch}") for name in written)
+    for names, is_idle, reason in _idle_by_value(config):
+        yield from ((name, f"has no effect with {reason}") for name in names if is_idle and name in config.explicit)
+
+
+def _idle_by_value(config: Config) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+    """Options of losses that are on, whether others make them idle, and which."""
     leap = config[LeapOptions] if LeapOptions in config else LeapOptions()
-    if leap.leap_enabled and leap.leap_variant == "sparse":
-        written = (name for name in ("leap_min_gap", "leap_nested_grad_coe") if name in config.explicit)
-        reason = "has no effect with --leap_variant sparse, whose steps all begin at true places"
-        yield from ((name, reason) for name in written)
+    sra = config[SraOptions] if SraOptions in config else SraOptions()
+    flow = config[SelfFlowOptions] if SelfFlowOptions in config else SelfFlowOptions()
+    yield (
+        ("leap_min_gap", "leap_nested_grad_coe"), leap.leap_enabled and leap.leap_variant == "sparse",
+        "--leap_variant sparse, whose steps all begin at true places",
+    )  # fmt: skip
+    yield ("leap_enabled",), leap.leap_enabled and not leap.leap_ratio, "--leap_ratio 0, no share of the steps"
+    yield ("sra_enabled",), sra.sra_enabled and not sra.sra_weight, "--sra_weight 0"
+    yield ("sra_decay_start", "sra_decay_end"), sra.sra_enabled and sra.sra_decay == "none", "--sra_decay none"
+    yield ("sra_decay_end",), sra.sra_enabled and sra.sra_decay == "jump", "--sra_decay jump, at --sra_decay_start"
+    couples = bool(flow.self_flow_teacher_coupling_prob)
+    of_coupling = [f"self_flow_teacher_{name}" for name in ("mismatch_ratio", "coupling_decay", "coupling_decay_steps")]
+    yield (
+        tuple(of_coupling), flow.self_flow and not couples, "--self_flow_teacher_coupling_prob 0, no share of the steps"
+    )  # fmt: skip
+    yield (
+        ("self_flow_teacher_coupling_decay_steps",),
+        flow.self_flow and couples and flow.self_flow_teacher_coupling_decay == "constant",
+        "--self_flow_teacher_coupling_decay constant",
+    )  # fmt: skip
+    yield (
+        ("self_flow_gamma_warmup_steps", "mask_ratio"), flow.self_flow and not flow.self_flow_gamma,
+        "--self_flow_gamma 0: the model learns without the loss on features",
+    )  # fmt: skip
 
 
 def _idle_data(config: Config) -> Iterator[tuple[str, str]]:

@@ -9,13 +9,14 @@ import numbers
 import re
 import shlex
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from library.core.errors import Problems, did_you_mean
 
 _BEGIN = re.compile(r"\s+(?=[A-Za-z_][\w.]*\s*=)")
 """blanks before the next key=value"""
+_READ = re.compile(r"""kwargs(?:\.(?:get|pop)\(|\[)\s*['"](\w+)['"]""")
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -100,9 +101,11 @@ def parse_keyword_args(items: Sequence[str] | None, option_name: str) -> dict[st
 
 
 def argument_problems(
-    function: Callable, given: dict[str, Any], option_name: str, *, supplied: Iterable[str] = (), what: str = ""
+    function: Callable, given: dict[str, Any], option_name: str, *, supplied: Iterable[str] = (), what: str = "",
+    further: Collection[str] | None = None,
 ) -> list[str]:
-    """What is wrong with passing `given` to `function`, next to the arguments `supplied` by us."""
+    """What is wrong with passing `given` to `function`, next to the arguments `supplied` by us. `further`: the names
+    that a function with **kwargs reads; None = any."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # a class written in C tells nothing
@@ -118,8 +121,8 @@ def argument_problems(
     for name, value in given.items():
         if name in supplied:
             problems.append(f"--{option_name} sets {name}, which {what} gets from the trainer; leave it out")
-        elif name not in named and not accepts_all:
-            choices = [n for n in named if n not in supplied]
+        elif name not in named and not (accepts_all and (further is None or name in further)):
+            choices = [n for n in (*named, *(further or ())) if n not in supplied]
             problems.append(
                 f"--{option_name} sets {name}, which {what} does not have{did_you_mean(name, choices) or '.'}"
                 f" It has: {', '.join(choices) or 'none'}"
@@ -133,6 +136,17 @@ def argument_problems(
     if missing:
         problems.append(f"{what} needs {', '.join(missing)}; give it in --{option_name}, e.g. {missing[0]}=10")
     return problems
+
+
+def names_read(cls: type) -> frozenset[str] | None:
+    """The names that a class reads from its **kwargs, as its source and those of its bases tell; None where there is
+    none. Some packages have **kwargs everywhere and look at next to nothing in them."""
+    try:
+        own = [base for base in cls.__mro__ if base.__module__.split(".")[0] == cls.__module__.split(".")[0]]
+        sources = [inspect.getsource(base) for base in own]
+    except (OSError, TypeError):
+        return None
+    return frozenset(name for source in sources for name in _READ.findall(source))
 
 
 def _other_type(value: Any, default: Any) -> str | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from library.families.latents import SideLimit
     from library.families.record import DataArchitecture
     from library.training.hooks.base import Hook
+    from library.training.protocols import Plain
     from library.training.trainables.base import Trainable
     from library.training.wiring.base import ModelFamily
 
@@ -74,6 +75,13 @@ class NavitOptions:
 
 def packing_of(config: Config) -> Packing | None:
     return config[NavitOptions].packing if NavitOptions in config else None
+
+
+def packing_metadata(config: Config) -> dict[str, Plain]:
+    """ss_navit_* keys of a run that packs."""
+    if packing_of(config) is None:
+        return {}
+    return {f"ss_{name}": getattr(config[NavitOptions], name) for name in option_fields(NavitOptions)}
 
 
 def trims_text(config: Config) -> bool:
@@ -175,7 +183,7 @@ def _network_problems(options: NetworkOptions) -> Iterator[str]:
         yield f"--network_dropout is {options.network_dropout}, which {OF_SAMPLES}: leave it or --navit_packing out"
     given = dict(pair.partition("=")[::2] for pair in options.network_args or ())
     for name, value in given.items():
-        if "dropout" in name and name != "module_dropout" and value not in ("0", "0.0", "None", ""):
+        if name.endswith("dropout") and name != "module_dropout" and value not in ("0", "0.0", "None", ""):
             yield f"--network_args {name}={value}: it {OF_SAMPLES}: leave it or --navit_packing out"
     if "tlora" in (options.network_module or "") or given.get("algo", "").lower() == "tlora":
         yield (

@@ -13,6 +13,7 @@ from library.sai_model_spec import source_date
 from library.training.data_phase import DataGroups
 from library.training.metadata import BaseModelHashes, MetadataInputs, at_save, build_metadata
 from library.training.optimizers import OptimizerBuild
+from library.training.packing_options import packing_metadata
 from library.training.run import Run
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class RunRecord:
 
     def _inputs(self, run: Run) -> MetadataInputs:
         train, validation, progress = self.data.train, self.data.validation, run.progress
-        extra = self._added(run)
+        extra = {**packing_metadata(run.config), **self._added(run)}
         if run.settings.history:
             extra["ss_resume_changes"] = json.dumps(run.settings.history)
         return MetadataInputs(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from library.core.attention_modes import AttentionChoice
 from library.core.options import option_fields
 from library.dataset import CachingOptions
+from library.dataset.packing import fill_of
 from library.families.latents import Bucket
 from library.training import schedulers
 from library.training.computing_options import MemoryOptions, PrecisionOptions
@@ -20,11 +21,13 @@ from library.training.option_groups import LoopOptions, ModelOptions, SamplingOp
 from library.training.run import Run
 from library.training.sampling_prompts import unreached_interval
 from library.training.schedulers import SchedulerOptions
-from library.training.summary import BucketSummary, DatasetSummary, StartSummary, start_summary
+from library.training.summary import BucketSummary, DatasetSummary, PackSummary, StartSummary, start_summary
+from library.training.timestep_samplers.info_noise_options import InfoNoiseOptions
 
 if TYPE_CHECKING:
     from library.dataset.custom import CustomDataset
     from library.dataset.dataset import Dataset
+    from library.dataset.packing import Packing
     from library.dataset.plan import BucketList
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,8 @@ def summary_of(run: Run, built: OptimizerBuild, data: DataGroups) -> StartSummar
         notes=[
             *run.trainable.notices(),
             *unreached_intervals(run),
+            *(config[InfoNoiseOptions].notices(progress.max_train_steps) if InfoNoiseOptions in config else []),
+            *pack_notes(data),
             *formula_warnings(config),
             *formula_notices(config, run.step.objective),
         ],
@@ -116,6 +121,8 @@ def _precision(run: Run) -> str:
     text = f"computing in {str(runtime.weight_dtype).removeprefix('torch.')}" + (
         " (autocast)" if precision.mixed_precision != "no" else ""
     )
+    if precision.mixed_precision_transformer:
+        text += ", frozen weights as their file has them"
     if runtime.denoiser_form:
         text += f", frozen weights in {runtime.denoiser_form}"
     if form := run.family.text_form(runtime):
@@ -124,7 +131,7 @@ def _precision(run: Run) -> str:
 
 
 def _dataset(dataset: Dataset | CustomDataset, data: DataGroups) -> DatasetSummary:
-    params = getattr(dataset, "params", None)
+    params, packing = getattr(dataset, "params", None), getattr(data.train, "packing", None)
     if params is None:  # a class of the user's
         return DatasetSummary(
             name=type(dataset).__name__, resolution=(0, 0), batch_size=dataset.batch_size,
@@ -145,7 +152,35 @@ def _dataset(dataset: Dataset | CustomDataset, data: DataGroups) -> DatasetSumma
         num_reg_images=sum(item.is_reg for item in dataset.items),
         num_validation_images=sum(len(d.items) for d in held_out),
         buckets=tuple(_bucket(dataset, bucket) for bucket in dataset.buckets),
+        packs=pack_summary(dataset, packing),
+        keeps_sizes=params.native is not None,
     )
+
+
+def pack_summary(dataset: Dataset, packing: Packing | None) -> PackSummary | None:
+    """The packs of its first epoch; None without packing."""
+    if packing is None:
+        return None
+    tokens, packs = dataset.tokens, dataset.packs(packing, 1, dataset.seed)
+    packed = sum(map(len, packs))
+    return PackSummary(
+        count=len(packs), token_budget=packing.token_budget, fill=fill_of(packs, tokens, packing),
+        samples=(min(map(len, packs)), max(map(len, packs))),
+        left_out=sum(len(bucket.samples) for bucket in dataset.buckets) - packed,
+    )
+
+
+def pack_notes(data: DataGroups) -> list[str]:
+    """Batch sizes that have no effect on packs."""
+    packing = getattr(data.train, "packing", None)
+    if packing is None:
+        return []
+    return [
+        f"{dataset.params.label}: batch_size is {dataset.batch_size} and counts for validation alone;"
+        " --navit_token_budget says how many samples a training step has"
+        for dataset in data.train.datasets
+        if dataset.batch_size > 1
+    ]
 
 
 def _bucket(dataset: Dataset, bucket: BucketList) -> BucketSummary:

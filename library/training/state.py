@@ -226,7 +226,7 @@ def _compare(counters: Mapping[str, Any], run: Run) -> None:
     own = run.progress.steps_per_epoch
     if counters.get("steps_per_epoch", own) != own:
         logger.warning(
-            "steps_per_epoch was %s when the state was saved and is %s now: the images, batch size or number of "
+            "steps_per_epoch was %s when the state was saved and is %s now: the images, batch size, packs or number of "
             "processes changed; the"
             " position is counted in steps",
             counters["steps_per_epoch"],

@@ -22,6 +22,18 @@ class BucketSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackSummary:
+    """The packs of the first epoch of a dataset. `fill`: which part of the budget they fill in the mean; `samples`: how
+    many the smallest and the largest have; `left_out`: samples of the pack that is left out."""
+
+    count: int
+    token_budget: int
+    fill: float
+    samples: tuple[int, int]
+    left_out: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetSummary:
     """One dataset. `num_images` counts pictures and `num_clips` clips, of `num_videos` files; `num_samples` counts both
     with repeats."""
@@ -37,6 +49,10 @@ class DatasetSummary:
     num_reg_images: int = 0
     num_validation_images: int = 0
     buckets: tuple[BucketSummary, ...] = ()
+    packs: PackSummary | None = None
+    """instead of batches of one size"""
+    keeps_sizes: bool = False
+    """whether pictures keep their own sizes"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +128,8 @@ def _length(run: StartSummary) -> str:
 
 
 def _batch(run: StartSummary) -> str:
+    if any(dataset.packs for dataset in run.datasets):
+        return _packs_of_step(run)
     sizes = sorted({dataset.batch_size for dataset in run.datasets})
     size = " or ".join(map(str, sizes)) or "0"
     text = f"{size} per process, {_count(run.num_processes, 'process', 'processes')} on {run.device}"
@@ -120,6 +138,16 @@ def _batch(run: StartSummary) -> str:
     totals = [n * run.num_processes * run.gradient_accumulation_steps for n in sizes]
     word = "samples" if any(dataset.num_clips for dataset in run.datasets) else "images"
     return f"{text}: {' or '.join(map(str, totals)) or '0'} {word} per step"
+
+
+def _packs_of_step(run: StartSummary) -> str:
+    text = f"a pack per process, {_count(run.num_processes, 'process', 'processes')} on {run.device}"
+    if run.gradient_accumulation_steps > 1:
+        text += f", {run.gradient_accumulation_steps} packs per step"
+    packs = [dataset.packs for dataset in run.datasets if dataset.packs]
+    most = max(pack.samples[1] for pack in packs) * run.num_processes * run.gradient_accumulation_steps
+    word = "samples" if any(dataset.num_clips for dataset in run.datasets) else "images"
+    return f"{text}: up to {most} {word} per step"
 
 
 def _rates(rates: Mapping[str, float | None]) -> str:
@@ -136,15 +164,33 @@ def _rate(rate: float | None) -> str:
 
 def _dataset_lines(dataset: DatasetSummary) -> list[tuple[str, str]]:
     width, height = dataset.resolution
-    text = f"{_contents(dataset)}, {dataset.num_samples} per epoch, {width}x{height}"
+    size = "at their own sizes" if dataset.keeps_sizes else f"{width}x{height}"
+    text = f"{_contents(dataset)}, {dataset.num_samples} per epoch, {size}"
     if dataset.num_reg_images:
         what = "sample" if dataset.num_clips else "image"
         text += f", {_count(dataset.num_reg_images, f'regularisation {what}')}"
     if dataset.num_validation_images:
         text += f", {dataset.num_validation_images} held out"
     lines = _line(dataset.name, text)
+    if dataset.packs is not None:
+        lines += _pack_lines(dataset.packs)
     if len(dataset.buckets) > 1 or dataset.num_clips:
-        lines += _bucket_lines(sorted(dataset.buckets, key=lambda bucket: -bucket.num_images))
+        buckets = sorted(dataset.buckets, key=lambda bucket: -bucket.num_images)
+        lines += _bucket_lines(buckets, with_batches=dataset.packs is None)
+    return lines
+
+
+def _pack_lines(packs: PackSummary) -> list[tuple[str, str]]:
+    few, many = packs.samples
+    samples = str(many) if few == many else f"{few} to {many}"
+    text = (
+        f"  {_count(packs.count, 'pack')} per epoch of {packs.token_budget} tokens at most, {packs.fill:.0%} full in the"
+        f" mean, {samples} sample{'' if samples == '1' else 's'} each"
+    )
+    lines = [("", text)]
+    if packs.left_out:
+        left = _count(packs.left_out, "sample")
+        lines.append(("", f"  one pack of every epoch is left out (--navit_drop_last), {left} in the first epoch"))
     return lines
 
 
@@ -156,7 +202,7 @@ def _contents(dataset: DatasetSummary) -> str:
     return f"{_count(dataset.num_images, 'image')} and {clips}" if dataset.num_images else clips
 
 
-def _bucket_lines(buckets: Sequence[BucketSummary]) -> list[tuple[str, str]]:
+def _bucket_lines(buckets: Sequence[BucketSummary], with_batches: bool = True) -> list[tuple[str, str]]:
     """The largest buckets, one in a line, and the sum of the others. Sizes of clips end with the number of frames."""
     sizes = [
         f"{bucket.width}x{bucket.height}" + (f"x{bucket.frames}" if bucket.frames else "")
@@ -170,9 +216,13 @@ def _bucket_lines(buckets: Sequence[BucketSummary]) -> list[tuple[str, str]]:
         rows.append((f"{len(rest)} others", total, word, batches))
     width = max((10, *map(len, sizes)))
     return [
-        ("", f"  {size:<{width}} {_column(samples, word)} {_column(batches, 'batch', 'batches')}")
+        ("", f"  {size:<{width}} {_column(samples, word)}{_batches(batches) if with_batches else ''}")
         for size, samples, word, batches in rows
     ]
+
+
+def _batches(number: int) -> str:
+    return f" {_column(number, 'batch', 'batches')}"
 
 
 def _column(number: int, one: str, several: str | None = None) -> str:

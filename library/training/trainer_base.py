@@ -61,7 +61,7 @@ from library.training.optimizers import OptimizerOptions
 from library.training.optimizers.host_states import keep_on_host
 from library.training.option_groups import LoopOptions, ResumeOptions, SamplingOptions, SavingOptions
 from library.training.own_hooks import make_hooks, names_never_called
-from library.training.packing_options import check_packing, packing_of
+from library.training.packing_options import NavitOptions, check_packing
 from library.training.progress import Progress
 from library.training.prompt_files import check_files
 from library.training.run import Models, Run
@@ -255,8 +255,10 @@ class Trainer:
 
     def twin(self, config: Config) -> Trainer:
         """A trainer of the same run with this configuration, for a plan: what is attached to its family and its
-        trainable is not to this one's. Its blocks are not compiled: that would take longer than the plan."""
+        trainable is not to this one's. Its blocks are not compiled: that would take longer than the plan; texts keep
+        their padding, as where it begins is in their values."""
         config = changed(config, MemoryOptions, torch_compile=False)
+        config = changed(config, NavitOptions, navit_text_trim_padding=False)
         twin = copy.copy(self)
         twin.config = config
         twin.family = copy.copy(self.family)
@@ -346,8 +348,6 @@ class Trainer:
         strategies.mark_text_models(self.trainable.transform_identity(self.family))
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
-        if packing := packing_of(self.config):
-            data.train.set_packing(packing)
         self.trainable.prepare_data(data)
         for group in data.groups:
             strategies.latents_caching.check_pictures(group.items)
@@ -440,6 +440,11 @@ class Trainer:
         denoiser = self.family.load_denoiser(
             dataclasses.replace(runtime, denoiser_dtype=self.trainable.denoiser_dtype(runtime))
         )
+        if self.config[PrecisionOptions].mixed_precision_transformer:
+            from library.components.mixed_models import compute_as_stored
+
+            found = compute_as_stored(denoiser, runtime.weight_dtype, in_autocast=True)
+            logger.info("--mixed_precision_transformer: %s", found)
         if self.config[PrecisionOptions].multiplies_fp8:
             from library.fp8_optimization_utils import multiply_in_fp8
 

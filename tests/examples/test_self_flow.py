@@ -137,7 +137,7 @@ def test_the_teacher_follows_the_network(work: Work) -> None:
 @pytest.mark.parametrize(("words", "told"), [
     (["--self_flow_teacher_coupling_prob=2"], "needed: a number from 0 to 1"),
     (["--self_flow_teacher_coupling_decay=fast"], "needed: one of constant, cosine, linear, rex"),
-    (["--mask_ratio=0.6"], "--mask_ratio is 0.6"), (["--ema"], "Self-Flow keeps an average of its own"),
+    (["--mask_ratio=0.6"], "--mask_ratio is 0.6"), (["--ema"], "--self_flow keeps an average of its own"),
     (["--teacher_feature_layer=0"], "the teacher's must be the later one"),
     (["--self_flow_gamma=-1"], "--self_flow_gamma is -1"),
 ])  # fmt: skip

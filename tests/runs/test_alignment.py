@@ -181,6 +181,14 @@ def test_settings_of_what_is_off_are_told(tinies: Tinies, tmp_path: Path) -> Non
     words = ("--sra_weight=0.5", "--leap_ratio=0.1", "--mask_ratio=0.1", "--infonoise_K=32", "--strict")
     with pytest.raises(ConfigError) as told:
         tinies.work("flux", tmp_path).prepare("out", *words)
+    words = (
+        "--self_flow", "--self_flow_teacher_mismatch_ratio=0.5", "--self_flow_gamma=0", "--mask_ratio=0.1", "--strict"
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="coupling_prob 0, no share of the steps(.|\\n)*--self_flow_gamma 0"):
+        tinies.work("flux", tmp_path).prepare("out", *words)
+    for words in (("--leap_enabled", "--leap_ratio=0"), ("--sra_enabled", "--sra_weight=0")):
+        with pytest.raises(ConfigError, match=f"{words[0]}: has no effect with"):
+            tinies.work("flux", tmp_path).prepare("out", *words, "--strict")
     for option, switch in (("sra_weight", "sra_enabled"), ("leap_ratio", "leap_enabled"), ("mask_ratio", "self_flow"),
                            ("infonoise_K", "infonoise_enabled")):  # fmt: skip
         assert f"--{option}: has no effect without --{switch}" in str(told.value)

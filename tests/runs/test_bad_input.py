@@ -80,6 +80,10 @@ OPTIONS: list[tuple[str, list[str]]] = [
     ("--network_module=networks.lora_fa --network_args loraplus_lr_ratio=2", ["loraplus_lr_ratio"]),
     ("--network_args excludes_weight_decay=(", ["--network_args excludes_weight_decay=(", "not a regular expression"]),
     ("--lr_scheduler=cosin", ["unknown learning rate scheduler 'cosin'", "did you mean 'cosine'"]),
+    (
+        "--lr_scheduler=cosine_with_restart --lr_scheduler_args T_0=5",
+        ["error: unknown learning", "here it is called cosine_with_warm_restarts"],
+    ),
     ("--lr_scheduler_type=StepL", ["torch.optim.lr_scheduler has no class StepL", "StepLR"]),
     ("--lr_scheduler_type=StepLR", ["StepLR needs step_size"]),
     (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from library.training.hooks.losses import LossReader
 from library.training.hooks.sample import SampleHook
@@ -16,6 +17,7 @@ from library.training.loop import micro_step, update
 from library.training.run import Run
 from tests.families import CASES, FamilyCase, marks_of
 from tests.host_waits import HostWaits, imitate, move_run
+from tests.runs.conftest import draw_pictures
 from tests.runs.families import Tinies
 
 DROPOUTS = ["--network_dropout=0.2", "--network_args", "rank_dropout=0.2", "module_dropout=0.2"]
@@ -74,6 +76,28 @@ def test_a_step_waits_for_nothing(
 ) -> None:
     work = tinies.work(name, tmp_path)
     run = work.prepare("out", *options_of(work.case, kind))
+    imitate(monkeypatch)
+    assert not waits_of_second_step(run)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", *(pytest.param(n, marks=pytest.mark.full) for n in (
+    "chroma", "sd3", "lumina", "anima", "hunyuan_image", "hunyuan_video"
+))])  # fmt: skip
+def test_nor_does_a_step_of_a_pack(
+    name: str, tinies: Tinies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second pack has the sizes of the first."""
+    work = tinies.work(name, tmp_path)
+    work.images = draw_pictures(tmp_path / "mixed", 8)
+    for number in (1, 2, 5, 6):
+        with Image.open(work.images / f"{number:02d}.png") as picture:
+            picture.resize((128, 64)).save(work.images / f"{number:02d}.png")
+    caches = work.case.caches(on_disk=False)
+    keys = "bucket_no_upscale = true"
+    run = work.prepare(
+        "out", *caches, "--navit_packing", "--navit_max_images_per_pack=4", dataset=work.dataset(dataset_keys=keys)
+    )
+    assert all(len(batch.parts) == 2 for batch in run.data.batches(1))
     imitate(monkeypatch)
     assert not waits_of_second_step(run)
 

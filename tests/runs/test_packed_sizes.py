@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 
+from library.core.errors import AtelierError
 from library.dataset.packed_batch import PackedBatch
 from library.training import cache_tools
+from library.training.hooks.info_noise import InfoNoiseHook
 from library.training.packing_options import idle_beside_packs
+from tests.golden_tests.test_metadata_run import metadata_of
 from tests.runs.conftest import Work, fingerprint
 from tests.runs.families import Tinies, refused_run
 from tests.runs.test_packing import draw, mixed_dataset, shaken, step_results
+from tests.tiny_clips import write_moving_shapes
 
 NATIVE = ("--navit_packing", "--navit_native_resolution")
 SIZES = ((70, 55), (90, 64), (64, 110), (130, 40), (64, 64))
@@ -118,3 +124,102 @@ def test_texts_without_padding_are_told(tinies: Tinies, tmp_path: Path) -> None:
     run = work.prepare("out", "--navit_packing", "--navit_text_trim_padding")
     told = [str(item) for item in idle_beside_packs(run.config, run.family)]
     assert any("--navit_text_trim_padding" in line and "no further than the longest" in line for line in told)
+
+
+def activations(work: Work, out: str, *more: str, dataset: Path) -> tuple[str, int]:
+    """(what the plan is for, bytes that its forward pass keeps)"""
+    plan = work.trainer(out, *more, dataset=dataset).plans()[0]
+    return plan.settings, next(phase.parts["activations"] for phase in plan.phases if phase.name == "forward")
+
+
+def test_the_plan_of_memory_counts_the_fullest_pack(odd: Work) -> None:
+    dataset = odd.dataset()
+    told, of_all = activations(odd, "all", *NATIVE, dataset=dataset)
+    assert told.startswith("pack of 5 at 5 sizes up to 64x96")
+    told, of_some = activations(odd, "some", *NATIVE, "--navit_token_budget=36", dataset=dataset)
+    assert "pack of 2 at 2 sizes up to" in told
+    assert 1.5 < of_all / of_some < 3.5  # 84 tokens and their texts, and up to 36
+
+
+@pytest.mark.parametrize("more", [(), ("--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only")])
+def test_a_pack_of_one_size_is_planned_as_a_batch(work: Work, more: tuple[str, ...]) -> None:
+    draw(work.images, ((64, 64),) * 9)
+    told, packed = activations(work, "pack", "--navit_packing", "--navit_token_budget=64", *more, dataset=work.dataset())
+    assert told.startswith("pack of 4 at 64x64")
+    _, batch = activations(work, "batch", *more, dataset=work.dataset(batch_size=4))
+    assert packed == pytest.approx(batch, rel=0.1)
+
+
+def test_a_budget_that_no_pack_meets_names_the_budget_of_tokens(odd: Work) -> None:
+    with pytest.raises(AtelierError, match="A smaller --navit_token_budget"):
+        odd.train("refused", *NATIVE, "--vram_budget=0.001")
+
+
+def test_the_start_and_the_file_tell_of_packs(odd: Work, caplog: pytest.LogCaptureFixture) -> None:
+    budget = ("--navit_token_budget=30", "--navit_drop_last", "--train_batch_size=3")
+    with caplog.at_level(logging.INFO):
+        file = odd.train("out", "--navit_packing", *budget, "--console_log_level=INFO", dataset=odd.dataset(batch_size=2))
+    page = next(record.getMessage() for record in caplog.records if "packs per epoch" in record.getMessage())
+    assert "1 pack per epoch" not in page and "packs per epoch of 30 tokens at most" in page
+    assert "one pack of every epoch is left out (--navit_drop_last)" in page
+    assert "batch_size is 2 and counts for validation alone" in page
+    assert "--train_batch_size: has no effect" in page
+    metadata = metadata_of(file)
+    assert metadata["ss_navit_packing"] == "True" and metadata["ss_navit_token_budget"] == "30"
+    assert not any(name.startswith("ss_navit") for name in metadata_of(odd.train("plain")))
+
+
+def test_samples_over_the_budget_are_told(odd: Work, caplog: pytest.LogCaptureFixture) -> None:
+    run = odd.prepare("out", "--navit_packing", "--navit_token_budget=3")
+    assert "of 5 samples each has more tokens than --navit_token_budget 3 and is a pack of its own" in caplog.text
+    assert [len(pack) for pack in run.data.batches(1)] == [1] * 5
+
+
+def test_another_budget_is_told_of_a_state(odd: Work, caplog: pytest.LogCaptureFixture) -> None:
+    odd.train("first", "--navit_packing", "--navit_token_budget=40", "--max_train_steps=2", "--save_state")
+    (state,) = (odd.folder / "first").glob("*-state")
+    file = odd.train("second", "--navit_packing", "--navit_token_budget=50", f"--resume={state}")
+    (change,) = json.loads(metadata_of(file)["ss_resume_changes"])
+    assert change["changed"]["navit_token_budget"] == [40, 50]
+    assert "steps_per_epoch was 3 when the state was saved and is 2 now: the images, batch size, packs or" in caplog.text
+
+
+def test_packs_are_shown(odd: Work, capsys: pytest.CaptureFixture) -> None:
+    odd.trainer("out", *NATIVE, "--debug_dataset").prepare()
+    shown = capsys.readouterr().out
+    assert shown.count("pack 1 of 1") == 5 and "70x55 to 64x48" in shown
+
+
+def test_infonoise_learns_from_packs(odd: Work) -> None:
+    run = odd.prepare("out", *NATIVE, "--infonoise_enabled")
+    (pack,) = run.data.batches(1)
+    hook = run.hooks.find(InfoNoiseHook)
+    hook.on_train_start(run)
+    run.step(pack)
+    rows = torch.cat(hook._of_step)  # (place, log ratio, error)
+    assert sorted(rows[:, 0].tolist()) == [0, 1, 2, 3, 4] and rows.isfinite().all()
+
+
+CLIPS = """
+[[datasets]]
+video_directory = '{folder}'
+caption_extension = ".txt"
+resolution = [32, 32]
+target_frames = [5, 9]
+frame_extraction = "head"
+"""
+
+
+def test_clips_of_several_sizes_and_lengths_are_packed(tinies: Tinies, tmp_path: Path) -> None:
+    for size in ((70, 54), (100, 40)):
+        write_moving_shapes(tmp_path / f"{size[0]}", 1, size=size)
+    work, dataset = tinies.work("wan", tmp_path), tmp_path / "clips.toml"
+    dataset.write_text("".join(CLIPS.format(folder=tmp_path / name) for name in ("70", "100")), encoding="utf-8")
+    run = work.prepare("out", *NATIVE, dataset=dataset)
+    shaken(run)
+    packs = list(run.data.batches(1))
+    shapes = {tuple(part.images.shape[-3:]) for pack in packs for part in pack.parts}
+    assert shapes == {(5, 48, 64), (9, 48, 64), (5, 32, 96), (9, 32, 96)}
+    for pack in packs:
+        losses, _ = step_results(run, [pack])
+        assert losses == pytest.approx(step_results(run, pack.parts)[0], rel=1e-5)

@@ -15,8 +15,9 @@ from library.dataset.packed_batch import PackedBatch
 from library.training import step as step_module
 from library.training.run import Run
 from library.training.trainables.full import FullTrainable
+from tests.runs.clip_work import ClipWork
 from tests.runs.conftest import Stopped, Work, fingerprint, largest_difference, losses_of, stop_after
-from tests.runs.families import Tinies, refused_run
+from tests.runs.families import Tinies, case_of, refused_run
 from tests.runs.test_processes import OPTIONS as OF_PROCESSES
 from tests.runs.test_processes import train_in_two
 
@@ -90,7 +91,7 @@ def shaken(run: Run) -> None:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=draws)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, pytest.param("wan22", marks=pytest.mark.full)])
 def test_losses_and_gradients_are_those_of_each_size_alone(tinies: Tinies, tmp_path: Path, family: str) -> None:
     work = tinies.work(family, tmp_path)
     work.images = draw(tmp_path / "mixed")
@@ -100,6 +101,21 @@ def test_losses_and_gradients_are_those_of_each_size_alone(tinies: Tinies, tmp_p
     assert isinstance(pack, PackedBatch) and len(pack) == len(SIZES) and len(pack.parts) > 2
     (losses, gradients), (expected, of_each) = step_results(run, [pack]), step_results(run, pack.parts)
     assert len(losses) == len(SIZES)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    scale = max(float(one.norm()) for one in of_each)
+    for one, other in zip(gradients, of_each, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * max(float(other.norm()), 1e-2 * scale)
+
+
+@pytest.mark.parametrize("family", ["wan", "hunyuan_video", pytest.param("wan_i2v", marks=pytest.mark.full)])
+def test_clips_of_several_lengths(tinies: Tinies, tmp_path: Path, family: str) -> None:
+    case = case_of(family)
+    work = ClipWork(tmp_path, tinies[family], draw(tmp_path / "mixed"), case=case)
+    run = work.prepare("out", *PACKING, dataset=work.clips())
+    shaken(run)
+    pack = max(run.data.batches(1), key=lambda batch: len(batch.parts))
+    assert len({latents.shape[2] for part in pack.parts if (latents := run.step.latents_of(part)) is not None}) > 1
+    (losses, gradients), (expected, of_each) = step_results(run, [pack]), step_results(run, pack.parts)
     assert losses == pytest.approx(expected, rel=1e-5)
     scale = max(float(one.norm()) for one in of_each)
     for one, other in zip(gradients, of_each, strict=True):

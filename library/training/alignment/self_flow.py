@@ -18,6 +18,7 @@ from library.training.alignment import depth_of
 from library.training.alignment.options import DECAYS, SelfFlowOptions
 from library.training.averaging import WeightAverage
 from library.training.hooks.base import Hook
+from library.training.objective import expand_like
 from library.training.option_groups import EmaOptions, SavingOptions
 from library.training.run import StepOutput, evaluation_mode
 from library.training.timestep_samplers import TimestepOptions
@@ -45,16 +46,29 @@ def head_of(kind: str, width: int) -> torch.nn.Sequential:
     return torch.nn.Sequential(torch.nn.Linear(width, middle), between, torch.nn.Linear(middle, width))
 
 
+def of_rows(times: torch.Tensor) -> torch.Tensor:
+    """Times [B] or [B, L] as they stand beside tokens [B, L]."""
+    return times if times.ndim > 1 else times[:, None]
+
+
+def times_of_tokens(times: torch.Tensor, latents: torch.Tensor, side: int) -> torch.Tensor:
+    """Times [B] as they are; those of frames or tokens of latents [B, C, ..., h, w] for each square of this side:
+    [B, L]."""
+    if times.ndim == 1:
+        return times
+    everywhere = expand_like(times, latents).expand(len(times), 1, *latents.shape[2:])
+    return everywhere[..., ::side, ::side].flatten(1)
+
+
 def times_of(student: NoisyLatents, teacher: NoisyLatents) -> dict[str, torch.Tensor]:
     """Values for the log: mean timesteps of both views [0..1000], the share of tokens at the cleaner level, and of
     those for which the teacher is told another one."""
-    told = teacher.timesteps if teacher.timesteps.ndim > 1 else teacher.timesteps[:, None]  # [B, 1 or L]
-    cleanest = student.timesteps.amin(dim=1, keepdim=True)
+    told = of_rows(teacher.timesteps)  # [B, 1 or L]
     return {
         "self_flow/timestep_student_mean": student.timesteps.mean(), "self_flow/timestep_teacher_mean": told.mean(),
         "self_flow/timestep_diff": (student.timesteps - told).mean(),
-        "self_flow/cleaner_fraction_mean": (student.timesteps == cleanest).float().mean(),
-        "self_flow/mismatch_patch_frac": (told != told.amin(dim=1, keepdim=True)).float().mean(),
+        "self_flow/cleaner_fraction_mean": (student.timesteps <= told).float().mean(),
+        "self_flow/mismatch_patch_frac": (told > student.timesteps).float().mean(),
     }  # fmt: skip
 
 
@@ -92,21 +106,22 @@ class SelfFlow(Hook):
         self.opts = self.opts or config[SelfFlowOptions]
         if not (family.gives_features and family.takes_token_times):
             problems.add(
-                f"Self-Flow needs a flow model that gives features and takes a time per token; {family.name} does not"
+                "--self_flow needs a flow model that gives features and takes a time per token;"
+                f" {family.name} does not"
             )
         if (config[TimestepOptions].num_timestep_buckets or 0) > 1:
             problems.add(
-                f"--num_timestep_buckets is {config[TimestepOptions].num_timestep_buckets}; Self-Flow draws two noise"
+                f"--num_timestep_buckets is {config[TimestepOptions].num_timestep_buckets}; --self_flow draws two noise"
                 " levels for each sample, and would get the same one twice: leave it out"
             )
         if config[EmaOptions].ema:
             problems.add(
-                "--ema is set; Self-Flow keeps an average of its own (--self_flow_ema_decay) and writes it as "
+                "--ema is set; --self_flow keeps an average of its own (--self_flow_ema_decay) and writes it as "
                 "<name>-ema: leave --ema out"
             )
         if config[SavingOptions].save_model_as not in (None, "safetensors"):
             problems.add(
-                f"--save_model_as is {config[SavingOptions].save_model_as}; Self-Flow writes its head as safetensors"
+                f"--save_model_as is {config[SavingOptions].save_model_as}; --self_flow writes its head as safetensors"
             )
         for name in ("network_weights_ema", "network_weights_proj"):
             path = getattr(self.opts, name)
@@ -200,16 +215,18 @@ class SelfFlow(Hook):
         patch = step.family.record.latents.patch
         num_tokens = latents[0, 0].numel() // patch**2
         noise = step.noise_of(latents, draws)
-        # on the CPU, where they can be read without waiting; [B] each
-        first, second = step.drawn_times(latents, draws), step.drawn_times(latents, draws.apart("self flow"))
+        # on the CPU, where they can be read without waiting; [B] each, or [B, L] of a law with times of frames
+        first, second = (
+            times_of_tokens(step.drawn_times(latents, own), latents, patch) for own in (draws, draws.apart("self flow"))
+        )
         is_masked = draws.uniform("self flow mask", (num_tokens,)) < self.opts.mask_ratio  # [B, L]
-        mixed = torch.where(is_masked, second[:, None], first[:, None])  # [B, L]
+        mixed = torch.where(is_masked, of_rows(second), of_rows(first))  # [B, L]
         cleaner = torch.minimum(first, second)
         teacher = step.objective.corrupt(latents, noise, cleaner, draws)
         if draws.batch_uniform("self flow coupling") < self.coupling(draws.step):
             is_told = draws.uniform("self flow mismatch", (num_tokens,))
-            is_told = (is_told < self.opts.self_flow_teacher_mismatch_ratio) & (mixed == cleaner[:, None])
-            told = torch.where(is_told, torch.maximum(first, second)[:, None], cleaner[:, None])  # [B, L]
+            is_told = (is_told < self.opts.self_flow_teacher_mismatch_ratio) & (mixed == of_rows(cleaner))
+            told = torch.where(is_told, of_rows(torch.maximum(first, second)), of_rows(cleaner))  # [B, L]
             levels = to_device(told, latents.device, torch.float32)
             teacher = dataclasses.replace(
                 teacher, timesteps=levels * NUM_TIMESTEPS, sigmas=levels, known_times=told * NUM_TIMESTEPS

@@ -46,6 +46,8 @@ class Candidate:
 class SmallerBatches(Protocol):
     most: int
     """samples of the largest of them, 0 when there is none"""
+    otherwise: str
+    """what needs less, where there is none"""
 
     def plan(self, config: Config, count: int) -> MemoryPlan:
         """With batches of `count` samples."""
@@ -79,7 +81,7 @@ class Chooser:
         """Which smaller batch fits with this configuration, found by halving."""
         plans, lowest, most = {}, 1, self._smaller.most
         if not most:
-            return "A smaller resolution"
+            return self._smaller.otherwise
         highest = most
         while lowest <= highest:
             count = (lowest + highest) // 2
@@ -136,7 +138,8 @@ def _further(config: Config) -> Iterator[tuple[str, tuple[type, Mapping[str, obj
         yield "gradient_checkpointing", (MemoryOptions, {"gradient_checkpointing": True})
     if not memory.cpu_offload_checkpointing:
         yield "cpu_offload_checkpointing", (MemoryOptions, {"cpu_offload_checkpointing": True})
-    if precision.denoiser_form is None and precision.mixed_precision != "no":
+    is_stored = precision.denoiser_form is not None or precision.mixed_precision_transformer
+    if not is_stored and precision.mixed_precision != "no":
         yield "fp8_scaled", (PrecisionOptions, {"fp8_scaled": True})
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +19,7 @@ from library.training import optimizers
 from library.training.accelerator_setup import Runtime
 from library.training.computing_options import MemoryOptions
 from library.training.hooks.base import HookList
-from library.training.memory.samples import Demand
+from library.training.memory.samples import Demand, joined
 from library.training.memory.tracing import META, MemoryTracker, bytes_of, tracing
 from library.training.optimizers import OptimizerOptions
 from library.training.option_groups import LoopOptions
@@ -83,6 +83,10 @@ class Sizes:
     """of what caches hold of one sample: latents, conditions, outputs of text encoders"""
 
 
+Latents = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""latents [B, ...] of a batch, and its conditions by name"""
+
+
 class PhaseTracer:
     """Runs the phases of a trainer, whose family and trainable are copies for this alone. `encodes`: the parts that have
     something to encode; what others would make lies in caches."""
@@ -105,31 +109,50 @@ class PhaseTracer:
             import_transformers_models()
         with isolated_rng(0), tracing(self.kind) as tracker:
             models = Models()
-            latents, conditions = self._latents(demand, models, found, tracker)
-            encoders, conditioning, tokens = self._captions(demand, found, tracker)
-            models.text_encoders = encoders
-            found.sample_bytes = _bytes_per_sample((latents, conditions, conditioning), len(demand.items))
-            batch = dataclasses.replace(
-                demand.batch().to(META), latents=latents, conditions=conditions, conditioning=conditioning, **tokens
+            latents = self._latents(demand, models, found, tracker)
+            models.text_encoders, texts = self._captions(demand, found, tracker)
+            batches = [
+                dataclasses.replace(part.batch().to(META), latents=made, conditions=conditions, **text)
+                for part, (made, conditions), text in zip(demand.parts, latents, texts, strict=True)
+            ]
+            found.sample_bytes = max(
+                _bytes_per_sample((made, conditions, text["conditioning"]), len(part.items))
+                for part, (made, conditions), text in zip(demand.parts, latents, texts)
             )
-            self._train(batch, models, found, tracker)
+            self._train(batches[0] if demand.parts == (demand,) else joined(batches), models, found, tracker)
         return found
 
     # -- before the denoiser -----------------------------------------------------------------------------------------
 
     def _latents(
         self, demand: Demand, models: Models, found: Sizes, tracker: MemoryTracker
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Latents [B, ...] and conditions of the batch, from a VAE where there is one."""
+    ) -> list[Latents]:
+        """Latents [B, ...] and conditions of every part; those of the largest from a VAE where there is one."""
+        first, *others = demand.parts
+        live = not self.config[CachingOptions].caches_latents
+        if self.trainer.family.lacks("vae") or (not live and "vae" not in self.encodes):
+            return [self._empty_latents(part) for part in demand.parts]
+        made = self._encoded(first, models, found, tracker)
+        if live:
+            found.images = bytes_of([part.images(len(part.items), META) for part in demand.parts])
+        return [made, *map(self._empty_latents, others)]
+
+    def _kept(self, part: Demand) -> dict[str, torch.Tensor]:
+        """The pictures beside the images that no encoder reads."""
+        read = self.strategies.latents_caching.encoder.pictures_for(part.bucket)
+        return part.pictures([name for name in part.own_picture if name not in read], len(part.items), META)
+
+    def _empty_latents(self, part: Demand) -> Latents:
+        """As a cache has them."""
+        size, shapes = len(part.items), self.strategies.latents_caching.encoder.condition_shapes(part.bucket)
+        empty = {name: torch.empty(size, *map(abs, shape), device=META) for name, shape in shapes.items()}
+        shape = self.trainer.family.architecture.latents.latent_shape(part.bucket)
+        return torch.empty(size, *shape, device=META), {**self._kept(part), **empty}
+
+    def _encoded(self, demand: Demand, models: Models, found: Sizes, tracker: MemoryTracker) -> Latents:
         caching, family, options = self.strategies.latents_caching, self.trainer.family, self.config[CachingOptions]
         size, live = len(demand.items), not options.caches_latents
         read = caching.encoder.pictures_for(demand.bucket)
-        kept = demand.pictures([name for name in demand.own_picture if name not in read], size, META)
-        if family.lacks("vae") or (not live and "vae" not in self.encodes):
-            shapes = caching.encoder.condition_shapes(demand.bucket)
-            empty = {name: torch.empty(size, *map(abs, shape), device=META) for name, shape in shapes.items()}
-            shape = family.architecture.latents.latent_shape(demand.bucket)
-            return torch.empty(size, *shape, device=META), {**kept, **empty}
         vae = self.trainer.frozen(family.load_vae(self.runtime))
         parts = self.trainer.parts_beside(self.runtime, "vae")
         together = 1 if self.kind == "cpu" else size if live else options.vae_batch_size
@@ -142,44 +165,51 @@ class PhaseTracer:
         found.encoding["latents"] = taken.peak
         if live:
             found.in_step |= {"VAE", *parts}
-            found.images = bytes_of([demand.images(size, META)])
         models.vae, models.extra = vae, dict(parts)
         rows = {"latents": latents, **made}
         rows = {
             name: torch.empty(size, *value.shape[1:], dtype=value.dtype, device=META) for name, value in rows.items()
         }
-        return rows.pop("latents"), {**kept, **rows}
+        return rows.pop("latents"), {**self._kept(demand), **rows}
 
     def _captions(
         self, demand: Demand, found: Sizes, tracker: MemoryTracker
-    ) -> tuple[list[torch.nn.Module | None], Conditioning | None, dict[str, list[torch.Tensor] | None]]:
-        """The text encoders of the step, what is cached of the captions, and the tokens for what is not."""
+    ) -> tuple[list[torch.nn.Module | None], list[dict[str, Any]]]:
+        """The text encoders of the step, and the fields of the batch of every part: what is cached of the captions, and
+        the tokens for what is not."""
         trainer, strategies, runtime = self.trainer, self.strategies, self.runtime
         caching = strategies.text_encoder_outputs_caching
         if self._captions_are_cached or trainer.family.lacks("text_encoders"):
-            return [], self._cached_captions(demand, tracker), {}
+            return [], [{"conditioning": self._cached_captions(part, tracker)} for part in demand.parts]
         encoders = trainer.loaded_text_encoders(runtime)
         for number, encoder in enumerate(encoders, start=1):
             if encoder is not None:
                 name = f"text encoder {number}" if len(encoders) > 1 else "text encoder"
                 found.weights[name] = weights_of(encoder)
-        ids, weights = strategies.tokenize.tokens_of([item.caption for item in demand.items])
-        ids, weights = [tracker.know(part) for part in ids], weights and [part.to(META) for part in weights]
-        tokens = {"input_ids_list": ids, "token_weights_list": weights}
+        tokens = [self._tokens(part, tracker) for part in demand.parts]
         if caching is None:
             found.in_step |= {name for name in found.weights if name.startswith("text encoder")}
-            return encoders, None, tokens
-        with tracker.measured() as taken, torch.no_grad(), runtime.autocast():
-            outputs = strategies.encode(encoders, ids, weights)
-        found.encoding["captions"] = taken.peak
+            return encoders, [{"conditioning": None, **own} for own in tokens]
+        made, found.encoding["captions"] = [], 0
+        for own in tokens:
+            with tracker.measured() as taken, torch.no_grad(), runtime.autocast():
+                outputs = strategies.encode(encoders, own["input_ids_list"], own["token_weights_list"])
+            found.encoding["captions"] = max(found.encoding["captions"], taken.peak)
+            made.append({name: value for name, value in outputs.items() if name not in caching.live})
         needed = set(strategies.layout.encoders_for(caching.live)) if caching.live else set()
         for number, encoder in enumerate(encoders):
             if number not in needed:
                 encoders[number] = None
             elif encoder is not None:
                 found.in_step.add(f"text encoder {number + 1}" if len(encoders) > 1 else "text encoder")
-        conditioning = {name: value for name, value in outputs.items() if name not in caching.live}
-        return encoders, conditioning, tokens if caching.live else {}
+        return encoders, [
+            {"conditioning": found_of, **(own if caching.live else {})} for found_of, own in zip(made, tokens)
+        ]
+
+    def _tokens(self, part: Demand, tracker: MemoryTracker) -> dict[str, Any]:
+        ids, weights = self.strategies.tokenize.tokens_of([item.caption for item in part.items])
+        ids, weights = [tracker.know(one) for one in ids], weights and [one.to(META) for one in weights]
+        return {"input_ids_list": ids, "token_weights_list": weights}
 
     @property
     def _captions_are_cached(self) -> bool:

@@ -19,7 +19,7 @@ from library.training.accelerator_setup import with_forms
 from library.training.adapters import NetworkOptions
 from library.training.computing_options import MemoryOptions
 from library.training.memory.measure import PhaseTracer, Sizes
-from library.training.memory.samples import demands
+from library.training.memory.samples import PackDemand, demands
 from library.training.optimizers import OptimizerOptions
 from library.training.optimizers.host_states import ROOM
 from library.training.optimizers.single_steps import steps_singly
@@ -115,11 +115,13 @@ def quiet() -> Iterator[None]:
 
 
 class FewerSamples:
-    """Plans of a run whose largest batch, `demand`, is made smaller."""
+    """Plans of a run whose largest batch, `demand`, is made smaller; packs are made smaller by their budget."""
 
     def __init__(self, planner: Planner, demand: Demand) -> None:
         self._planner, self._demand = planner, demand
-        self.most = len(demand.items) - 1
+        is_pack = isinstance(demand, PackDemand)
+        self.most = 0 if is_pack else len(demand.items) - 1
+        self.otherwise = "A smaller --navit_token_budget" if is_pack else "A smaller resolution"
 
     def plan(self, config: Config, count: int) -> MemoryPlan:
         """With `count` samples, those of the longest captions."""
@@ -252,8 +254,7 @@ def capacity_of(device: torch.device) -> int | None:
 
 
 def _settings(memory: MemoryOptions, sizes: Sizes) -> str:
-    count = len(sizes.demand.items)
-    words = [f"batch of {count} at {sizes.demand.size}"]
+    words = [sizes.demand.told_as]
     words.append("gradient checkpointing" if memory.gradient_checkpointing else "no gradient checkpointing")
     if memory.blocks_to_swap:
         words.append(f"{memory.blocks_to_swap} block{'' if memory.blocks_to_swap == 1 else 's'} swapped")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from library.core.errors import ConfigError, Problems, did_you_mean
 from library.core.options import Ignored, option, without_effect
 from library.core.registry import Registry, is_path
-from library.training.keyword_args import argument_problems, parse_keyword_args
+from library.training.keyword_args import argument_problems, names_read, parse_keyword_args
 
 if TYPE_CHECKING:
     import torch
@@ -245,10 +245,11 @@ def _nearest(choice: OptimizerChoice) -> str:
 
 
 def _lacks_package(choice: OptimizerChoice, package: str) -> str:
+    others = {OPTIMIZERS.entry(name).package for name in OPTIMIZERS.names()} - {None, "bitsandbytes"}
+    all_of_them = ", or all of these packages with: pip install -e .[optimizers]" if package in others else ""
     return (
         f"--optimizer_type {choice.name} needs the package {package}, which is not installed;"
-        f" install it with: pip install {package}, or all of these packages with: pip install -e .[optimizers]"
-        f"{_nearest(choice)}"
+        f" install it with: pip install {package}{all_of_them}{_nearest(choice)}"
     )
 
 
@@ -294,7 +295,10 @@ def check(options: OptimizerOptions) -> OptimizerBuild:
     ConfigError with every problem."""
     choice = choose(options)
     cls = optimizer_class(choice)
-    problems = argument_problems(cls, choice.kwargs, "optimizer_args", supplied=("params", "lr"), what=choice.name)
+    problems = argument_problems(
+        cls, choice.kwargs, "optimizer_args", supplied=("params", "lr"), what=choice.name,
+        further=names_read(cls) if choice.package == PACKAGES["pytorch_optimizer"] else None,
+    )
     if problems:
         raise ConfigError(problems)
     from torch import nn, zeros

@@ -77,6 +77,8 @@ NOT_OFFERED = {
     "reduce_lr_on_plateau": "it needs a metric after every step, which training does not have",
     "cosine_warmup_with_min_lr": "it needs a warm-up rate that has no option; use cosine_with_min_lr",
 }
+ELSEWHERE = {"cosine_with_restart": "cosine_with_warm_restarts"}
+"""names of other trainers whose meaning is that of one here"""
 RAMP_TYPES = ("linear", "cosine", "1-sqrt")
 
 
@@ -199,10 +201,13 @@ class SchedulerOptions:
         if name in NOT_OFFERED:
             problems.add(f"--lr_scheduler {name} is not offered: {NOT_OFFERED[name]}")
         elif SCHEDULERS.problem(name) is not None:
-            known = SCHEDULERS.names()
+            known, other = SCHEDULERS.names(), ELSEWHERE.get(name)
+            near = f"; here it is called {other}." if other else did_you_mean(name, known) or "."
+            # arguments of what is not known cannot be looked at, and are no second problem
+            later = " --lr_scheduler_args are those of the schedule that it will be" if self.lr_scheduler_args else ""
             problems.add(
-                f"unknown learning rate scheduler '{self.lr_scheduler}' (--lr_scheduler){did_you_mean(name, known) or '.'}"
-                f" Known: {', '.join(known)}"
+                f"unknown learning rate scheduler '{self.lr_scheduler}' (--lr_scheduler){near}"
+                f" Known: {', '.join(known)}.{later}"
             )
         elif name == "cosine_with_min_lr" and self.lr_scheduler_min_lr_ratio is None:
             problems.add("--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio, e.g. 0.1")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from library.core.keyed_random import StepDraws
+    from library.families.latents import LatentSpec
 
 WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
 
@@ -290,6 +291,25 @@ def _try_sampler(options: TimestepOptions, *, is_flow: bool = True) -> None:
     if not fits.all():
         noise = 1 if is_flow else 999
         raise ConfigError(f"{where}, whose sample() gives {times.tolist()}; needed: {told} ({noise} = noise)")
+
+
+def check_one_time(options: TimestepOptions, latents: LatentSpec, reasons: Sequence[str]) -> None:
+    """ConfigError when a sampler from outside gives a sample a noise level for each of its frames or tokens, and a run
+    needs one alone, for these reasons."""
+    if not (reasons and is_own(options.timestep_sampling)):
+        return
+    from library.core.keyed_random import StepDraws
+
+    name, law = options.timestep_sampling, TIMESTEP_SAMPLERS.resolve(options.timestep_sampling)(options)
+    clip = (1024, 1024, 1 + 2 * (latents.temporal_stride or 1))
+    shapes = [latents.latent_shape(size) for size in ((1024, 1024), *([clip] if latents.clips else []))]
+    with foreign_errors(ConfigError, f"--timestep_sampling is {name}, which fails on a batch of two"):
+        times = [law.sample((2, *shape), StepDraws(0, 0, (0, 1))) for shape in shapes]
+    if any(one.ndim > 1 for one in times):
+        raise ConfigError(
+            f"--timestep_sampling is {name}, which gives several noise levels for a sample; that does not go with"
+            f" {' and '.join(reasons)}: use a law with one for each sample"
+        )
 
 
 def check_table(options: TimestepOptions) -> None:

@@ -63,6 +63,21 @@ class InfoNoiseOptions:
         """Optimizer steps before the first renewal."""
         return self.infonoise_N_warm or max(SMALLEST_WARM_UP, int(SHARE_OF_WARM_UP * (total_steps or UNKNOWN_LENGTH)))
 
+    def notices(self, total_steps: int) -> list[str]:
+        """Lines for the log at start: when the levels change at the earliest, or that the run is too short for it."""
+        if not self.infonoise_enabled:
+            return []
+        first = -(-self.warm_up(total_steps) // self.infonoise_M) * self.infonoise_M
+        if first < total_steps:
+            return [
+                f"InfoNoise: noise levels can follow the losses from step {first + 1} on; until then they are drawn as the"
+                " other options say"
+            ]
+        return [
+            f"--infonoise_enabled: its first density would be made after step {first}, and the run has {total_steps}: noise"
+            " levels are drawn as without it; lower --infonoise_N_warm and --infonoise_M, or train longer"
+        ]
+
 
 _WEIGHS = ("weighs the loss by noise level", "InfoNoise puts that weight into how often each level is drawn")
 _NOISES = ("changes the noise", "the losses that InfoNoise compares are those of plain noise")

@@ -226,10 +226,21 @@ class ModelFamily(ABC):
     def check_timesteps(self) -> None:
         """Raise ConfigError when the family has not the chosen way of drawing noise levels."""
         timestep_samplers.check_table(self.config[timestep_samplers.TimestepOptions])
-        self._check_info_noise()
+        self._check_noise_levels()
 
-    def _check_info_noise(self) -> None:
-        info_noise_options.check(self.config, weighs=getattr(self.objective(), "weighs", False))
+    def _check_noise_levels(self) -> None:
+        problems, options = Problems(), self.config[timestep_samplers.TimestepOptions]
+        weighs = getattr(self.objective(), "weighs", False)
+        problems.attempt(lambda: info_noise_options.check(self.config, weighs=weighs))
+        needed = {
+            "--infonoise_enabled, which counts the loss of a sample at its noise level":
+                info_noise_options.is_enabled(self.config),
+            "two experts (--dit_high_noise), of which the noise level of a sample chooses one": self.splits_levels,
+        }  # fmt: skip
+        reasons = [reason for reason, counts in needed.items() if counts]
+        problems.attempt(lambda: timestep_samplers.check_one_time(options, self.architecture.latents, reasons))
+        problems.raise_if_any()
+
 
     @abstractmethod
     def strategies(self, trained: Sequence[bool] = ()) -> StrategySet:
@@ -583,7 +594,7 @@ class FlowFamily(ModelFamily):
 
     def check_timesteps(self) -> None:
         timestep_samplers.check(self.config[timestep_samplers.TimestepOptions], self.timestep_modes)
-        self._check_info_noise()
+        self._check_noise_levels()
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
         """With the sampler of the prompt or of --sample_sampler. ConfigError for one that flow models do not have."""

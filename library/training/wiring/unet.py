@@ -51,6 +51,7 @@ class UNetFamily(ModelFamily):
     """Files, prediction type, latents and sampling. A subclass says what its checkpoints and text encoders are."""
 
     read_values = {"timestep_sampling": timestep_samplers.is_own}
+    refused = {"mixed_precision_transformer": "the denoiser is a U-Net, which computes in one type"}
     kinds: ClassVar[frozenset[str]]
     """kinds of checkpoints (library/checkpoints/kinds.py) that the family trains"""
 

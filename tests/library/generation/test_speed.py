@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from library.generation.flux_options import InferenceModelOptions
 from library.generation.gen_img.options import GenerationModelOptions
 from library.generation.speed_options import SpeedOptions
 from library.generation.wan_options import WanModelOptions
-from library.safetensors_utils import load_safetensors, read_header, save_file_atomic
+from library.safetensors_utils import read_header, save_file_atomic
 from tests.library.generation.tiny_scripts import (
     SCRIPTS,
     TRANSFORMERS,
@@ -27,8 +29,11 @@ from tests.library.generation.tiny_scripts import (
     build,
     denoiser_file,
     made,
+    rewritten,
     with_denoiser,
 )
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +121,6 @@ def test_what_the_device_lacks_is_refused(tinies, tmp_path, monkeypatch):
             made(name, tinies(name), tmp_path, "--fp8_scaled", "--fp8_fast")
 
 
-def rewritten(source: Path, target: Path, kind: torch.dtype, *, only_matrices: bool) -> None:
-    """A denoiser file of another type, all of it or its matrices."""
-    tensors, (_, metadata) = load_safetensors(source, "cpu"), read_header(source)
-    told = {name: text for name, text in (metadata or {}).items() if name == "model_config"}
-    chosen = {name for name, tensor in tensors.items() if not only_matrices or tensor.ndim == 2}
-    written = {name: tensor.to(kind) if name in chosen else tensor for name, tensor in tensors.items()}
-    save_file_atomic(written, target, told)
-
-
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_denoiser_computes_in_the_types_of_its_file(name, tinies, tmp_path, caplog):
     tiny, mixed = tinies(name), ["--mixed_precision_transformer", *in_halves(name)]
@@ -168,17 +164,37 @@ def test_types_of_the_file_stay_beside_all_else(tinies, tmp_path, monkeypatch):
         assert torch.equal(latents(*same), plain), same
     merged, hooked = (latents(f"--lora_weight={lora}", *words) for words in ([], ["--no-merge_lora_weights"]))
     assert distance(merged, plain) > 3 * distance(merged, hooked) > 0
-    (file,) = wan_inference.run([*mixed, f"--lora_weight={lora}", f"--save_merged_model={tmp_path / 'merged.safetensors'}"])
+    target = tmp_path / "merged.safetensors"
+    (file,) = wan_inference.run([*mixed, f"--lora_weight={lora}", f"--save_merged_model={target}"])
     kinds, of_file = ({name: one.dtype for name, one in read_header(one)[0].items()} for one in (file, path))
     assert kinds == {**of_file, **{name: torch.float32 for name in of_file if name.startswith("time_")}}
     assert torch.equal(made("wan", tiny, tmp_path / "out", with_denoiser("wan", tiny, file), mixed[1]), merged)
 
 
 def test_attention_in_16_bits_asks_the_file(tinies, tmp_path, monkeypatch):
-    monkeypatch.setitem(ATTENTION_MODES, "torch_math", dataclasses.replace(ATTENTION_MODES["torch_math"], halves_only=True))
+    halves = dataclasses.replace(ATTENTION_MODES["torch_math"], halves_only=True)
+    monkeypatch.setitem(ATTENTION_MODES, "torch_math", halves)
     words = ["--mixed_precision_transformer", "--attn_mode=torch_math"]
     with pytest.raises(ConfigError, match="numbers of 16 bits alone; add a file that is mostly of 16 bits"):
         made("wan", tinies("wan"), tmp_path, *words)
     path = tmp_path / "whole.safetensors"
     rewritten(denoiser_file("wan", tinies("wan")), path, torch.bfloat16, only_matrices=False)
     made("wan", tinies("wan"), tmp_path, with_denoiser("wan", tinies("wan"), path), *words)
+
+
+HELP = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name).main(["--help"])
+    except SystemExit as end:
+        assert not end.code, name
+    assert "torch" not in sys.modules, name
+"""
+
+
+def test_help_of_every_script_comes_without_torch():
+    names = [name for name in SCRIPTS if name not in ("chroma", "gen_img")]
+    modules = ["library.generation.gen_img.script", *(f"library.generation.{name}_inference" for name in names)]
+    done = subprocess.run([sys.executable, "-c", HELP, *modules], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -125,6 +125,16 @@ def test_the_length_of_the_warm_up() -> None:
     assert InfoNoiseOptions(infonoise_N_warm=7).warm_up(3000) == 7
 
 
+def test_the_page_at_start_tells_when_it_can_begin_and_when_the_run_is_too_short() -> None:
+    def told(total: int, **options) -> str:
+        return " ".join(InfoNoiseOptions(infonoise_enabled=True, **options).notices(total))
+
+    assert "after step 200, and the run has 200" in told(200)
+    assert "from step 201 on" in told(201)
+    assert "from step 21 on" in told(100, infonoise_N_warm=11, infonoise_M=10)
+    assert InfoNoiseOptions().notices(4) == []
+
+
 def test_losses_without_size_keep_the_density_and_a_pivot_of_zero_is_found() -> None:
     sampler = made(infonoise_N_warm=10, infonoise_M=10, infonoise_gate_pivot_c=0.0)
     info = learned(sampler, best_error, steps=250)

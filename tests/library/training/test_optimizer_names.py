@@ -76,3 +76,24 @@ def test_different_rates_are_named_at_start_where_the_optimizer_refuses_them(nam
     optimizers.check_rates(options, [1.0, 1.0])
     optimizers.check_rates(options, [1.0, 0.0])
     optimizers.check_rates(OptimizerOptions(optimizer_type="AdamW"), [1.0, 0.5])
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS.names() if OPTIMIZERS.entry(name).package != "bitsandbytes"])
+def test_an_argument_that_nothing_reads_is_refused(name: str) -> None:
+    """Some packages swallow every keyword."""
+    with pytest.raises(ConfigError, match="sets nonesuch, which"):
+        optimizers.check(OptimizerOptions(optimizer_type=name, optimizer_args=["nonesuch=1"]))
+
+
+def test_arguments_that_are_read_without_a_name_of_their_own_are_taken() -> None:
+    for name, given in (("Adan", "clip_global_grad_norm=1"), ("ScheduleFreeAdamW", "use_palm=True")):
+        optimizers.check(OptimizerOptions(optimizer_type=name, optimizer_args=[given]))
+
+
+def test_the_extra_is_named_for_packages_that_it_has() -> None:
+    def told(name: str) -> str:
+        choice = optimizers.choose(OptimizerOptions(optimizer_type=name))
+        return optimizers._lacks_package(choice, choice.package)
+
+    assert "[optimizers]" in told("Lion") and "[optimizers]" in told("pytorch_optimizer.Lion")
+    assert "[optimizers]" not in told("AdamW8bit") and "[optimizers]" not in told("nowhere.Adam")

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from library.training.summary import BucketSummary, DatasetSummary, StartSummary, start_summary
+from library.training.summary import BucketSummary, DatasetSummary, PackSummary, StartSummary, start_summary
 
 BUCKETS = tuple(BucketSummary(width=64 * n, height=64, num_images=n, num_batches=1) for n in range(1, 11))
 RUN = StartSummary(
@@ -56,6 +56,19 @@ def test_clips_are_called_so_and_their_buckets_tell_frames():
     alone = dataclasses.replace(mixed, num_images=0, buckets=tuple(buckets[1:2]))
     page = start_summary(dataclasses.replace(RUN, datasets=[alone]))
     assert "9 clips of 4 videos, 12" in page and "64x64x9" in page
+
+
+def test_packs_stand_in_the_place_of_batches():
+    packs = PackSummary(count=12, token_budget=16384, fill=0.826, samples=(3, 9), left_out=2)
+    packed = dataclasses.replace(RUN.datasets[0], packs=packs, keeps_sizes=True)
+    page = start_summary(dataclasses.replace(RUN, datasets=[packed]))
+    for words in (
+        "55 per epoch, at their own sizes, 3 held out", "2 samples in the first epoch",
+        "12 packs per epoch of 16384 tokens at most, 83% full in the mean, 3 to 9 samples each",
+        "a pack per process, 3 processes on cuda, 2 packs per step: up to 54 images per step", "640x64         10 images\n",
+    ):
+        assert words in page, words
+    assert "batches" not in page
 
 
 def test_other_cases():

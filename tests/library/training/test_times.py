@@ -6,13 +6,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from library.core.errors import ConfigError
 from library.core.keyed_random import StepDraws
+from library.dataset.architectures import ARCHITECTURES
 from library.training import loss_weights, losses
+from library.training.alignment.self_flow import times_of_tokens
 from library.training.loss_weights import LossWeightOptions
 from library.training.losses import LossOptions
 from library.training.losses.reduction import loss_mask, per_sample_loss
 from library.training.objective import DdpmObjective, FlowMatchingObjective, clean_estimate, expand_like
-from library.training.timestep_samplers import TimestepOptions
+from library.training.timestep_samplers import TimestepOptions, check_one_time
 from library.training.timestep_samplers.baseline import sigmas_from_draws
 
 B, C, F, H, W = 2, 3, 4, 6, 8
@@ -125,3 +128,32 @@ def test_masks_of_frames_follow_the_frames_of_the_latents():
         torch.testing.assert_close(mask[:, :, place], torch.stack(of_frames).mean(dim=0))
     control = loss_mask(torch.rand(B, 3, 16, 16), None, torch.Size((B, C, 3, 2, 2)), masked_loss=True)
     assert control.shape == (B, 1, 1, 2, 2), "one picture counts for all frames"
+
+
+def test_times_of_frames_are_those_of_their_tokens():
+    """For Self-Flow, whose samples have a time for each token: noised by either, latents are the same."""
+    times = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.9, 0.8, 0.7, 0.6]])
+    tokens = times_of_tokens(times, LATENTS, 2)
+    assert tokens.shape == (B, F * (H // 2) * (W // 2)) and torch.equal(tokens, times_of_tokens(tokens, LATENTS, 2))
+    by_frame, by_token = (flow().corrupt(LATENTS, NOISE, each, DRAWS) for each in (times, tokens))
+    assert torch.equal(by_frame.noisy_latents, by_token.noisy_latents)
+    assert torch.equal(times_of_tokens(times[:, 0], LATENTS, 2), times[:, 0])
+
+
+class PerFrame:
+    """A law with a time for each frame of a clip."""
+
+    def __init__(self, options: TimestepOptions) -> None: ...
+
+    def sample(self, latent_shape, draws):
+        return draws.uniform("frames", latent_shape[2:-2]).float()
+
+
+def test_what_needs_one_time_of_a_sample_refuses_laws_with_several():
+    options = TimestepOptions(timestep_sampling=f"{__name__}:PerFrame")
+    clips, pictures = (ARCHITECTURES[name].latents for name in ("wan", "flux"))
+    check_one_time(options, clips, [])
+    check_one_time(options, pictures, ["a reason"])
+    check_one_time(TimestepOptions(), clips, ["a reason"])
+    with pytest.raises(ConfigError, match="gives several noise levels for a sample; that does not go with a reason"):
+        check_one_time(options, clips, ["a reason"])
