@@ -97,17 +97,48 @@ def _next_fit(order: Sequence[int], tokens: Mapping[int, int], packing: Packing)
 def _first_fit_decreasing(order: Sequence[int], tokens: Mapping[int, int], packing: Packing) -> list[list[int]]:
     packs: list[list[int]] = []
     totals: list[int] = []
+    rooms = _Rooms(len(order))
     for item in sorted(order, key=lambda item: -tokens[item]):  # equal ones stay in their order
-        for number, pack in enumerate(packs):
-            if _fits(pack, totals[number], tokens[item], packing):
-                break
-        else:
+        number = rooms.first(tokens[item])
+        if number is None:
             number = len(packs)
             packs.append([])
             totals.append(0)
         packs[number].append(item)
         totals[number] += tokens[item]
+        is_full = len(packs[number]) == packing.max_samples
+        rooms.set(number, _NO_ROOM if is_full else packing.token_budget - totals[number])
     return packs
+
+
+_NO_ROOM = -1
+
+
+class _Rooms:
+    """What is left in each of some packs. The first one with enough is found in log(packs) steps: whole epochs have
+    thousands of packs. Those that are not begun have no room."""
+
+    def __init__(self, count: int) -> None:
+        self.width = 1 << max(count - 1, 0).bit_length()
+        self.largest = [_NO_ROOM] * (2 * self.width)
+        """a tree: node n has the larger one of nodes 2n and 2n + 1, and the packs begin at node `width`"""
+
+    def set(self, number: int, room: int) -> None:
+        node = self.width + number
+        self.largest[node] = room
+        while node > 1:
+            node //= 2
+            self.largest[node] = max(self.largest[2 * node], self.largest[2 * node + 1])
+
+    def first(self, needed: int) -> int | None:
+        """The first pack with this much room; None where no pack has."""
+        if self.largest[1] < needed:
+            return None
+        node = 1
+        while node < self.width:
+            node *= 2
+            node += self.largest[node] < needed
+        return node - self.width
 
 
 def _fits(pack: Sequence[int], total: int, more: int, packing: Packing) -> bool:

@@ -183,7 +183,7 @@ def _network_problems(options: NetworkOptions) -> Iterator[str]:
         yield f"--network_dropout is {options.network_dropout}, which {OF_SAMPLES}: leave it or --navit_packing out"
     given = dict(pair.partition("=")[::2] for pair in options.network_args or ())
     for name, value in given.items():
-        if "dropout" in name and name != "module_dropout" and value not in ("0", "0.0", "None", ""):
+        if name.endswith("dropout") and name != "module_dropout" and value not in ("0", "0.0", "None", ""):
             yield f"--network_args {name}={value}: it {OF_SAMPLES}: leave it or --navit_packing out"
     if "tlora" in (options.network_module or "") or given.get("algo", "").lower() == "tlora":
         yield (

@@ -18,6 +18,7 @@ from tests.golden_tests.test_metadata_run import metadata_of
 from tests.runs.conftest import Work, fingerprint
 from tests.runs.families import Tinies, refused_run
 from tests.runs.test_packing import draw, mixed_dataset, shaken, step_results
+from tests.tiny_clips import write_moving_shapes
 
 NATIVE = ("--navit_packing", "--navit_native_resolution")
 SIZES = ((70, 55), (90, 64), (64, 110), (130, 40), (64, 64))
@@ -75,8 +76,12 @@ def test_a_cache_that_is_made_beforehand_is_used(odd: Work, monkeypatch: pytest.
     assert fingerprint(from_files) == fingerprint(in_memory)
 
 
+CACHED = ("--cache_text_encoder_outputs", "--network_train_unet_only")
+
+
 @pytest.mark.parametrize(("family", "more"), [
-    ("flux", ("--apply_t5_attn_mask",)), ("chroma", ()), ("lumina", ()), ("hunyuan_video", ()),
+    ("flux", ("--apply_t5_attn_mask",)), ("flux", ("--apply_t5_attn_mask", *CACHED)), ("chroma", ()), ("lumina", ()),
+    ("lumina", CACHED), ("lumina", ("--cache_text_encoder_outputs", "--text_encoder_lr=1e-3")), ("hunyuan_video", ()),
 ])  # fmt: skip
 def test_losses_without_padding_are_those_with_it(
     tinies: Tinies, tmp_path: Path, family: str, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -87,14 +92,13 @@ def test_losses_without_padding_are_those_with_it(
     results = []
     for out, options in (("whole", ()), ("cut", ("--navit_text_trim_padding",))):
         run = work.prepare(out, "--navit_packing", *more, *options, dataset=mixed_dataset(work))
-        original = run.family.of_pack
+        original, masks = run.step.inputs_of, [text.mask for text in run.family.padded_texts]
 
-        def noting(conditioning):
-            found = original(conditioning)
-            lengths.append({text.mask: found[text.mask].shape[1] for text in run.family.padded_texts})
-            return found
+        def noting(sample, conditioning, batch):
+            lengths.append({mask: conditioning[mask].shape[1] for mask in masks})
+            return original(sample, conditioning, batch)
 
-        run.family.of_pack = noting
+        run.step.inputs_of = noting
         shaken(run)
         (pack,) = run.data.batches(1)
         results.append(step_results(run, [pack]))
@@ -197,3 +201,28 @@ def test_infonoise_learns_from_packs(odd: Work) -> None:
     run.step(pack)
     rows = torch.cat(hook._of_step)  # (place, log ratio, error)
     assert sorted(rows[:, 0].tolist()) == [0, 1, 2, 3, 4] and rows.isfinite().all()
+
+
+CLIPS = """
+[[datasets]]
+video_directory = '{folder}'
+caption_extension = ".txt"
+resolution = [32, 32]
+target_frames = [5, 9]
+frame_extraction = "head"
+"""
+
+
+def test_clips_of_several_sizes_and_lengths_are_packed(tinies: Tinies, tmp_path: Path) -> None:
+    for size in ((70, 54), (100, 40)):
+        write_moving_shapes(tmp_path / f"{size[0]}", 1, size=size)
+    work, dataset = tinies.work("wan", tmp_path), tmp_path / "clips.toml"
+    dataset.write_text("".join(CLIPS.format(folder=tmp_path / name) for name in ("70", "100")), encoding="utf-8")
+    run = work.prepare("out", *NATIVE, dataset=dataset)
+    shaken(run)
+    packs = list(run.data.batches(1))
+    shapes = {tuple(part.images.shape[-3:]) for pack in packs for part in pack.parts}
+    assert shapes == {(5, 48, 64), (9, 48, 64), (5, 32, 96), (9, 32, 96)}
+    for pack in packs:
+        losses, _ = step_results(run, [pack])
+        assert losses == pytest.approx(step_results(run, pack.parts)[0], rel=1e-5)
