@@ -254,7 +254,8 @@ class _Resolver:
     def _buckets(self, dataset: DatasetTables, scope: Scope, values: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of buckets as they count, checked."""
         if self.native is not None:
-            check_resolution(scope, self.architecture, self.problems)
+            if not dataset.is_flat:  # these have one, of any sides
+                check_resolution(scope, self.architecture, self.problems)
             self.warnings += idle_beside_native(dataset)
             return {
                 "enable_bucket": True, "bucket_rule": RULE, "bucket_reso_steps": self.native.step, "native": self.native

@@ -223,3 +223,20 @@ def test_clips_of_several_sizes_and_lengths_are_packed(tinies: Tinies, tmp_path:
     for pack in packs:
         losses, _ = step_results(run, [pack])
         assert losses == pytest.approx(step_results(run, pack.parts)[0], rel=1e-5)
+
+
+def test_sides_are_within_the_positions_of_the_model(tinies: Tinies, tmp_path: Path) -> None:
+    work = tinies.work("sd3", tmp_path)
+    limit = work.trainer("out").family.side_limit().pixels
+    draw(work.images, ((limit + 40, 64), (limit, 64)))
+    run = work.prepare("out", *NATIVE)
+    sizes = {size for pack in run.data.batches(1) for size in sizes_of(pack)}
+    assert {(limit, 64), (limit, 48)} <= sizes and max(width for width, _ in sizes) == limit
+
+
+def test_the_resolution_of_flat_datasets_is_of_any_sides(tinies: Tinies, tmp_path: Path) -> None:
+    work, dataset = tinies.work("wan", tmp_path), tmp_path / "flat.toml"
+    draw(work.images, ((70, 50),) * 4)
+    dataset.write_text(f"[[datasets]]\nimage_directory = '{work.images}'\ncaption_extension = '.txt'\nresolution = [50, 50]\n")
+    run = work.prepare("out", *NATIVE, dataset=dataset)
+    assert {size for pack in run.data.batches(1) for size in sizes_of(pack)} == {(64, 48)}
