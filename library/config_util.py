@@ -157,7 +157,8 @@ def load_blueprint(
 
     `content` is the parsed configuration where the caller has it already. `explicit` are the options that the user
     wrote; `script` decides the kinds of dataset (`supports_cn`, `supports_dropout` override its rules). With `native`
-    pictures keep their sizes, and settings of buckets have no effect. Files named in the configuration are not looked at; that is the scan's part. Raises DatasetConfigError with all problems.
+    pictures keep their sizes, and settings of buckets have no effect. Files named in the configuration are not looked
+    at; that is the scan's part. Raises DatasetConfigError with all problems.
     """
     problems, warnings = ProblemList(), []
     rules = rules_of(script, options, supports_cn, supports_dropout)
