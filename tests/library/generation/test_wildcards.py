@@ -66,6 +66,14 @@ def test_what_is_wrong_is_told_before_anything_is_drawn(wildcards: Wildcards, te
         assert len(problems) == 1 and told in problems[0]
 
 
+@pytest.mark.parametrize("folder", ["", "nowhere"])
+def test_the_folder_has_to_be_one(folder: str) -> None:
+    with pytest.raises(ConfigError, match=f"--prompt_wildcards is '{folder}'; needed: a folder"):
+        SessionOptions(prompt_wildcards=folder)
+    with pytest.raises(ConfigError, match=f"--prompt_wildcards is '{folder}'; needed: a folder"):
+        GenerationPromptOptions(prompt="a cat", prompt_wildcards=folder)
+
+
 def test_wildcards_that_lead_back_to_themselves_end(wildcards: Wildcards) -> None:
     (Path(wildcards.folder) / "loop.txt").write_text("again __loop__\n", encoding="utf-8")
     assert wildcards.problems("__loop__") == []
