@@ -12,7 +12,7 @@ import torch
 from library.core.errors import AtelierError
 from library.dataset.packed_batch import PackedBatch
 from library.training import cache_tools
-from library.training.hooks.info_noise import InfoNoiseHook
+from library.training.hooks.info_noise import InfoNoiseHook, some_of
 from library.training.packing_options import idle_beside_packs
 from tests.golden_tests.test_metadata_run import metadata_of
 from tests.runs.conftest import Work, fingerprint
@@ -247,3 +247,21 @@ def test_the_resolution_of_flat_datasets_is_of_any_sides(tinies: Tinies, tmp_pat
     dataset.write_text(f"[[datasets]]\n{keys}")
     run = work.prepare("out", *NATIVE, dataset=dataset)
     assert {size for pack in run.data.batches(1) for size in sizes_of(pack)} == {(64, 48)}
+
+
+def test_of_many_sizes_some_tell_the_law() -> None:
+    shapes = [(16, 4 + number % 37, 4 + number // 37) for number in range(37 * 50)]
+    chosen = some_of(shapes)
+    areas = [height * width for _, height, width in chosen]
+    assert len(chosen) == 64 and areas == sorted(areas) and areas[0] == 16 and areas[-1] == 40 * 53
+    assert some_of(shapes[:64]) == shapes[:64]
+
+
+def test_no_step_of_any_epoch_has_more_samples_than_samplers_are_told(odd: Work) -> None:
+    draw(odd.images, ((64, 64),) * 6 + ((128, 64),) * 7)
+    run = odd.prepare("out", *NATIVE, "--navit_token_budget=64")
+    most = [
+        max(sum(len(batch.items) for batch in step) for step in run.data.train.plan(epoch, 5, 1))
+        for epoch in range(1, 60)
+    ]  # fmt: skip
+    assert most[0] < max(most) <= run.data.samples_per_step == 4
