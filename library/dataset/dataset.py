@@ -40,6 +40,7 @@ from library.dataset.samples import Geometry, image_tensor, mask_tensor, picture
 from library.dataset.shared_tensors import SharedTensors
 from library.dataset.strategies import Conditioning, StrategySet
 from library.dataset.text_caching import cached_caption
+from library.dataset.text_padding import PaddedText, without_padding
 from library.families.latents import PLAIN, Bucket
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class Dataset:
         """of textual inversion, applied to every caption that is tokenized"""
         self.empty_caption: ImageItem | None = None
         """carries the cached outputs of "", for captions that are dropped"""
+        self.cut_texts: Sequence[PaddedText] = ()
+        """of packs"""
         self.assignment = self._assign()
         self._warned_masks: set[str] = set()
 
@@ -187,7 +190,13 @@ class Dataset:
             )
             for bucket in sorted(places)
         ]
-        return PackedBatch(request, [self.load(part) for part in parts])
+        return PackedBatch(request, [self._cut(self.load(part)) for part in parts])
+
+    def _cut(self, part: Batch) -> Batch:
+        """A part of a pack with cached texts as long as the longest of them."""
+        if part.conditioning is None or not self.cut_texts:
+            return part
+        return dataclasses.replace(part, conditioning=without_padding(part.conditioning, self.cut_texts))
 
     def packs(self, packing: Packing, epoch: int, seed: int) -> list[Pack]:
         """The packs of an epoch."""
@@ -401,6 +410,11 @@ class DatasetGroup(torch.utils.data.Dataset):
                     dataset.params.label, len(alone), packing.token_budget,
                     listed([item.absolute_path for item in alone]),
                 )
+
+    def cut_texts_of_packs(self, texts: Sequence[PaddedText]) -> None:
+        """Leave out what no caption of a size fills; before loader workers start."""
+        for dataset in self.datasets:
+            dataset.cut_texts = texts
 
     def set_max_train_steps(self, max_train_steps: int) -> None:
         """For settings that are a part of all steps; before loader workers start."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from library.families.latent_colours import KL_F8C4
 from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
@@ -73,6 +74,7 @@ FAMILY = FamilyRecord(
             options=("--v_parameterization",),
         ),
     ),
+    latent_colours=KL_F8C4,
     latents=LatentSpec(channels=4, spatial_stride=8, fingerprint="ldm-f8c4"),
     bucket_step=64,
     caches=CacheNames(latents="_sd.npz", legacy_keys=True),

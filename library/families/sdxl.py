@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from library.families.latent_colours import KL_F8C4_XL
 from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
@@ -43,6 +44,7 @@ FAMILY = FamilyRecord(
     pictures="sdxl_gen_img.py",
     image_script="library.generation.sdxl_inference:SCRIPT",
     tiny=(TinyModel(name="sdxl", title="SDXL", build="library.tiny_models.sdxl_tiny:build_tiny_sdxl"),),
+    latent_colours=KL_F8C4_XL,
     latents=LatentSpec(channels=4, spatial_stride=8, fingerprint="ldm-f8c4"),
     bucket_step=32,
     caches=CacheNames(latents="_sdxl.npz", text="_te_outputs.npz", legacy_keys=True),

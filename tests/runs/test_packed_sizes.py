@@ -76,8 +76,12 @@ def test_a_cache_that_is_made_beforehand_is_used(odd: Work, monkeypatch: pytest.
     assert fingerprint(from_files) == fingerprint(in_memory)
 
 
+CACHED = ("--cache_text_encoder_outputs", "--network_train_unet_only")
+
+
 @pytest.mark.parametrize(("family", "more"), [
-    ("flux", ("--apply_t5_attn_mask",)), ("chroma", ()), ("lumina", ()), ("hunyuan_video", ()),
+    ("flux", ("--apply_t5_attn_mask",)), ("flux", ("--apply_t5_attn_mask", *CACHED)), ("chroma", ()), ("lumina", ()),
+    ("lumina", CACHED), ("lumina", ("--cache_text_encoder_outputs", "--text_encoder_lr=1e-3")), ("hunyuan_video", ()),
 ])  # fmt: skip
 def test_losses_without_padding_are_those_with_it(
     tinies: Tinies, tmp_path: Path, family: str, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -88,14 +92,13 @@ def test_losses_without_padding_are_those_with_it(
     results = []
     for out, options in (("whole", ()), ("cut", ("--navit_text_trim_padding",))):
         run = work.prepare(out, "--navit_packing", *more, *options, dataset=mixed_dataset(work))
-        original = run.family.of_pack
+        original, masks = run.step.inputs_of, [text.mask for text in run.family.padded_texts]
 
-        def noting(conditioning):
-            found = original(conditioning)
-            lengths.append({text.mask: found[text.mask].shape[1] for text in run.family.padded_texts})
-            return found
+        def noting(sample, conditioning, batch):
+            lengths.append({mask: conditioning[mask].shape[1] for mask in masks})
+            return original(sample, conditioning, batch)
 
-        run.family.of_pack = noting
+        run.step.inputs_of = noting
         shaken(run)
         (pack,) = run.data.batches(1)
         results.append(step_results(run, [pack]))

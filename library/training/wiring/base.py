@@ -15,6 +15,7 @@ from library.core.errors import CheckpointError, ConfigError, Problems, Unsuppor
 from library.core.options import AUTO, Config, Ignored, without_effect
 from library.core.registry import import_target
 from library.dataset import CachingOptions
+from library.dataset.text_padding import PaddedText
 from library.training import timestep_samplers
 from library.training.attention_options import (
     ATTENTION_SWITCHES,
@@ -37,7 +38,6 @@ from library.training.sampling_prompts import (
     SamplePrompt,
     with_defaults,
 )
-from library.training.text_padding import PaddedText, without_padding
 from library.training.timestep_samplers import info_noise_options
 
 if TYPE_CHECKING:
@@ -202,9 +202,9 @@ class ModelFamily(ABC):
         """The texts of its conditioning whose padding makes no difference, as the denoiser does not attend to it."""
         return ()
 
-    def of_pack(self, conditioning: Conditioning) -> Conditioning:
-        """The conditioning of one size of a pack: shorter with --navit_text_trim_padding."""
-        return without_padding(conditioning, self.padded_texts) if trims_text(self.config) else conditioning
+    def texts_to_cut(self) -> Sequence[PaddedText]:
+        """Those of `padded_texts` that are cut in packs: with --navit_text_trim_padding."""
+        return self.padded_texts if trims_text(self.config) else ()
 
     @property
     def splits_levels(self) -> bool:
