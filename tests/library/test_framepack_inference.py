@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from library.core.errors import ConfigError
 from library.generation import framepack_inference
+from library.generation.framepack_pipeline import FramePackPipeline
 from library.generation.framepack_requests import FramePackRequest
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models import build_tiny
@@ -131,8 +132,12 @@ def test_every_solver_and_table_makes_its_own_video(tiny, tmp_path):
         run(tiny, tmp_path, lines_file(tmp_path, "a --ss heun"), "--magcache_mag_ratios=0", prompt="")
 
 
-def test_a_video_starts_from_another_one(tiny, pictures, tmp_path):
+def test_a_video_starts_from_another_one(tiny, pictures, tmp_path, monkeypatch):
     """Of two sections, made from either end: without steps it is that clip, with all of them a new one."""
+    encodings, encoded_clip = [], FramePackPipeline.starting_clip
+    monkeypatch.setattr(
+        FramePackPipeline, "starting_clip", lambda *given: encodings.append(encoded_clip(*given)) or encodings[-1]
+    )
     clip = tmp_path / "clip"
     clip.mkdir()
     for number in range(17):
@@ -141,7 +146,8 @@ def test_a_video_starts_from_another_one(tiny, pictures, tmp_path):
     for more in ([], ["--f1"]):
         kept = latent(tiny, tmp_path / "kept", *two, start, "--strength=0", *more)
         encoded = latent(tiny, tmp_path / "direct", *two, start, "--strength=0", "--noise_mode=direct", *more)
-        assert torch.equal(kept, encoded) and kept.shape[1] == 5
+        assert torch.equal(kept, encoded) and kept.shape[1] == 5 and not torch.equal(kept[:, 1:3], kept[:, 3:])
+        assert torch.equal(kept[:, 1:], encodings[-1][0, :, 1:]), "each section has its own part of the clip"
         half = latent(tiny, tmp_path / "half", *two, start, "--strength=0.67", *more)
         extra = latent(tiny, tmp_path / "extra", *two, start, "--strength=0.67", "--v2_extra_noise=0.1", *more)
         whole = latent(tiny, tmp_path / "whole", *two, start, "--strength=1", *more)
