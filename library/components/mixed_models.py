@@ -38,24 +38,27 @@ def entry_dtype(model: nn.Module, example: Tensor) -> torch.dtype:
     return model.__dict__.get("computes_in") or example.dtype
 
 
-def compute_as_stored(model: nn.Module, otherwise: torch.dtype) -> StoredTypes:
+def compute_as_stored(model: nn.Module, otherwise: torch.dtype, *, in_autocast: bool = False) -> StoredTypes:
     """Let a model compute that was loaded with the types of its file, before adapters are put into its layers.
 
     The type of most of its numbers is that between layers, or `otherwise` where most are in fewer bits. A layer of
     another type casts what it is given, computes in its own type, autocast or not, and rounds its output. A model all
-    of one type computes as it would without. What the model itself keeps in float32 (`float32_parts`, beginnings of names)
-    is left alone.
+    of one type computes as it would without. What the model itself keeps in float32 (`float32_parts`, beginnings of
+    names) is left alone. `in_autocast`: forwards run inside autocast to `otherwise`, which is the type between layers
+    then, and layers whose weights are no wider are left to it.
     """
     numbers, tensors = Counter[torch.dtype](), Counter[torch.dtype]()
     for parameter in model.parameters():
         numbers[parameter.dtype] += parameter.numel()
         tensors[parameter.dtype] += 1
     most = max(numbers, key=lambda kind: numbers[kind], default=otherwise)
-    computed = most if most in COMPUTED else otherwise
+    computed = most if most in COMPUTED and not in_autocast else otherwise
     left = getattr(model, "float32_parts", ())
     for name, layer in model.named_modules():
         is_layer = next(layer.children(), None) is None and next(layer.parameters(recurse=False), None) is not None
-        if is_layer and not (left and name.startswith(left)):
+        if not is_layer or (left and name.startswith(left)):
+            continue
+        if not in_autocast or any(one.dtype == torch.float32 for one in layer.parameters(recurse=False)):
             _wrap(layer, computed)
     model.computes_in = computed
     return StoredTypes(computed, dict(tensors.most_common()))

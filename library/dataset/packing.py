@@ -44,6 +44,17 @@ def packs_of_epoch(
     return packs
 
 
+def most_samples(samples: Sequence[int], tokens: Mapping[int, int], packing: Packing) -> int:
+    """How many samples a pack of any epoch has at most: the smallest ones together."""
+    count, total = 0, 0
+    for item in sorted(samples, key=lambda item: tokens[item]):
+        total += tokens[item]
+        if count and total > packing.token_budget:
+            break
+        count += 1
+    return min(count, packing.max_samples or count)
+
+
 def fill_of(packs: Sequence[Pack], tokens: Mapping[int, int], packing: Packing) -> float:
     """Which part of the budget packs fill in the mean."""
     return sum(_total(pack, tokens) for pack in packs) / (packing.token_budget * max(len(packs), 1))
@@ -97,17 +108,48 @@ def _next_fit(order: Sequence[int], tokens: Mapping[int, int], packing: Packing)
 def _first_fit_decreasing(order: Sequence[int], tokens: Mapping[int, int], packing: Packing) -> list[list[int]]:
     packs: list[list[int]] = []
     totals: list[int] = []
+    rooms = _Rooms(len(order))
     for item in sorted(order, key=lambda item: -tokens[item]):  # equal ones stay in their order
-        for number, pack in enumerate(packs):
-            if _fits(pack, totals[number], tokens[item], packing):
-                break
-        else:
+        number = rooms.first(tokens[item])
+        if number is None:
             number = len(packs)
             packs.append([])
             totals.append(0)
         packs[number].append(item)
         totals[number] += tokens[item]
+        is_full = len(packs[number]) == packing.max_samples
+        rooms.set(number, _NO_ROOM if is_full else packing.token_budget - totals[number])
     return packs
+
+
+_NO_ROOM = -1
+
+
+class _Rooms:
+    """What is left in each of some packs. The first one with enough is found in log(packs) steps: whole epochs have
+    thousands of packs. Those that are not begun have no room."""
+
+    def __init__(self, count: int) -> None:
+        self.width = 1 << max(count - 1, 0).bit_length()
+        self.largest = [_NO_ROOM] * (2 * self.width)
+        """a tree: node n has the larger one of nodes 2n and 2n + 1, and the packs begin at node `width`"""
+
+    def set(self, number: int, room: int) -> None:
+        node = self.width + number
+        self.largest[node] = room
+        while node > 1:
+            node //= 2
+            self.largest[node] = max(self.largest[2 * node], self.largest[2 * node + 1])
+
+    def first(self, needed: int) -> int | None:
+        """The first pack with this much room; None where no pack has."""
+        if self.largest[1] < needed:
+            return None
+        node = 1
+        while node < self.width:
+            node *= 2
+            node += self.largest[node] < needed
+        return node - self.width
 
 
 def _fits(pack: Sequence[int], total: int, more: int, packing: Packing) -> bool:

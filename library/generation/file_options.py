@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.core.errors import ConfigError
 from library.core.options import option
@@ -11,6 +12,13 @@ from library.core.options import option
 IMAGE_FORMATS = ("png", "webp", "jpeg")
 ENDINGS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 DEFAULT_QUALITY = 95
+
+
+def wildcard_folder_problem(folder: str | None) -> str | None:
+    """What is wrong with the value of --prompt_wildcards; None where it is a folder, or not given."""
+    if folder is None or (folder and Path(folder).is_dir()):
+        return None
+    return f"--prompt_wildcards is '{folder}'; needed: a folder with files NAME.txt"
 
 
 @dataclass(frozen=True, kw_only=True)

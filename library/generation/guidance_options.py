@@ -44,13 +44,13 @@ def read_schedule(text: str) -> tuple[ScheduledSteps, ...]:
     for token in (part.strip() for part in text.split(",")):
         match = _TOKEN.fullmatch(token)
         if match is None:
-            problems.append(f"cfg_schedule has '{token}'; needed: {SCHEDULE_FORM}")
+            problems.append(f"--cfg_schedule has '{token}'; needed: {SCHEDULE_FORM}")
             continue
         piece = _piece(match)
         if piece.first < 1 or (piece.last is not None and piece.last < piece.first):
-            problems.append(f"cfg_schedule has '{token}'; needed: steps from 1 on, the first one before the last one")
+            problems.append(f"--cfg_schedule has '{token}'; needed: steps from 1 on, the first one before the last one")
         elif piece.left_out and piece.scale is not None:
-            problems.append(f"cfg_schedule has '{token}'; steps that are left out have no scale, leave it away")
+            problems.append(f"--cfg_schedule has '{token}'; steps that are left out have no scale, leave it away")
         pieces.append(piece)
     if problems:
         raise ConfigError(problems)
@@ -75,7 +75,7 @@ def scheduled_scales(text: str, steps: int, default: float | None = None) -> dic
     beyond = sorted({piece.last for piece in pieces if piece.last is not None and piece.last > steps})
     if beyond:
         raise ConfigError(
-            f"cfg_schedule names step {', '.join(map(str, beyond))}; there are {steps} steps, numbered from 1 on"
+            f"--cfg_schedule names step {', '.join(map(str, beyond))}; there are {steps} steps, numbered from 1 on"
         )
     found: dict[int, float | None] = {}
     for piece in pieces:
@@ -127,7 +127,7 @@ class GuidanceOptions:
     def __post_init__(self) -> None:
         problems = guidance_problems(self.request_fields())
         if problems:
-            raise ConfigError([f"--{problem}" for problem in problems])
+            raise ConfigError(problems)
 
     def request_fields(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in GUIDANCE_FIELDS}
@@ -151,7 +151,7 @@ def guidance_problems(values: Mapping[str, Any], steps: int | None = None) -> li
         problems += problems_of(lambda: scheduled_scales(schedule, LARGEST_STEPS if steps is None else steps))
     if values["perp_neg"] is not None and values["cfgzerostar_scaling"]:
         problems.append(
-            "perp_neg and --cfgzerostar_scaling are both given; each makes its own prediction of both prompts, leave one"
+            "--perp_neg and --cfgzerostar_scaling are both given; each makes its own prediction of both prompts, leave one"
             " out"
         )
     return problems

@@ -165,8 +165,11 @@ def gif_of(frames: Sequence[Image.Image], fps: float) -> bytes:
 
 def image_texts(image: Image.Image) -> dict[str, str]:
     """The text entries of an open picture file."""
-    texts = getattr(image, "text", {}) or _exif_texts(image)
-    return {str(name): str(text) for name, text in texts.items()}
+    try:
+        texts = getattr(image, "text", {})
+    except Exception:  # the pixels are cut off or damaged, which Pillow reads before; most writers set texts before them
+        texts = {name: text for name, text in image.info.items() if isinstance(text, str)}
+    return {str(name): str(text) for name, text in (texts or _exif_texts(image)).items()}
 
 
 def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:

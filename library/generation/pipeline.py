@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 import torch
 from torch import Tensor, nn
 
+from library.core.errors import AtelierError
 from library.device_utils import clean_memory_on_device
 from library.families.latents import Bucket, LatentSpec
 from library.families.registry import record_of
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from library.dataset.strategies import StrategySet
     from library.generation.adapters import LoadedAdapters
     from library.generation.picture_files import Picture
+    from library.training.inference_samplers.flow import Observe
     from library.training.sampling_prompts import SamplePrompt
 
 
@@ -44,6 +46,8 @@ class PicturePipeline(ABC, Generic[Request]):
     """None where latents are wanted alone"""
     control: Control | None = field(default=None, kw_only=True)
     """nets that guide every forward of the denoiser by pictures, in families that have some"""
+    observe: Observe | None = field(default=None, kw_only=True)
+    """sees the clean latents as far as they can be told in each step"""
     further: Mapping[str, Conditioning] = field(default_factory=dict, kw_only=True)
     """texts of the request at hand beside the prompt and the negative one (`PictureRequest.further_texts`)"""
 
@@ -130,12 +134,19 @@ class PictureMaker(Generic[Request]):
 
     @torch.no_grad()
     def generate(self, request: Request) -> Tensor:
-        """Latents of one picture; `request` is complete."""
+        """Latents of one picture; `request` is complete. AtelierError where they are not finite, which would decode to
+        black."""
         self.adapters.set_multipliers(request.multipliers)
         conditioning, negative = self.conditioning(request)
         self.pipeline.further = self.further(request)
         with self._at_work([self.pipeline.denoiser], self.device, self.denoiser_waits), self.computing():
-            return self.pipeline.latents(request, conditioning, negative)
+            latents = self.pipeline.latents(request, conditioning, negative)
+        if not bool(torch.isfinite(latents).all()):
+            raise AtelierError(
+                "the latents have values that are not finite: the model overflows in its number format (bfloat16 and"
+                " float32 have room), or a scale or the weight of a word is too large"
+            )
+        return latents
 
     @torch.no_grad()
     def conditioning(self, request: Request) -> tuple[Conditioning, Conditioning | None]:

@@ -52,6 +52,8 @@ class Previews:
     def __call__(self, step: int, steps: int, latents: Tensor) -> None:
         """Of latents [1, C, h, w] or [1, C, F, h, w]. A preview that cannot be written is told; the picture is made all
         the same."""
+        if step == 1 and steps < self.every:
+            logger.info("no preview: --preview_latent_every is %d, and there are %d", self.every, steps)
         if step % self.every:
             return
         first = latents[0] if latents.ndim == 5 else latents[0][:, None]  # [C, F, h, w]

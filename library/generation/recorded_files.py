@@ -11,6 +11,7 @@ from typing import Any
 
 from library.core.errors import AtelierError, ConfigError, Problems
 from library.core.options import converter_of, option_fields, shortened
+from library.generation.foreign_texts import fields_of_other_program, is_graph
 from library.generation.recorded_requests import CODE_OPTIONS, ENTRY, RecordedSettings
 
 SPELLINGS: Mapping[str, str] = {
@@ -36,6 +37,8 @@ def read_file_texts(path: str | os.PathLike[str]) -> dict[str, str]:
     from library.dataset.clips.video_files import VIDEO_EXTENSIONS
 
     file = Path(path)
+    if file.is_dir():
+        raise ConfigError(f"{path} is a folder; needed: a file")
     if not file.is_file():
         raise ConfigError(f"{path}: there is no such file")
     if file.suffix.lower() in VIDEO_EXTENSIONS:
@@ -60,6 +63,13 @@ def size_of(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     return image_size(str(path)) if Path(path).suffix.lower() in image_extensions() else None
 
 
+def told_fields(texts: Mapping[str, str]) -> dict[str, str]:
+    """Fields of requests in the entries of a file without ENTRY, by the names of SPELLINGS or in the one text of
+    another program."""
+    plain = {name.lower().removeprefix(PREFIX): text for name, text in texts.items()}
+    return {SPELLINGS[name]: text for name, text in plain.items() if name in SPELLINGS} or fields_of_other_program(plain)
+
+
 def settings_of_file(
     path: str, script: str, as_options: Callable[[Mapping[str, Any]], dict[str, Any]]
 ) -> RecordedSettings:
@@ -76,8 +86,12 @@ def settings_of_file(
                 f"--from_metadata is {path}, which {settings.script} has made; needed: a file of {script}"
             )
         return settings
-    plain = {name.lower().removeprefix(PREFIX): text for name, text in texts.items()}
-    fields: dict[str, Any] = {SPELLINGS[name]: text for name, text in plain.items() if name in SPELLINGS}
+    fields: dict[str, Any] = dict(told_fields(texts))
+    if is_graph(fields.get("prompt", "")):
+        raise ConfigError(
+            f"--from_metadata is {path}, a picture of ComfyUI, whose graph does not say which of its texts is the prompt;"
+            " give prompt and settings on the command line (tools/metaview.py shows the graph)"
+        )
     if "prompt" not in fields:
         raise ConfigError(
             f"--from_metadata is {path}; it tells no settings, it may have been written with --no_metadata"

@@ -9,12 +9,11 @@ import dataclasses
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.core.errors import ConfigError
 from library.core.options import option
-from library.generation.file_options import PictureFileOptions
+from library.generation.file_options import PictureFileOptions, wildcard_folder_problem
 from library.generation.guidance_options import asks_guidance
 from library.training.sampling_prompts import DRAWN, LineOption, read_number, read_picture_side, read_seed, read_steps
 
@@ -143,8 +142,9 @@ class SessionOptions(PictureFileOptions):
 
     def __post_init__(self) -> None:
         self.raise_file_problems()
-        if self.prompt_wildcards is not None and not Path(self.prompt_wildcards).is_dir():
-            raise ConfigError(f"--prompt_wildcards is {self.prompt_wildcards}; needed: a folder with files NAME.txt")
+        problem = wildcard_folder_problem(self.prompt_wildcards)
+        if problem:
+            raise ConfigError(problem)
         if self.interactive and self.from_file:
             raise ConfigError(
                 "--interactive and --from_file are both given; prompts come from one place, leave one out"

@@ -129,7 +129,18 @@ class WanScript(VideoScript):
         found = super().request_problems(config, request)
         if not self.is_without_prompts(config):
             found += problems_of(lambda: _raise(request_problem(self.task(config), request)))
+            found += self._skipped_block_problems(config, request)
         return found
+
+    def _skipped_block_problems(self, config: Config, request: WanRequest) -> list[str]:
+        try:
+            count = self._params(config).num_layers if request.skip_layers and config[self.models].dit else 0
+        except (AtelierError, OSError):  # told by the check
+            return []
+        beyond = [number for number in request.skip_layers.layers if number >= count] if count else []
+        if not beyond:
+            return []
+        return [f"--slg_layers names {', '.join(map(str, beyond))}; the model has {count} blocks, numbered from 0 on"]
 
     def kept_frames(self, config: Config, frames: list[Image.Image]) -> list[Image.Image]:
         trimmed = config[self.pictures].trim_tail_frames

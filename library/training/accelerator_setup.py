@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
+CLIPPING_MARGIN = 1e-5
+"""a norm that is smaller than the limit by this, of both, is so whatever is rounded on the way"""
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -36,14 +38,14 @@ class Runtime:
     """Where and in which precision a run computes.
 
     `weight_dtype`: dtype of autocast and of frozen weights; `denoiser_dtype`: dtype in which the denoiser's weights are
-    held (float8_e4m3fn with --fp8_base); `denoiser_form` and `text_form`: the form of large matrices, one of
+    held (float8_e4m3fn with --fp8_base, None = those of the file); `denoiser_form` and `text_form`: the form of large matrices, one of
     weight_forms.FORMS, None = these types; `vae_dtype`: float32 with --no_half_vae.
     """
 
     accelerator: Accelerator
     device: torch.device
     weight_dtype: torch.dtype
-    denoiser_dtype: torch.dtype
+    denoiser_dtype: torch.dtype | None
     text_encoder_dtype: torch.dtype
     vae_dtype: torch.dtype
     trained_dtype: torch.dtype
@@ -88,7 +90,8 @@ class Runtime:
         """Clip to a global norm; returns the norm before clipping, a tensor on the device."""
         self.unscale_gradients()  # accelerate does the same after importing torch.distributed.tensor, half a second
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        is_small = norm.device.type == "cpu" and bool(max_norm / (norm + 1e-6) >= 1)  # elsewhere, asking would wait
+        # on other devices, asking would wait
+        is_small = norm.device.type == "cpu" and float(norm) + CLIPPING_MARGIN < (1 - CLIPPING_MARGIN) * max_norm
         if not is_small:  # the factor would be 1
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
@@ -230,13 +233,19 @@ def _forms(config: Config) -> dict[str, Any]:
     fp8 = torch.float8_e4m3fn
     return dict(
         weight_dtype=weight_dtype,
-        denoiser_dtype=fp8 if precision.denoiser_form == "fp8" else weight_dtype,
+        denoiser_dtype=_denoiser_dtype(precision, weight_dtype),
         text_encoder_dtype=fp8 if precision.text_form == "fp8" else weight_dtype,
         denoiser_form=precision.denoiser_form,
         text_form=precision.text_form,
         vae_dtype=torch.float32 if config[ModelOptions].no_half_vae else weight_dtype,
         trained_dtype=weight_dtype if precision.full_fp16 or precision.full_bf16 else torch.float32,
     )
+
+
+def _denoiser_dtype(precision: PrecisionOptions, weight_dtype: torch.dtype) -> torch.dtype | None:
+    if precision.mixed_precision_transformer:
+        return None
+    return torch.float8_e4m3fn if precision.denoiser_form == "fp8" else weight_dtype
 
 
 def _has(backend: str) -> bool:

@@ -102,6 +102,7 @@ def refusals(family: type[ModelFamily], what: str) -> dict[str, str]:
             "fp8_base_unet",
             "fp8_scaled",
             "fp8_fast",
+            "mixed_precision_transformer",
             "fp16_accumulation",
             "quantize_base",
             *(set(option_fields(family.options)) - set().union(*family.part_options.values())),

@@ -33,6 +33,11 @@ class PrecisionOptions:
     fp8_fast: bool = option(
         False, help="multiply in 8 bits, for --fp8_scaled: quicker and less exact; needs a GPU that can (RTX 40 on)"
     )
+    mixed_precision_transformer: bool = option(
+        False,
+        help="keep every tensor of the frozen denoiser in the type that its file has; layers in float32 compute in it,"
+        " what is between them in that of --mixed_precision, which is needed",
+    )
     upcast_quantization: bool = equivalent_option(
         False, help="compute 8-bit weights and their scales in float32",
         reason="--upcast_quantization: weights become 8 bits in float32 in any case, and scales stay float32",
@@ -70,7 +75,25 @@ class PrecisionOptions:
                 f"--quantize_base {self.quantize_base} and --{others[0]} are set; the weights of the denoiser have one"
                 f" form: leave one of them out (--quantize_text_encoder fp8 is for text encoders alone)"
             )
-        raise_problems(problems)
+        raise_problems([*problems, *self._stored_problems()])
+
+    def _stored_problems(self) -> list[str]:
+        if not self.mixed_precision_transformer:
+            return []
+        problems = []
+        if self.mixed_precision == "no":
+            problems.append(
+                "--mixed_precision_transformer is set with --mixed_precision no; layers of several types meet in one:"
+                " add --mixed_precision bf16 or fp16, that of most tensors of the file"
+            )
+        names = ("fp8_base", "fp8_base_unet", "fp8_scaled", "quantize_base")
+        given = [name for name in names if getattr(self, name)]
+        if given:
+            problems.append(
+                f"--{given[0]} is set with --mixed_precision_transformer, which keeps weights as the file has them; leave"
+                " one of them out"
+            )
+        return problems
 
     @property
     def denoiser_form(self) -> str | None:

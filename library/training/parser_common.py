@@ -65,6 +65,11 @@ CONTROL_IS_NO_MASK = (
     " in the dataset"
 )
 
+OF_ONE_TYPE = {
+    "mixed_precision_transformer": "the net that learns begins as a copy of layers of the denoiser, whose weights are of"
+    " one type for it"
+}
+
 TRAINABLES: Registry[type] = Registry(
     "trainable",
     group="trainables",
@@ -132,7 +137,7 @@ TRAINABLES.add(
     options="library.training.control_nets:ControlNetOptions",
     foreign="library.training.control_nets:foreign_options",
     ignored="library.training.control_nets:ignored_options",
-    refused={"masked_loss": CONTROL_IS_NO_MASK},
+    refused={"masked_loss": CONTROL_IS_NO_MASK, **OF_ONE_TYPE},
     stands_for=OFFLOADS,
 )
 

@@ -121,6 +121,8 @@ def _precision(run: Run) -> str:
     text = f"computing in {str(runtime.weight_dtype).removeprefix('torch.')}" + (
         " (autocast)" if precision.mixed_precision != "no" else ""
     )
+    if precision.mixed_precision_transformer:
+        text += ", frozen weights as their file has them"
     if runtime.denoiser_form:
         text += f", frozen weights in {runtime.denoiser_form}"
     if form := run.family.text_form(runtime):

@@ -348,6 +348,8 @@ class Trainer:
         strategies.mark_text_models(self.trainable.transform_identity(self.family))
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
+        if texts := self.family.texts_to_cut():
+            data.train.cut_texts_of_packs(texts)
         self.trainable.prepare_data(data)
         for group in data.groups:
             strategies.latents_caching.check_pictures(group.items)
@@ -440,6 +442,11 @@ class Trainer:
         denoiser = self.family.load_denoiser(
             dataclasses.replace(runtime, denoiser_dtype=self.trainable.denoiser_dtype(runtime))
         )
+        if self.config[PrecisionOptions].mixed_precision_transformer:
+            from library.components.mixed_models import compute_as_stored
+
+            found = compute_as_stored(denoiser, runtime.weight_dtype, in_autocast=True)
+            logger.info("--mixed_precision_transformer: %s", found)
         if self.config[PrecisionOptions].multiplies_fp8:
             from library.fp8_optimization_utils import multiply_in_fp8
 

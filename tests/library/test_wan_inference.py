@@ -157,6 +157,8 @@ def test_what_does_not_fit_is_told_at_once(tiny, pair, adapter, tmp_path, monkey
         run(tiny, tmp_path, "--task=t2v-14B-FC", f"--control_path={tmp_path}")
     with pytest.raises(ConfigError, match="--clip is .*: this is a Wan or Qwen-Image autoencoder"):
         run(tiny, tmp_path, "--task=i2v-14B", f"--clip={tiny.vae}", f"--image_path={tiny.vae}")
+    with pytest.raises(ConfigError, match="--slg_layers names 3, 77; the model has 3 blocks, numbered from 0 on"):
+        run(tiny, tmp_path, "--slg_layers=1,3,77", "--slg_mode=uncond", "--guidance_scale=2")
     with pytest.raises(ConfigError, match="without --dit_high_noise"):
         run(tiny, tmp_path, f"--lora_weight_high_noise={adapter}")
     with pytest.raises(ConfigError, match="--dit_high_noise is given with the task t2v-14B"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from library.safetensors_utils import save_file_atomic
 from library.training import start_page
 from library.training.accelerator_setup import prepare_runtime
 from tests.families import CASES
+from tests.library.generation.tiny_scripts import rewritten
 from tests.runs.conftest import fingerprint, losses_of, read_parts
 from tests.runs.families import FamilyWork, Tinies, refused_run
 from tests.runs.test_stored_forms import is_scaled, model_files, read, scaled
@@ -216,6 +218,9 @@ REFUSED: list[tuple[str, str, str]] = [
     ("sd1", "--quantize_base=int8 --network_module=lycoris.kohya", "that is int8, in which nothing can be computed"),
     ("flux", "--fp8_fast --strict", "--fp8_fast: has no effect without --fp8_scaled"),
     ("sd1", "--fp16_accumulation --strict", "--fp16_accumulation: has no effect: the device is cpu"),
+    ("sd1", "--mixed_precision_transformer --mixed_precision=bf16", "the denoiser is a U-Net"),
+    ("flux", "--mixed_precision_transformer", "set with --mixed_precision no; layers of several types meet in one"),
+    ("wan", "--mixed_precision_transformer --mixed_precision=bf16 --fp8_scaled", "keeps weights as the file has them"),
     ("wan", "--fp8_t5 --quantize_text_encoder=nf4 --strict", "--fp8_t5: has no effect: --quantize_text_encoder nf4 says how"),
 ]
 
@@ -281,3 +286,35 @@ def test_sums_of_float16_are_those_of_one_run_and_tell_of_their_digits(tinies: T
         assert ("binary digits" in caplog.text) == (precision == "fp16")
     work.train("plain", *options[:2])
     assert not switches.allow_fp16_accumulation
+
+
+FAMILIES_OF_TRANSFORMERS = ("flux", "wan", "hunyuan_image", "anima")
+
+
+@pytest.mark.parametrize("name", FAMILIES_OF_TRANSFORMERS)
+def test_a_frozen_denoiser_keeps_the_types_of_its_file(name, tinies: Tinies, tmp_path: Path, caplog) -> None:
+    """A file of one type trains as without the option; of another the matrices alone are narrow."""
+    work, files = tinies.work(name, tmp_path), {}
+    for way in ("whole", "mixed"):
+        files[way] = tmp_path / f"{way}.safetensors"
+        rewritten(denoiser_of(work), files[way], torch.bfloat16, only_matrices=way == "mixed")
+    plain = ["--max_train_steps=2", "--mixed_precision=bf16", "--gradient_checkpointing", "--console_log_level=INFO"]
+    kept = [*plain, "--mixed_precision_transformer"]
+
+    def trained(folder: str, way: str, words: list[str]) -> Path:
+        return work.train(folder, *words, f"--pretrained_model_name_or_path={files[way]}")
+
+    first, same = trained("first", "whole", plain), trained("same", "whole", kept)
+    assert fingerprint(same) == fingerprint(first)
+    caplog.clear()
+    other = trained("other", "mixed", kept)
+    assert re.search(r"tensors of bfloat16.*between layers bfloat16", caplog.text)
+    assert losses_of(other) == pytest.approx(losses_of(first), rel=0.05) and fingerprint(other) != fingerprint(first)
+    run = work.prepare("held", *kept, f"--pretrained_model_name_or_path={files['mixed']}")
+    kinds = {parameter.dtype for parameter in run.models.denoiser.parameters()}
+    assert kinds == {torch.bfloat16, torch.float32}
+
+
+def denoiser_of(work: Any) -> Path:
+    (word,) = (word for word in work.argv("x") if word.startswith("--pretrained_model_name_or_path="))
+    return Path(word.partition("=")[2])

@@ -207,6 +207,30 @@ def test_wrong_options_of_frame_tools_are_told_together(folder, tmp_path):
         interpolate.TOOL.run(["--input", str(folder / "deeper")])
 
 
+def test_the_file_that_output_names_has_to_be_of_its_kind(folder, tmp_path):
+    def refused(source: str, output: str, *words: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            upscale.TOOL.run(
+                ["--input", str(folder / source), "--output", str(tmp_path / output), *words], make=lambda: FaceFree()
+            )
+        return str(caught.value)
+
+    assert "needed for a picture: .png," in refused("a.png", "x.mp4") and "or a folder" in refused("a.png", "new.v2")
+    assert "needed for a video: .mp4," in refused("v.mp4", "x.png")
+    assert "x.mkv, and --container avi" in refused("v.mp4", "x.mkv", "--container", "avi")
+    if has_pyav():
+        words = ["--input", str(folder / "v.mp4"), "--output", str(tmp_path / "x.mkv")]
+        assert upscale.TOOL.run(words, make=lambda: FaceFree()) == [tmp_path / "x.mkv"]
+
+
+@pytest.mark.parametrize("output", [None, "inside"])
+def test_a_second_run_over_a_folder_takes_no_results_for_inputs(folder, output):
+    words = ["--input", str(folder), "--recursive", *(["--output", str(folder / output)] if output else [])]
+    assert len(upscale.TOOL.run(words, make=lambda: FaceFree())) == 4
+    Image.new("RGB", (4, 4)).save(folder / "own_upscaled.png")  # there is no picture `own` that it was made of
+    assert len(upscale.TOOL.run(words, make=lambda: FaceFree())) == 1
+
+
 class FaceFree(FrameProcessor):
     def picture(self, frame: np.ndarray) -> np.ndarray:
         return frame

@@ -79,4 +79,11 @@ def test_entries_of_other_programs_and_files_without_any(tmp_path, capsys):
     assert "b.jpg:\nno entries" in told.out and "n.png" in told.err and "there is no such file" in told.err
     assert metaview.main([str(known), "--command"]) != 0
     assert "which script and models have made it is not told" in capsys.readouterr().err
+    assert metaview.main([str(bare), "--command"]) != 0 and "no prompt" in capsys.readouterr().err
+    damaged = write_picture(Image.new("RGB", (8, 8)), tmp_path / "d.png", {ENTRY: "{"})
+    for words in ([], ["--json"], ["--command"]):
+        assert metaview.main([str(damaged), str(tmp_path), str(known), *words]) != 0
+        told = capsys.readouterr()
+        assert f"{damaged} has an entry" in told.err and f"{tmp_path} is a folder" in told.err
+        assert "--command" in words or "seeds" in told.out
     assert metaview.main([]) != 0 and metaview.main([str(known), "--json", "--command"]) != 0

@@ -71,14 +71,16 @@ def run(argv: Sequence[str] | None = None) -> None:
         raise ConfigError("--files is missing; name pictures, videos or files of latents")
     for path in options.files:
         try:
-            found[path] = read_file_texts(path)
+            texts = read_file_texts(path)
+            entries_of(texts, path)  # a damaged file is told beside the others
+            found[path] = texts
         except AtelierError as error:
             problems.add(str(error))
     if options.command:
         for path, texts in found.items():
             problems.attempt(lambda: print(command_of(texts, path)))
     elif options.json:
-        shown = {path: entries_of(texts) for path, texts in found.items()}
+        shown = {path: entries_of(texts, path) for path, texts in found.items()}
         one = len(options.files) == len(shown) == 1
         print(json.dumps(next(iter(shown.values())) if one else shown, indent=4, ensure_ascii=False))
     else:
@@ -86,7 +88,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     problems.raise_if_any()
 
 
-def entries_of(texts: Mapping[str, str]) -> dict[str, Any]:
+def entries_of(texts: Mapping[str, str], path: str) -> dict[str, Any]:
     """Entries by name in the order in which they are shown: those of known programs without their prefix, our own
     settings as an object."""
     from library.generation.recorded_files import PREFIX
@@ -97,14 +99,14 @@ def entries_of(texts: Mapping[str, str]) -> dict[str, Any]:
     order = sorted(named, key=lambda name: (places.get(name.replace("-", "_"), len(FIRST)), name))
     found: dict[str, Any] = {name: named[name] for name in order}
     if ENTRY in texts:
-        settings = RecordedSettings.of_text(texts[ENTRY], "the file")
+        settings = RecordedSettings.of_text(texts[ENTRY], path)
         found[SETTINGS] = {"script": settings.script, "options": settings.options, "line": settings.line}
     return found
 
 
 def as_lines(path: str, texts: Mapping[str, str], with_name: bool) -> str:
     """`name: value` for each entry; lines of a value after the first are indented."""
-    entries = entries_of(texts)
+    entries = entries_of(texts, path)
     settings = entries.pop(SETTINGS, None)
     lines = [f"{name}: " + str(value).replace("\n", "\n    ") for name, value in entries.items()]
     if settings:
@@ -117,9 +119,12 @@ def command_of(texts: Mapping[str, str], path: str) -> str:
     for a file without settings."""
     import shlex
 
+    from library.generation.recorded_files import told_fields
     from library.generation.recorded_requests import ENTRY, RecordedSettings
 
     if ENTRY not in texts:
+        if "prompt" not in told_fields(texts):
+            raise ConfigError(f"{path} has no {ENTRY} and no prompt, so no command line makes it again")
         raise ConfigError(
             f"{path} has no {ENTRY}, so which script and models have made it is not told; its prompt and seed are taken"
             f" by --from_metadata={path} beside the models"

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("atelier")
 
+CONTAINERS = ("mp4", "mov", "mkv", "avi", "webm")
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """endings of pictures whose results keep them; others become PNG"""
 DEFAULT_RATE = 24.0
@@ -61,9 +62,10 @@ class FrameToolOptions:
         " given",
     )  # fmt: skip
     recursive: bool = option(False, help="files in the folders of --input too")
-    container: str = option(
-        "mp4", choices=("mp4", "mov", "mkv", "avi", "webm"), help="kind of video files; mkv and webm need PyAV"
-    )
+    container: str | None = option(
+        None, choices=CONTAINERS, help="kind of video files; that of --output, or else mp4, when not given. mkv and webm"
+        " need PyAV",
+    )  # fmt: skip
     codec: str | None = option(
         None, choices=tuple(CODEC_ENDINGS),
         help="codec of videos, as that of video scripts; H.264 of 4 Mbit/s, or what the machine has, when not given",
@@ -76,8 +78,16 @@ class FrameToolOptions:
 
     @property
     def video_ending(self) -> str:
-        known = CODEC_ENDINGS.get(self.codec or "", ())
-        return known[0] if known and self.container == "mp4" and ".mp4" not in known else f".{self.container}"
+        known, named = CODEC_ENDINGS.get(self.codec or "", ()), self.output_ending[1:]
+        container = self.container or (named if named in CONTAINERS else "mp4")
+        return known[0] if known and container == "mp4" and ".mp4" not in known else f".{container}"
+
+    @property
+    def output_ending(self) -> str:
+        """Of --output where it is a file, in small letters; '' of a folder."""
+        if self.output is None or os.path.isdir(self.output) or os.path.isdir(self.input or ""):
+            return ""
+        return os.path.splitext(self.output)[1].lower()
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ def file_problems(config: Config, tool: FrameTool, plan: list[tuple[str, Path]])
     from library.generation.video_files import ending_problem
 
     options = config[FrameToolOptions]
-    sources = found_files(options, tool.videos_only)
+    sources = found_files(options, tool)
     if not options.input:
         yield "--input is missing; name a picture, a video or a folder"
     elif not os.path.exists(options.input):
@@ -140,14 +150,31 @@ def file_problems(config: Config, tool: FrameTool, plan: list[tuple[str, Path]])
         yield f"--input is {options.input}, which has no {'video' if tool.videos_only else 'picture or video'} in it"
     elif os.path.isdir(options.input) and options.output and os.path.isfile(options.output):
         yield f"--output is {options.output}, a file, and --input a folder; name a folder"
+    elif problem := _ending_problem(options, sources[0]):
+        yield problem
     else:
         plan += [(path, target_of(path, options, tool.suffix)) for path in sources]
         yield from _target_problems(plan)
     if any(map(is_video, sources)):
         problem = ending_problem(options.video_ending, options.codec)
         if problem:
-            name = "container" if options.codec is None else "codec"
-            yield f"--{name} is {getattr(options, name)}: {problem}"
+            ending = options.video_ending[1:]
+            yield f"--codec is {options.codec}: {problem}" if options.codec else f"--container is {ending}: {problem}"
+
+
+def _ending_problem(options: FrameToolOptions, source: str) -> str | None:
+    """Why the result of a single file cannot be the file that --output names."""
+    ending = options.output_ending
+    if not ending:
+        return None
+    if not is_video(source):
+        known = ", ".join(WRITABLE)
+        return None if ending in WRITABLE else f"--output is {options.output}; needed for a picture: {known}, or a folder"
+    if ending[1:] not in CONTAINERS:
+        return f"--output is {options.output}; needed for a video: .{', .'.join(CONTAINERS)}, or a folder"
+    if options.container is not None and ending != f".{options.container}":
+        return f"--output is {options.output}, and --container {options.container}; leave one out, or let them agree"
+    return None
 
 
 def _target_problems(plan: Sequence[tuple[str, Path]]) -> Iterator[str]:
@@ -160,15 +187,29 @@ def _target_problems(plan: Sequence[tuple[str, Path]]) -> Iterator[str]:
             yield f"{path} would be written over itself; give another --output"
 
 
-def found_files(options: FrameToolOptions, videos_only: bool) -> list[str]:
-    """Pictures and videos of --input, sorted."""
+def found_files(options: FrameToolOptions, tool: FrameTool) -> list[str]:
+    """Pictures and videos of --input, sorted; those of a folder without what an earlier run has made of them there."""
     from library.dataset.media_utils import image_extensions
 
     if not options.input or not os.path.exists(options.input):
         return []
     paths = files_of(options.input, options.recursive) if os.path.isdir(options.input) else [options.input]
-    known = () if videos_only else image_extensions()
-    return [path for path in paths if is_video(path) or os.path.splitext(path)[1].lower() in known]
+    if options.recursive and options.output and _is_below(options.output, options.input):
+        paths = [path for path in paths if not _is_below(path, options.output)]
+    known = () if tool.videos_only else image_extensions()
+    paths = [path for path in paths if is_video(path) or os.path.splitext(path)[1].lower() in known]
+    if options.output is None and os.path.isdir(options.input):
+        stems, mark = {os.path.splitext(path)[0] for path in paths}, f"_{tool.suffix}"
+        return [path for path in paths if not _is_result(os.path.splitext(path)[0], mark, stems)]
+    return paths
+
+
+def _is_result(stem: str, mark: str, stems: Collection[str]) -> bool:
+    return stem.endswith(mark) and stem.removesuffix(mark) in stems
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents
 
 
 def target_of(path: str, options: FrameToolOptions, suffix: str) -> Path:
@@ -179,7 +220,7 @@ def target_of(path: str, options: FrameToolOptions, suffix: str) -> Path:
     if options.output is None:
         return source.with_name(f"{source.stem}_{suffix}{ending}")
     output = Path(options.output)
-    if os.path.isdir(options.input or "") or output.is_dir() or not output.suffix:
+    if not options.output_ending:
         below = source.parent.relative_to(options.input) if os.path.isdir(options.input or "") else Path()
         return output / below / f"{source.stem}{ending}"
     return output.with_suffix(ending) if is_video(path) else output

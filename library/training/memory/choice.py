@@ -138,7 +138,8 @@ def _further(config: Config) -> Iterator[tuple[str, tuple[type, Mapping[str, obj
         yield "gradient_checkpointing", (MemoryOptions, {"gradient_checkpointing": True})
     if not memory.cpu_offload_checkpointing:
         yield "cpu_offload_checkpointing", (MemoryOptions, {"cpu_offload_checkpointing": True})
-    if precision.denoiser_form is None and precision.mixed_precision != "no":
+    is_stored = precision.denoiser_form is not None or precision.mixed_precision_transformer
+    if not is_stored and precision.mixed_precision != "no":
         yield "fp8_scaled", (PrecisionOptions, {"fp8_scaled": True})
 
 

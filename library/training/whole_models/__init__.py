@@ -104,6 +104,7 @@ def refused_options(record: FamilyRecord, trainable: str) -> Mapping[str, str]:
     """Options of a script without which the result would be another: name -> reason."""
     return {
         **dict.fromkeys(("fp8_base", "fp8_base_unet", "fp8_scaled", "fp8_fast", "quantize_base"), _FEWER_BITS),
+        "mixed_precision_transformer": "weights that learn are of one type, that of the forward pass or float32",
         "no_token_padding": "captions are padded to their length in tokens, as the text encoder was trained",
     }
 

@@ -58,7 +58,9 @@ class SdxlFamily(UNetFamily):
     options = SdxlOptions
     kinds = frozenset({"sdxl"})
     part_options = {"vae": frozenset(), "text_encoders": frozenset({"clip_tokenizer"})}
-    refused = {"v2": "it belongs to Stable Diffusion 2, which has its own script, train_network.py"}
+    refused = {
+        **UNetFamily.refused, "v2": "it belongs to Stable Diffusion 2, which has its own script, train_network.py",
+    }  # fmt: skip
     foreign = foreign_to_unet("SDXL")
     ignored = {"clip_skip": "SDXL takes the last but one layer of both text encoders, which is 2"}
     neutral = {"clip_skip": (2,)}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import CheckpointError, Problems
 from library.training import timestep_samplers
-from library.training.inference_samplers import SamplerOptions, check_sampler, sampler_notices
+from library.training.inference_samplers import SamplerOptions, check_sampler, check_sd_table, sampler_notices
 from library.training.option_groups import ModelOptions, NoiseOptions, SamplingOptions
 from library.training.sampling_prompts import SamplePrompt, with_defaults
 from library.training.timestep_samplers import TimestepOptions
@@ -51,6 +51,7 @@ class UNetFamily(ModelFamily):
     """Files, prediction type, latents and sampling. A subclass says what its checkpoints and text encoders are."""
 
     read_values = {"timestep_sampling": timestep_samplers.is_own}
+    refused = {"mixed_precision_transformer": "the denoiser is a U-Net, which computes in one type"}
     kinds: ClassVar[frozenset[str]]
     """kinds of checkpoints (library/checkpoints/kinds.py) that the family trains"""
 
@@ -77,7 +78,10 @@ class UNetFamily(ModelFamily):
             if problem not in problems.messages:
                 problems.add(problem)
         problems.attempt(self.check_timesteps)
-        problems.attempt(lambda: self._check_sampler(self.config[SamplerOptions].sample_sampler, "--sample_sampler"))
+        given = self.config[SamplerOptions]
+        problems.attempt(lambda: self._check_sampler(given.sample_sampler, "--sample_sampler"))
+        table = given.sample_sigma_table
+        problems.attempt(lambda: check_sd_table(table, "--sample_sigma_table", given.sample_sampler))
         problems.raise_if_any()
         for line in self.notices():
             logger.info(line)
@@ -280,7 +284,9 @@ class UNetFamily(ModelFamily):
         8."""
         name = prompt.sample_sampler or self.config[SamplerOptions].sample_sampler
         self._check_sampler(name, "a sample prompt's sampler")
-        return dataclasses.replace(with_defaults(prompt, self.sampling), sample_sampler=name)
+        table = self.sigma_table_of(prompt)
+        check_sd_table(table, "a sample prompt's table of noise levels", name)
+        return dataclasses.replace(with_defaults(prompt, self.sampling), sample_sampler=name, sigma_table=table)
 
     @staticmethod
     def _check_sampler(name: str, what: str) -> None:

@@ -54,6 +54,24 @@ def test_each_layer_computes_in_its_own_type(autocast):
     assert torch.equal(model.conv(picture), plain.half())
 
 
+def test_inside_autocast_layers_in_float32_alone_are_changed():
+    """As in training: bfloat16 between layers, whatever the file has."""
+    model, x = Mixed(), torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    model.half()
+    model.norm.float()
+    model.last.float()
+    found = compute_as_stored(model, torch.bfloat16, in_autocast=True)
+    assert found.computed == torch.bfloat16 and "forward" not in vars(model.first)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(x)
+    narrow = torch.bfloat16
+    wanted = F.linear(x.to(narrow), model.first.weight.to(narrow), model.first.bias.to(narrow))
+    wanted = F.layer_norm(wanted.float(), (24,), model.norm.weight, model.norm.bias).to(narrow)
+    wanted = F.linear(wanted.float(), model.last.weight, model.last.bias).to(narrow)
+    wanted = F.linear(wanted, model.same.weight.to(narrow), model.same.bias.to(narrow))
+    assert torch.equal(got, wanted)
+
+
 def test_gradients_pass(tmp_path):
     model, x = Mixed(), torch.randn(4, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
     by_hand(model, x).float().sum().backward()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from library.dataset.packing import Packing, fill, fill_of, packs_of_epoch
+from library.dataset.packing import Packing, fill, fill_of, most_samples, packs_of_epoch
 from library.dataset.plan import GlobalBatch, plan_packs, requests_of_epoch
 from library.families.latents import LatentSpec
 from library.families.registry import FAMILIES
@@ -75,3 +77,45 @@ def test_tokens_of_a_sample() -> None:
     assert spec.tokens((72, 64)) == 5 * 4  # the last patch of a side is filled up
     assert spec.tokens((64, 96, 9)) == 3 * 4 * 6
     assert FAMILIES["hunyuan_image"].architecture.latents.tokens((1024, 1024)) == 1024
+
+
+def first_fit_decreasing(order: list[int], tokens: dict[int, int], packing: Packing) -> list[tuple[int, ...]]:
+    """Pack by pack, as it is defined."""
+    packs: list[list[int]] = []
+    for item in sorted(order, key=lambda item: -tokens[item]):
+        fitting = (
+            pack for pack in packs
+            if sum(tokens[one] for one in pack) + tokens[item] <= packing.token_budget
+            and len(pack) < (packing.max_samples or 10**9)
+        )  # fmt: skip
+        pack = next(fitting, None)
+        if pack is None:
+            pack = []
+            packs.append(pack)
+        pack.append(item)
+    return [tuple(pack) for pack in packs]
+
+
+def test_the_first_pack_with_room_is_found_among_many() -> None:
+    draws = random.Random(2)
+    for count, most in ((0, 0), (1, 0), (2, 1), (17, 0), (64, 3), (400, 0), (401, 5)):
+        tokens = {item: draws.choice((1, 20, 20, 33, 50, 99, 100, 130)) for item in range(count)}
+        packing, order = Packing(100, most, "ffd", 0), draws.sample(range(count), count)
+        assert fill(order, tokens, packing) == first_fit_decreasing(order, tokens, packing)
+
+
+def test_a_whole_epoch_is_packed_at_once() -> None:
+    """In seconds where every pack was looked at in turn."""
+    draws = random.Random(1)
+    tokens = {item: draws.randint(64, 7000) for item in range(20_000)}
+    begun = time.perf_counter()
+    packs = fill(list(tokens), tokens, Packing(16384, strategy="ffd", window=0))
+    assert time.perf_counter() - begun < 5 and fill_of(packs, tokens, Packing(16384)) > 0.99
+
+
+@pytest.mark.parametrize("packing", [NEXT, FIRST, replace(NEXT, max_samples=3), Packing(5)])
+def test_no_pack_of_any_epoch_has_more_samples_than_told(packing: Packing) -> None:
+    most = most_samples(SAMPLES, TOKENS, packing)
+    assert all(len(pack) <= most for epoch in range(1, 40) for pack in of_epoch(packing, epoch))
+    small = sorted(TOKENS[item] for item in SAMPLES)[:most]
+    assert most == packing.max_samples or sum(small) <= packing.token_budget or most == 1

@@ -170,7 +170,7 @@ def test_what_fights_is_refused_and_what_has_no_use_is_told():
         GuidanceOptions(cfg_schedule="5-1, x", perp_neg=1.0, cfgzerostar_scaling=True)
     assert len(told.value.problems) == 3
     request = PictureRequest(prompt="", width=8, height=8, steps=4, cfg_schedule="1-5", cfg_scale=3.0)
-    assert request_guidance_problems(request) == ["cfg_schedule names step 5; there are 4 steps, numbered from 1 on"]
+    assert request_guidance_problems(request) == ["--cfg_schedule names step 5; there are 4 steps, numbered from 1 on"]
     clip = VideoRequest(prompt="", width=8, height=8, steps=4, cfg_schedule="1-3", video_path="a.mp4", strength=0.5)
     assert "there are 2 steps" in request_guidance_problems(clip)[0]
     unguided = dataclasses.replace(request, cfg_scale=1.0, perp_neg=1.0)

@@ -65,6 +65,16 @@ def twice(x: np.ndarray) -> np.ndarray:
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
+def test_a_preview_that_comes_too_late_is_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    seen = Previews(tmp_path, 5, lambda latents: torch.zeros(1, 3, 8, 8), 1)
+    for step in range(1, 5):
+        seen(step, 4, torch.zeros(1, 16, 2, 2))
+    assert [record.message for record in caplog.records] == ["no preview: --preview_latent_every is 5, and there are 4"]
+    seen(5, 5, torch.zeros(1, 16, 2, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["latent_preview.png"]
+
+
 def test_colours_are_those_of_the_table():
     latents = torch.randn(16, 2, 3, 4, generator=torch.Generator().manual_seed(1))
     for family in ("flux", "wan", "hunyuan_video"):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from library.core.errors import ConfigError
 from library.generation import flux_inference
+from library.generation.foreign_texts import fields_of_parameters
 from library.generation.picture_files import read_texts, write_picture
 from library.generation.recorded_files import read_file_texts
 from library.generation.recorded_requests import ENTRY, file_name_alone
@@ -73,6 +74,39 @@ def test_files_of_other_programs_and_of_trainings_give_what_they_tell(tiny, tmp_
     assert first.read_bytes() == second.read_bytes()
 
 
+WEB_UI = (
+    "a (red:1.2) bird, é\nin front\nNegative prompt: blurry,\nworse\n"
+    'Steps: 1, Sampler: Euler a, CFG scale: 2.5, Seed: 3, Size: 64x64, Lora hashes: "x: 1, y: 2", Distilled CFG Scale: 3'
+)
+
+
+def test_the_text_of_a_web_ui_is_read_from_every_kind_of_picture(tiny, tmp_path):
+    picture, exif = Image.new("RGB", (32, 48)), Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + WEB_UI.encode("utf-16-be")
+    paths = [write_picture(picture, tmp_path / "a.png", {"parameters": WEB_UI}), tmp_path / "a.jpg", tmp_path / "a.webp"]
+    for path in paths[1:]:
+        picture.save(path, exif=exif)
+    left = ("--prompt", "--width", "--height", "--seed", "--steps")
+    models = [word for word in flux_arguments(tiny, tmp_path / "out") if not word.startswith(left)]
+    made = [flux_inference.run([*models, f"--from_metadata={path}"])[0] for path in paths]
+    told = read_texts(made[0])
+    assert told["prompt"] == "a (red:1.2) bird, é\nin front" and told["negative-prompt"] == "blurry,\nworse"
+    assert [told[name] for name in ("seed", "steps", "scale", "guidance")] == ["3", "1", "2.5", "3.0"]
+    assert Image.open(made[0]).size == (32, 48) and len({path.read_bytes() for path in made}) == 1
+
+
+def test_texts_that_are_none_of_a_web_ui_give_no_settings():
+    assert fields_of_parameters("only a prompt") == fields_of_parameters("") == {}
+    assert fields_of_parameters("a, b: c, d: e\nf: g, h: i, j: k") == {}
+    assert fields_of_parameters("\nSteps: 4, Sampler: Euler, Seed: 1") == {"prompt": "", "steps": "4", "seed": "1"}
+
+
+def test_texts_before_pixels_that_are_cut_off_are_read(tmp_path):
+    path = write_picture(Image.effect_noise((64, 64), 50).convert("RGB"), tmp_path / "cut.png", {"prompt": "a 猫"})
+    path.write_bytes(path.read_bytes()[:-2000])
+    assert read_file_texts(path) == {"prompt": "a 猫"}
+
+
 def test_what_cannot_be_taken_from_a_file_is_refused(tiny, tmp_path):
     def refused(texts: dict[str, str], *words: str) -> str:
         path = write_picture(Image.new("RGB", (8, 8)), tmp_path / "told.png", texts)
@@ -84,6 +118,8 @@ def test_what_cannot_be_taken_from_a_file_is_refused(tiny, tmp_path):
         return {ENTRY: json.dumps({"script": script, "options": options, "line": line or {}})}
 
     assert "tells no settings" in refused({"title": "x"})
+    graph = json.dumps({"3": {"class_type": "KSampler", "inputs": {"seed": 5}}})
+    assert "a picture of ComfyUI" in refused({"prompt": graph, "workflow": "{}"})
     assert "is damaged" in refused({ENTRY: "[1]"}) and "is damaged" in refused({ENTRY: "{"})
     assert "wan_generate_video.py has made" in refused(told("wan_generate_video.py"))
     message = refused(told(plugins=["evil"], colour=1, steps="many", width=[1, 2], model_type="unknown"))

@@ -21,7 +21,7 @@ from library.generation.flux_options import InferenceModelOptions
 from library.generation.gen_img.options import GenerationModelOptions
 from library.generation.speed_options import SpeedOptions
 from library.generation.wan_options import WanModelOptions
-from library.safetensors_utils import load_safetensors, read_header, save_file_atomic
+from library.safetensors_utils import read_header, save_file_atomic
 from tests.library.generation.tiny_scripts import (
     SCRIPTS,
     TRANSFORMERS,
@@ -29,6 +29,7 @@ from tests.library.generation.tiny_scripts import (
     build,
     denoiser_file,
     made,
+    rewritten,
     with_denoiser,
 )
 
@@ -118,15 +119,6 @@ def test_what_the_device_lacks_is_refused(tinies, tmp_path, monkeypatch):
     for name in ("flux", "wan"):
         with pytest.raises(ConfigError, match="--fp8_fast multiplies in 8 bits, which the CPU cannot"):
             made(name, tinies(name), tmp_path, "--fp8_scaled", "--fp8_fast")
-
-
-def rewritten(source: Path, target: Path, kind: torch.dtype, *, only_matrices: bool) -> None:
-    """A denoiser file of another type, all of it or its matrices."""
-    tensors, (_, metadata) = load_safetensors(source, "cpu"), read_header(source)
-    told = {name: text for name, text in (metadata or {}).items() if name == "model_config"}
-    chosen = {name for name, tensor in tensors.items() if not only_matrices or tensor.ndim == 2}
-    written = {name: tensor.to(kind) if name in chosen else tensor for name, tensor in tensors.items()}
-    save_file_atomic(written, target, told)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.generation.gen_img import script as gen_img
+from library.safetensors_utils import load_safetensors, read_header, save_file_atomic
 from library.tiny_models import build_tiny
 from tests.library import (
     test_anima_inference,
@@ -87,3 +88,12 @@ def with_denoiser(name: str, tiny: Any, path: Path) -> str:
     """The word that names another file."""
     (word,) = (word for word in words(name, tiny, Path(".")) if word.startswith(MODEL_OPTIONS))
     return f"{word.partition('=')[0]}={path}"
+
+
+def rewritten(source: Path, target: Path, kind: torch.dtype, *, only_matrices: bool) -> None:
+    """A denoiser file of another type, all of it or its matrices."""
+    tensors, (_, metadata) = load_safetensors(source, "cpu"), read_header(source)
+    told = {name: text for name, text in (metadata or {}).items() if name == "model_config"}
+    chosen = {name for name, tensor in tensors.items() if not only_matrices or tensor.ndim == 2}
+    written = {name: tensor.to(kind) if name in chosen else tensor for name, tensor in tensors.items()}
+    save_file_atomic(written, target, told)
