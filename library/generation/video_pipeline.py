@@ -4,6 +4,7 @@ steps, blocks that are left out."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from library.generation.sampling_utils import (
 from library.generation.video_files import read_video
 from library.generation.video_requests import VideoRequest, guided_steps
 
+logger = logging.getLogger(__name__)
 
 @dataclass
 class VideoPipeline(FlowPipeline[VideoRequest]):
@@ -66,6 +68,8 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
         noise = self.noise(request)
         if request.video_path is None:
             return noise
+        if len(sigmas) == 1 and request.strength:
+            logger.warning("--strength %g of %d steps is none; the clip stays as it is", request.strength, request.steps)
         clip = self.starting_clip(request)
         more = request.v2_extra_noise if len(sigmas) > 1 else 0.0  # no step would take it away again
         return (sigmas[0] + more) * noise.to(clip) + (1 - sigmas[0]) * clip
