@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.components.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
+from library.components.clip_prompt_utils import num_tokens, token_ids, tokenize_prompt_rows, tokenize_rows
 from library.components.text_encoder_utils import CLIP_H
 from library.components.tokenizers import load_clip_tokenizer
 from library.device_utils import to_device
@@ -43,7 +43,7 @@ class SdTokenizeStrategy(TokenizeStrategy):
     def tokenize(self, text: str | list[str]) -> list[Tensor]:
         """[ids [B, N, 77]]; marks of weights are text."""
         texts = [text] if isinstance(text, str) else list(text)
-        return [tokenize_rows(self.tokenizer, texts, self.num_rows, is_weighted=False)[0]]
+        return [token_ids(self.tokenizer, texts, self.num_rows)]
 
     def tokenize_with_weights(self, text: str | list[str]) -> tuple[list[Tensor], list[Tensor]]:
         """([ids [B, N, 77]], [weights [B, N, 77]])."""

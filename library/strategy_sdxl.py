@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.components.clip_prompt_utils import num_tokens, tokenize_prompt_rows, tokenize_rows
+from library.components.clip_prompt_utils import num_tokens, token_ids, tokenize_prompt_rows, tokenize_rows
 from library.components.text_encoder_utils import CLIP_G, pool_at_first_eos
 from library.components.tokenizers import load_clip_tokenizer
 from library.device_utils import to_device
@@ -49,24 +49,20 @@ class SdxlTokenizeStrategy(TokenizeStrategy):
 
     def tokenize(self, text: str | list[str]) -> list[Tensor]:
         """[ids of CLIP-L [B, N, 77], ids of bigG]; marks of weights are text."""
-        return self._rows(text, False)[0]
+        texts = [text] if isinstance(text, str) else list(text)
+        return [token_ids(tokenizer, texts, self.num_rows) for tokenizer in self.tokenizers]
 
     def tokenize_with_weights(self, text: str | list[str]) -> tuple[list[Tensor], list[Tensor]]:
         """(ids of both, weights of both), all [B, N, 77]."""
-        return self._rows(text, True)
+        texts = [text] if isinstance(text, str) else list(text)
+        both = [tokenize_rows(tokenizer, texts, self.num_rows, is_weighted=True) for tokenizer in self.tokenizers]
+        return [ids for ids, _ in both], [weights for _, weights in both]
 
     def tokenize_prompt(self, text: str) -> tuple[list[Tensor], list[Tensor]]:
         """Ids and then weights of both encoders for a sample prompt: it may carry weights and take up to three rows,
         whatever captions do."""
         both = [
             tokenize_prompt_rows(tokenizer, text, self.num_rows) for tokenizer in (self.tokenizer1, self.tokenizer2)
-        ]
-        return [ids for ids, _ in both], [weights for _, weights in both]
-
-    def _rows(self, text: str | list[str], is_weighted: bool) -> tuple[list[Tensor], list[Tensor]]:
-        texts = [text] if isinstance(text, str) else list(text)
-        both = [
-            tokenize_rows(t, texts, self.num_rows, is_weighted=is_weighted) for t in (self.tokenizer1, self.tokenizer2)
         ]
         return [ids for ids, _ in both], [weights for _, weights in both]
 

@@ -22,9 +22,8 @@ MAX_PROMPT_ROWS = 3
 def tokenize_rows(tokenizer: Any, texts: Sequence[str], num_rows: int, *, is_weighted: bool) -> tuple[Tensor, Tensor]:
     """Ids [B, num_rows, 77] and their weights [B, num_rows, 77] (all 1 unless `is_weighted` reads them from the
     texts)."""
-    if not is_weighted and texts:
-        vocabulary = len(tokenizer)
-        rows = torch.stack([_known_rows(tokenizer, vocabulary, text, num_rows) for text in texts])
+    if not is_weighted:
+        rows = token_ids(tokenizer, texts, num_rows)
         return rows, torch.ones(rows.shape)
     ids, weights = [], []
     for text in texts:
@@ -37,6 +36,13 @@ def tokenize_rows(tokenizer: Any, texts: Sequence[str], num_rows: int, *, is_wei
         ids.append(_rows(tokenizer, row_ids, num_rows))
         weights.append(weight_rows(row_weights, num_rows))
     return torch.tensor(ids), torch.tensor(weights)
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], num_rows: int) -> Tensor:
+    """Ids [B, num_rows, 77] of texts whose marks of weights are text."""
+    vocabulary = len(tokenizer)
+    rows = [_known_rows(tokenizer, vocabulary, text, num_rows) for text in texts]
+    return torch.stack(rows) if rows else torch.empty((0, num_rows, PER_ROW + 2), dtype=torch.int64)
 
 
 def _rows(tokenizer: Any, ids: Sequence[int], num_rows: int) -> list[list[int]]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,12 +23,16 @@ if TYPE_CHECKING:
 
 NOISE = "noise"
 """purpose of the noise of a training step"""
+EMPTY_SHA256 = hashlib.sha256()
+"""copied, because for a new one OpenSSL looks for who computes it, which takes longer than the digest of a key"""
 
 
 def key_seed(seed: int, purpose: str, *keys: int | str) -> int:
     """A 63-bit seed for this key. Independent keys give independent seeds (sha256 of the key's text)."""
     text = "\x1f".join([str(int(seed)), purpose, *map(str, keys)])
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little") >> 1
+    sha256 = EMPTY_SHA256.copy()
+    sha256.update(text.encode("utf-8", "surrogatepass"))
+    return int.from_bytes(sha256.digest()[:8], "little") >> 1
 
 
 def keyed_random(seed: int, purpose: str, *keys: int | str) -> random.Random:
@@ -71,6 +77,14 @@ class drawing:
     def __set_name__(self, owner: type, name: str) -> None:
         setattr(owner, name, self._function)
         DRAWING.append((owner, name))
+
+
+@lru_cache(maxsize=16)
+def _used_generator(device: torch.device | str, thread: int) -> torch.Generator:
+    """For numbers that are drawn at once: in any state, to be seeded first, and of this thread alone."""
+    import torch
+
+    return torch.Generator(device)
 
 
 @dataclass(frozen=True)
@@ -139,7 +153,7 @@ class StepDraws:
         import torch
 
         numbers = torch.empty((len(self.positions), *shape), device=device)
-        generator = torch.Generator(device)
+        generator = _used_generator(device, threading.get_ident())
         for row, position in zip(numbers, self.positions):
             seed = key_seed(self.seed, purpose, self.step, position, *keys)
             getattr(row, fill)(generator=generator.manual_seed(seed))

@@ -34,12 +34,13 @@ from library.dataset.items import DatasetParams, ImageItem, SubsetParams
 from library.dataset.latent_cache import float32_if_floats, seed_of
 from library.dataset.media_utils import ImageFileError
 from library.dataset.packed_batch import PackedBatch
-from library.dataset.packing import Pack, Packing, packs_of_epoch
+from library.dataset.packing import Pack, Packing, most_samples, packs_of_epoch
 from library.dataset.plan import BatchRequest, BucketList, StepPlan, plan_epoch, plan_packs
 from library.dataset.samples import Geometry, image_tensor, mask_tensor, picture_tensors, read_pictures, read_pixels
 from library.dataset.shared_tensors import SharedTensors
 from library.dataset.strategies import Conditioning, StrategySet
 from library.dataset.text_caching import cached_caption
+from library.dataset.text_padding import PaddedText, without_padding
 from library.families.latents import PLAIN, Bucket
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class Dataset:
         """of textual inversion, applied to every caption that is tokenized"""
         self.empty_caption: ImageItem | None = None
         """carries the cached outputs of "", for captions that are dropped"""
+        self.cut_texts: Sequence[PaddedText] = ()
+        """of packs"""
         self.assignment = self._assign()
         self._warned_masks: set[str] = set()
 
@@ -187,12 +190,26 @@ class Dataset:
             )
             for bucket in sorted(places)
         ]
-        return PackedBatch(request, [self.load(part) for part in parts])
+        return PackedBatch(request, [self._cut(self.load(part)) for part in parts])
+
+    def _cut(self, part: Batch) -> Batch:
+        """A part of a pack with cached texts as long as the longest of them."""
+        if part.conditioning is None or not self.cut_texts:
+            return part
+        return dataclasses.replace(part, conditioning=without_padding(part.conditioning, self.cut_texts))
 
     def packs(self, packing: Packing, epoch: int, seed: int) -> list[Pack]:
         """The packs of an epoch."""
-        samples = [item for bucket in self.buckets for item in bucket.samples]
-        return packs_of_epoch(samples, self.tokens, packing, seed=seed, epoch=epoch, dataset=self.index)
+        return packs_of_epoch(self._samples, self.tokens, packing, seed=seed, epoch=epoch, dataset=self.index)
+
+    def most_samples(self, packing: Packing) -> int:
+        """Of a pack of any epoch."""
+        return most_samples(self._samples, self.tokens, packing)
+
+    @property
+    def _samples(self) -> list[int]:
+        """Items with repeats."""
+        return [item for bucket in self.buckets for item in bucket.samples]
 
     @property
     def tokens(self) -> dict[int, int]:
@@ -390,6 +407,13 @@ class DatasetGroup(torch.utils.data.Dataset):
         for dataset in self.datasets:
             dataset.strategies = strategies
 
+    @property
+    def most_samples(self) -> int | None:
+        """Of a pack of any epoch; None without packing, as batches of an epoch are as large as those of the first."""
+        if self.packing is None:
+            return None
+        return max(dataset.most_samples(self.packing) for dataset in self.datasets)
+
     def set_packing(self, packing: Packing | None) -> None:
         """Let samples of several sizes be trained together."""
         self.packing = packing
@@ -401,6 +425,11 @@ class DatasetGroup(torch.utils.data.Dataset):
                     dataset.params.label, len(alone), packing.token_budget,
                     listed([item.absolute_path for item in alone]),
                 )
+
+    def cut_texts_of_packs(self, texts: Sequence[PaddedText]) -> None:
+        """Leave out what no caption of a size fills; before loader workers start."""
+        for dataset in self.datasets:
+            dataset.cut_texts = texts
 
     def set_max_train_steps(self, max_train_steps: int) -> None:
         """For settings that are a part of all steps; before loader workers start."""

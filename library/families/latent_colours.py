@@ -65,3 +65,21 @@ AE_F8C16: Colours = (
     (-0.0329, -0.0718, -0.0851),
 )
 """ae.safetensors, an autoencoder of pictures"""
+KL_F8C4: Colours = (
+    (0.298, 0.207, 0.208),
+    (0.187, 0.286, 0.173),
+    (-0.158, 0.189, 0.264),
+    (-0.184, -0.271, -0.473),
+    (0.0, 0.0, 0.0),
+)
+"""the older autoencoder of 4 channels (scale 0.18215); source: "Decoding latents to RGB without upscaling",
+discuss.huggingface.co"""
+KL_F8C4_XL: Colours = (
+    (0.4706, 0.4706, 0.4706),
+    (-0.4706, -0.0392, 0.0784),
+    (0.1961, 0.1176, -0.0392),
+    (-0.549, -0.3922, -0.2745),
+    (0.1765, 0.098, 0.0196),
+)
+"""the newer one of 4 channels (scale 0.13025); source: TimothyAlexisVass, "Explaining the latent space",
+huggingface.co/blog"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from library.families.latent_colours import KL_F8C4
 from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
@@ -73,12 +74,13 @@ FAMILY = FamilyRecord(
             options=("--v_parameterization",),
         ),
     ),
+    latent_colours=KL_F8C4,
     latents=LatentSpec(channels=4, spatial_stride=8, fingerprint="ldm-f8c4"),
     bucket_step=64,
     caches=CacheNames(latents="_sd.npz", legacy_keys=True),
     conditioning=(TextKey("hidden_state", encoders=(0,)),),
     embedding_keys=("emb_params",),
-    samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler"})),
+    samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler", "sigma_table"})),
     autoencoders={"vae_sd": "vae_sd1"},
     model_kinds=(
         ModelKind(

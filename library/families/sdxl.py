@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from library.families.latent_colours import KL_F8C4_XL
 from library.families.latents import LatentSpec
 from library.families.record import (
     AdapterFacts,
@@ -43,6 +44,7 @@ FAMILY = FamilyRecord(
     pictures="sdxl_gen_img.py",
     image_script="library.generation.sdxl_inference:SCRIPT",
     tiny=(TinyModel(name="sdxl", title="SDXL", build="library.tiny_models.sdxl_tiny:build_tiny_sdxl"),),
+    latent_colours=KL_F8C4_XL,
     latents=LatentSpec(channels=4, spatial_stride=8, fingerprint="ldm-f8c4"),
     bucket_step=32,
     caches=CacheNames(latents="_sdxl.npz", text="_te_outputs.npz", legacy_keys=True),
@@ -53,7 +55,7 @@ FAMILY = FamilyRecord(
     ),
     foreign_text="their pooled captions (pool2) may have gone through the transposed text_projection",
     embedding_keys=("clip_l", "clip_g"),
-    samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler"})),
+    samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler", "sigma_table"})),
     autoencoders={"vae_sd": "vae_sdxl"},
     model_kinds=(
         ModelKind(

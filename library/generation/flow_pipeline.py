@@ -16,7 +16,7 @@ from library.generation.pipeline import PicturePipeline
 from library.generation.requests import Request
 from library.generation.sampling_utils import Conditioning, guided_velocity, on_device, start_noise
 from library.training.inference_samplers.common import noise_of
-from library.training.inference_samplers.flow import Observe, flow_sampler, flow_schedule, observed
+from library.training.inference_samplers.flow import flow_sampler, flow_schedule, observed
 from library.training.inference_samplers.sigma_tables import table_sigmas
 
 DEFAULT_SAMPLER = "euler"
@@ -29,8 +29,6 @@ class FlowPipeline(PicturePipeline[Request]):
 
     split_uncond: bool = field(default=False, kw_only=True)
     """both prompts of guidance one after the other, not as one batch"""
-    observe: Observe | None = field(default=None, kw_only=True)
-    """sees the clean latents as far as they can be told in each step"""
     default_sampler: ClassVar[str] = DEFAULT_SAMPLER
 
     @abstractmethod

@@ -46,7 +46,7 @@ class FramePackScript(LlamaClipScript):
     vae_kinds = frozenset({"vae_hunyuan_video"})
     texts = {"flow-shift": "flow_shift", "guidance": "embedded_guidance_scale"}
     request_class = FramePackRequest
-    request_groups = (OneFrameOptions, MagCacheOptions)
+    request_groups = (*LlamaClipScript.request_groups, OneFrameOptions, MagCacheOptions)
     needs = {
         **LlamaClipScript.needs, "control_image_path": "one_frame_inference",
         "one_frame_auto_resize": "control_image_path", "rope_scaling_factor": "rope_scaling_timestep_threshold",
@@ -142,6 +142,16 @@ class FramePackScript(LlamaClipScript):
                     check()
                 except AtelierError as error:
                     found.append(str(error))
+            if request.one_frame is not None and request.video_path is not None:
+                found.append(
+                    "--video_path is given for a single frame (--one_frame_inference), which is made of noise alone;"
+                    " leave one out"
+                )
+            if request.magcache is not None and request.sampler == "heun":
+                found.append(
+                    "--magcache_mag_ratios is given with the sampler heun, which asks the model twice in a step; steps"
+                    " are left out by counting what it is asked: needed: another sampler, e.g. unipc"
+                )
             if request.cfg_schedule is not None and request.magcache is not None:
                 found.append(
                     "--cfg_schedule and --magcache_mag_ratios are both given; steps are left out by counting those of"
@@ -189,7 +199,7 @@ class FramePackScript(LlamaClipScript):
 def tell_effects(request: FramePackRequest, count: int) -> None:
     """Warn of what a clip of so many sections is made without: a first picture, and texts and pictures of sections
     that it does not have."""
-    if not request.image_path:
+    if not (request.image_path or request.video_path):
         logger.warning("there is no --image_path; the clip begins with zeros, in the place of a picture")
     for option, text in (("prompt", request.prompt), ("image_path", request.image_path or "")):
         if unused := sections.unused_texts(text, count):

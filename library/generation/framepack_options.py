@@ -17,7 +17,8 @@ from library.generation.llama_clip_options import LlamaClipModelOptions
 from library.generation.preview_options import PreviewOptions
 from library.generation.requests import SessionOptions, too_small_problems
 from library.generation.speed_options import SpeedOptions
-from library.generation.video_options import ClipOptions, CompileOptions, VideoAdapterOptions
+from library.generation.step_options import SOLVERS, STEP_LINES, StepOptions
+from library.generation.video_options import ClipOptions, CompileOptions, StartOptions, VideoAdapterOptions
 from library.generation.video_requests import VIDEO_LINES
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import LineOption, Whole, read_not_negative, read_share
@@ -78,9 +79,13 @@ class FramePackClipOptions(ClipOptions):
     latent_paddings: str | None = option(
         None, help="how many sections the first ones that are made are told to lie behind the first picture, as 3,2,2"
     )
-    sample_solver: str = refused_option(
-        "unipc", choices=("unipc", "dpm++", "vanilla"), help="solver of the steps",
-        reason="the known script takes the other names and has no such solver; use unipc",
+    sample_solver: str = option(
+        "unipc", choices=tuple(SOLVERS), help="solver of the steps; unipc is that of the known script, of order three"
+    )
+    riflex_index: int = refused_option(
+        0, help="RifleX: the frequency of time that is slowed down in long clips",
+        reason="each section counts its frames from itself, so that none is at a later place than in the training,"
+        " however long the clip is",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -104,6 +109,7 @@ class FramePackClipOptions(ClipOptions):
             super().request_fields(), embedded_guidance_scale=self.embedded_cfg_scale, image_path=self.image_path,
             end_image_path=self.end_image_path, seconds=self.video_seconds, sections=self.video_sections,
             latent_paddings=self.paddings or (), guidance_rescale=self.guidance_rescale,
+            sampler=SOLVERS[self.sample_solver],
         )  # fmt: skip
 
 
@@ -183,8 +189,8 @@ class MagCacheOptions:
 
 GROUPS = (
     PluginOptions, FramePackModelOptions, SpeedOptions, CompileOptions, VideoAdapterOptions, MergedModelOptions,
-    FramePackClipOptions, OneFrameOptions, MagCacheOptions, GuidanceOptions, PreviewOptions, SessionOptions,
-    ConsoleOptions,
+    FramePackClipOptions, StartOptions, StepOptions, OneFrameOptions, MagCacheOptions, GuidanceOptions, PreviewOptions,
+    SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 
@@ -195,9 +201,9 @@ def read_seconds(text: str) -> float:
     return seconds
 
 
-_LETTERS = ("w", "h", "s", "d", "n", "m", "l", "c", "fs", "i", "ei", "ci", "cim", "of", "e")
+_LETTERS = ("w", "h", "s", "d", "n", "m", "l", "c", "fs", "i", "ei", "ci", "cim", "of", "e", "v", "st", "nm", "vn")
 LINE_OPTIONS: Mapping[str, LineOption] = {
-    **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, **GUIDANCE_LINES,
+    **{letter: VIDEO_LINES[letter] for letter in _LETTERS}, **GUIDANCE_LINES, **STEP_LINES,
     "g": VIDEO_LINES["l"],
     "f": LineOption("seconds", read_seconds),
     "vs": LineOption("sections", Whole(1, MOST_SECTIONS, 4)),

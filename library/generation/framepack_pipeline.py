@@ -28,7 +28,14 @@ from library.generation.sampling_utils import (
     start_noise,
     with_spread,
 )
-from library.generation.video_pipeline import VideoPipeline, clip_pixels, picture_pixels
+from library.generation.video_pipeline import (
+    VideoPipeline,
+    clip_pixels,
+    kept_sigmas,
+    noised_clip,
+    picture_pixels,
+    read_clip_frames,
+)
 from library.strategy_framepack import indices_of, masked, picture_states
 from library.training.inference_samplers.common import noise_of
 from library.training.inference_samplers.flow import flow_sampler
@@ -94,7 +101,9 @@ class FramePackPipeline(VideoPipeline):
         texts, starts = sections.section_texts(request.prompt), self._starts(request)
         rows = {index: row for row, index in enumerate(texts)}
         draws, drawn = torch.Generator("cpu").manual_seed(request.seed), step_draws(request)
-        history = self._history(request, starts)
+        history, clip = self._history(request, starts), None
+        if request.video_path is not None:
+            clip = self.starting_clip(dataclasses.replace(request, frames=sections.frames_needed(self.window, count)))
         made: list[Tensor] = []
         for step in sections.steps_of(count, self.window, is_f1=self.is_f1, given=request.latent_paddings):
             row = rows[sections.index_for(step.number, count, texts)]
@@ -102,7 +111,8 @@ class FramePackPipeline(VideoPipeline):
             text = {name: tensor[row : row + 1] for name, tensor in conditioning.items()}
             noise = torch.randn(1, *self._section_shape(request, self.window), generator=draws)
             seen = {**start.states, **self._seen(step, start, history)}
-            latents = self._made(request, noise, text, negative, seen, drawn)
+            given = None if clip is None else clip[:, :, 1 + step.number * self.window :][:, :, : self.window]
+            latents = self._made(request, noise, text, negative, seen, drawn, given)
             logger.info("section %d of %d is made (number %d)", len(made) + 1, count, step.number)
             made = [*made, latents] if self.is_f1 else [latents, *made]
             if self.observe is not None:
@@ -130,21 +140,22 @@ class FramePackPipeline(VideoPipeline):
         return channels, frames, height, width
 
     def _starts(self, request: FramePackRequest) -> dict[int, _Start]:
-        """First frames by the index of their section."""
+        """First frames by the index of their section; of a clip that starts from another one its own."""
         if not request.image_path:
-            return {0: self._start(request, None)}
+            size = (request.width, request.height)
+            first = request.video_path and clip_pixels(read_clip_frames(request.video_path, 1), *size)
+            return {0: self._start(request, first)}
         paths = sections.section_texts(request.image_path)
         known: dict[str, _Start] = {}
         for path in paths.values():
-            known.setdefault(path, self._start(request, path))
+            known.setdefault(path, self._start(request, picture_pixels(path, request.width, request.height)))
         return {index: known[path] for index, path in paths.items()}
 
-    def _start(self, request: FramePackRequest, path: str | None) -> _Start:
-        """Latents and states of a picture; zeros of none."""
-        if path is None:
+    def _start(self, request: FramePackRequest, pixels: Tensor | None) -> _Start:
+        """Latents and states of a picture [1, 3, 1, H, W]; zeros of none."""
+        if pixels is None:
             zeros = torch.zeros(1, *self._section_shape(request, 1), device=self.denoiser.device)
             return _Start(zeros, self._states(None))
-        pixels = picture_pixels(path, request.width, request.height)
         return _Start(self._encoded(pixels, request.seed), self._states(pixels[:, :, 0]))
 
     def _encoded(self, pixels: Tensor, seed: int) -> Tensor:
@@ -182,15 +193,20 @@ class FramePackPipeline(VideoPipeline):
 
     def _made(
         self, request: FramePackRequest, noise: Tensor, text: Conditioning, negative: Conditioning | None,
-        seen: Mapping[str, Tensor], drawn: torch.Generator,
+        seen: Mapping[str, Tensor], drawn: torch.Generator, clip: Tensor | None = None,
     ) -> Tensor:
         """Latents [1, C, F, h, w] of a section, or of one frame, from noise of that shape. `drawn`: where samplers that
-        add noise take it from."""  # fmt: skip
+        add noise take it from. `clip`: the same part of one that is started from."""  # fmt: skip
         device = self.denoiser.device
         noise = to_device(noise, device)
         patch = self.denoiser.params.patch
         tokens = noise[0, 0].numel() / (patch[1] * patch[2])
         sigmas = section_sigmas(request.steps, tokens, request.flow_shift, request.sigma_table)  # read as numbers
+        if clip is not None:
+            sigmas = kept_sigmas(sigmas, request)
+            noise = noised_clip(clip, noise, sigmas, request)
+            if len(sigmas) == 1:
+                return noise
         request = dataclasses.replace(request, steps=len(sigmas) - 1)  # some tables have fewer
         conditioning = {**on_device(text, device), **seen}
         negative = None if negative is None else {**on_device(negative, device), **seen}

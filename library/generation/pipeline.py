@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from library.dataset.strategies import StrategySet
     from library.generation.adapters import LoadedAdapters
     from library.generation.picture_files import Picture
+    from library.training.inference_samplers.flow import Observe
     from library.training.sampling_prompts import SamplePrompt
 
 
@@ -45,6 +46,8 @@ class PicturePipeline(ABC, Generic[Request]):
     """None where latents are wanted alone"""
     control: Control | None = field(default=None, kw_only=True)
     """nets that guide every forward of the denoiser by pictures, in families that have some"""
+    observe: Observe | None = field(default=None, kw_only=True)
+    """sees the clean latents as far as they can be told in each step"""
     further: Mapping[str, Conditioning] = field(default_factory=dict, kw_only=True)
     """texts of the request at hand beside the prompt and the negative one (`PictureRequest.further_texts`)"""
 

@@ -17,7 +17,7 @@ class PreviewOptions:
         " so far as latent_preview.png, or .mp4 of a clip, into the output folder, over the one before; 0 = never",
     )  # fmt: skip
     preview_vae: str | None = option(
-        None, metavar="FILE", help="tiny autoencoder for the previews: TAESD with 16 channels for pictures, TAEHV for"
+        None, metavar="FILE", help="tiny autoencoder for the previews: TAESD for pictures, TAEHV for"
         " families of clips; without it a coarse picture is computed from the latents",
     )  # fmt: skip
 

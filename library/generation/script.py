@@ -34,7 +34,7 @@ from library.generation.picture_files import settings_texts, write_picture
 from library.generation.preview_options import PreviewOptions
 from library.generation.recorded_requests import ENTRY, RecordedSettings, shaping_options
 from library.generation.requests import PictureRequest, Request, SessionOptions, taken_seed
-from library.generation.step_options import SamplerStepOptions, StepOptions
+from library.generation.step_options import STEP_GROUPS
 from library.generation.wildcards import prompts_of, wildcard_problems, with_drawn_words
 from library.scripts.command_line import (
     read_command,
@@ -319,7 +319,7 @@ class ImageScript(ABC, Generic[Request]):
     def base_request(self, config: Config) -> Request:
         """What the options ask for, before lines of prompts change it."""
         request = config[self.pictures].request
-        further = (group for group in (GuidanceOptions, StepOptions, SamplerStepOptions) if group in config)
+        further = (group for group in (GuidanceOptions, *STEP_GROUPS) if group in config)
         fields = {name: value for group in further for name, value in config[group].request_fields().items()}
         return dataclasses.replace(request, **fields) if fields else request
 

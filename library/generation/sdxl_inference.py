@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from library.core.errors import CheckpointError, Problems
+from library.core.errors import CheckpointError, Problems, problems_of
 from library.core.options import Config
 from library.dataset.architectures import ARCHITECTURES
 from library.generation.adapter_files import adapter_problems
@@ -17,7 +17,7 @@ from library.generation.sdxl_options import (
     SdxlPromptOptions,
     SdxlRequest,
 )
-from library.training.inference_samplers import sampler_notices
+from library.training.inference_samplers import check_sd_table, sampler_notices
 from library.training.wiring.base import tokenizer_problems
 from library.training.wiring.unet import about_slot, slot_problem
 
@@ -39,6 +39,9 @@ class SdxlScript(ImageScript[SdxlRequest]):
 
     def check(self, config: Config) -> None:
         check(config[SdxlModelOptions])
+
+    def request_problems(self, config: Config, request: SdxlRequest) -> list[str]:
+        return problems_of(lambda: check_sd_table(request.sigma_table, "--sigma_table", request.sampler))
 
     def notices(self, config: Config) -> list[str]:
         told = "--prompt2 goes to the second text encoder with its own padding (known scripts give both encoders the first prompt)"

@@ -11,6 +11,7 @@ from library.core.plugins import PluginOptions
 from library.core.text_seeds import seed_of
 from library.generation.adapter_files import AdapterChoice, EmbeddingOptions, parse_adapter_argument
 from library.generation.guidance_options import GUIDANCE_LINES, GuidanceOptions
+from library.generation.preview_options import PreviewOptions
 from library.generation.requests import (
     COMMON_LINE_OPTIONS,
     DTYPE_NAMES,
@@ -23,6 +24,7 @@ from library.generation.requests import (
     too_small_problems,
 )
 from library.generation.speed_options import UnetSpeedOptions, attention_option
+from library.generation.step_options import UNET_STEP_LINES, UNetStepOptions
 from library.training.inference_samplers import SAMPLER_HELP, SAMPLER_NAMES, check_sampler
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import DRAWN, LineOption
@@ -109,8 +111,8 @@ class SdxlPromptOptions:
 
 
 GROUPS = (
-    PluginOptions, SdxlModelOptions, UnetSpeedOptions, EmbeddingOptions, SdxlPromptOptions, GuidanceOptions,
-    SessionOptions, ConsoleOptions,
+    PluginOptions, SdxlModelOptions, UnetSpeedOptions, EmbeddingOptions, SdxlPromptOptions, UNetStepOptions,
+    GuidanceOptions, PreviewOptions, SessionOptions, ConsoleOptions,
 )  # fmt: skip
 
 
@@ -134,6 +136,7 @@ def read_steps(text: str) -> int:
 LINE_OPTIONS: Mapping[str, LineOption] = {
     **COMMON_LINE_OPTIONS,
     **GUIDANCE_LINES,
+    **UNET_STEP_LINES,
     "s": LineOption("steps", read_steps),
     "p2": LineOption("prompt2", read_negative),
     **guidance_letters(),

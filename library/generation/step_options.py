@@ -11,11 +11,21 @@ from library.core.options import option
 from library.training.inference_samplers import (
     FLOW_SAMPLER_NAMES,
     SAMPLER_HELP,
+    SD_SIGMA_TABLES,
     SIGMA_TABLES,
     check_flow_sampler,
+    check_sampler,
+    check_sd_table,
     check_sigma_table,
 )
 from library.training.sampling_prompts import LineOption
+
+
+SOLVERS = {
+    "unipc": "unipc", "dpm++": "dpmsolver++", "vanilla": "euler", "dpm++sde": "dpmsolver++_sde", "lcm": "lcm",
+    "er_sde": "er_sde", "dpmpp_3m_sde": "dpmpp_3m_sde",
+}  # fmt: skip
+"""names of --sample_solver, the first three those of the known script -> names of the samplers here"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +65,23 @@ class SamplerStepOptions(StepOptions):
         return {**super().request_fields(), "sampler": self.sampler}
 
 
+@dataclass(frozen=True, kw_only=True)
+class UNetStepOptions:
+    """Steps"""
+
+    sigma_table: str | None = option(
+        None, choices=SD_SIGMA_TABLES, help="noise levels of the steps, over those of the training; those of the"
+        " sampler when not given",
+    )  # fmt: skip
+
+    def request_fields(self) -> dict[str, Any]:
+        return {"sigma_table": self.sigma_table}
+
+
+STEP_GROUPS = (StepOptions, SamplerStepOptions, UNetStepOptions)
+"""of which a script has one"""
+
+
 def read_sampler(text: str) -> str:
     """The name of a sampler that flow models have."""
     return _checked(check_flow_sampler, text)
@@ -63,6 +90,16 @@ def read_sampler(text: str) -> str:
 def read_sigma_table(text: str) -> str | None:
     """The name of a table; `-` stands for the family's own spacing."""
     return None if text == "-" else _checked(check_sigma_table, text)
+
+
+def read_any_sampler(text: str) -> str:
+    """The name of a sampler that SD models have."""
+    return _checked(check_sampler, text)
+
+
+def read_sd_table(text: str) -> str | None:
+    """The name of a table that SD models have; `-` stands for the sampler's own levels."""
+    return None if text == "-" else _checked(check_sd_table, text)
 
 
 def _checked(check: Any, text: str) -> str:
@@ -77,3 +114,7 @@ STEP_LINES: Mapping[str, LineOption] = {
     "ss": LineOption("sampler", read_sampler), "sg": LineOption("sigma_table", read_sigma_table)
 }
 """letters of prompt lines"""
+UNET_STEP_LINES: Mapping[str, LineOption] = {
+    "ss": LineOption("sampler", read_any_sampler), "sg": LineOption("sigma_table", read_sd_table)
+}
+"""those of SD models"""

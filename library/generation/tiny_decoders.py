@@ -119,8 +119,8 @@ def load_tiny_decoder(path: str) -> TinyDecoder:
         fits = False
     if not fits:
         raise CheckpointError(
-            f"{path} is no tiny autoencoder; needed: the decoder of TAESD (taef1_decoder, taesd3_decoder) or of TAEHV"
-            " (taehv, taew2_1)"
+            f"{path} is no tiny autoencoder; needed: the decoder of TAESD (taesd_decoder, taesdxl_decoder, taesd3_decoder,"
+            " taef1_decoder) or of TAEHV (taehv, taew2_1)"
         )
     assign_state(layers, {key: state[key].float() for key in wanted})
     return TinyDecoder(layers.eval().requires_grad_(False), first.shape[1], is_clips=is_clips)

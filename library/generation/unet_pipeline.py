@@ -52,7 +52,8 @@ class UNetPipeline(PicturePipeline[Request]):
     def latents(self, request: Request, conditioning: Conditioning, negative: Conditioning | None) -> Tensor:
         size = self.latent_shape(request)[-2:]
         run = SamplingRun(
-            request.sampler, request.steps, [request.seed], self.prediction_type, self.zero_terminal_snr, size
+            request.sampler, request.steps, [request.seed], self.prediction_type, self.zero_terminal_snr, size,
+            sigma_table=request.sigma_table, observe=self.observe,
         )
         times = torch.tensor([*run.timesteps(), -1.0])
         predict = scheduled(request, times, lambda asked: self._guided(asked, conditioning, negative))

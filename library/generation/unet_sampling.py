@@ -27,6 +27,7 @@ from library.training.inference_samplers.discrete import (
     sampler_of,
     schedule_of,
 )
+from library.training.inference_samplers.flow import Observe, observed
 
 logger = logging.getLogger(__name__)
 
@@ -91,17 +92,23 @@ class SamplingRun:
     mask: Tensor | None = None
     strength: float = 1.0
     gradual: GradualLatentSettings | None = None
+    sigma_table: str | None = None
+    """noise levels of the steps, None: those of the sampler"""
+    observe: Observe | None = None
+    """sees the clean latents as far as they can be told in each step"""
 
     def _schedule(self) -> DiscreteSchedule:
         return schedule_of(
-            self.sampler, self.steps, zero_terminal_snr=self.zero_terminal_snr, steps_offset=self.steps_offset
+            self.sampler, self.steps, zero_terminal_snr=self.zero_terminal_snr, steps_offset=self.steps_offset,
+            table=self.sigma_table,
         )
 
     def _first_step(self) -> tuple[int, int]:
         """As `first_step`; everything is made without a source."""
         if self.source is None:
             return 0, 0
-        return first_step(self.steps, self.strength, 0 if self.sampler in NO_STEPS_OFFSET else self.steps_offset)
+        steps = len(self._schedule().timesteps)  # some tables have fewer than were asked for
+        return first_step(steps, self.strength, 0 if self.sampler in NO_STEPS_OFFSET else self.steps_offset)
 
     def timesteps(self) -> list[float]:
         """Of the steps that are made, downwards."""
@@ -111,13 +118,15 @@ class SamplingRun:
         """Clean latents [B, 4, h, w] of the network's scale."""
         schedule = self._schedule()
         start, first = self._start(schedule, device)
-        if first >= self.steps:
+        if first >= len(schedule.timesteps):
             assert self.source is not None
             return self.source.to(device)
         schedule = schedule.from_step(first)
         denoise = network_denoiser(predict, schedule, self.prediction_type)
         if self.mask is not None:
             denoise = self._keeping(denoise, start)
+        if self.observe is not None:
+            denoise = observed(denoise, schedule.sigmas, self.observe)
         generators = [torch.Generator("cpu").manual_seed(seed + 1) for seed in self.seeds]
         if self.gradual is None:
             latents = sampler_of(self.sampler, schedule)(denoise, start, schedule.sigmas, noise_of(generators, start))
@@ -138,7 +147,7 @@ class SamplingRun:
         source = self.source.to(device).float()
         if (height, width) != tuple(source.shape[2:]):
             source = F.interpolate(source, size=(height, width), mode="bicubic", align_corners=False)
-        if first >= self.steps:
+        if first >= len(schedule.timesteps):
             return source, first
         shape = (1, LATENT_CHANNELS, height, width)
         noise = torch.cat([torch.randn(shape, generator=keyed_generator(seed, "img2img noise")) for seed in self.seeds])

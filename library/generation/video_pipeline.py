@@ -36,6 +36,7 @@ from library.generation.video_requests import VideoRequest, guided_steps
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass
 class VideoPipeline(FlowPipeline[VideoRequest]):
     """A flow model of clips. A subclass gives `velocity`, `sigmas` and, where clips may start from others, `encode`.
@@ -57,22 +58,13 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
 
     def sigmas(self, request: VideoRequest) -> Tensor:
         """Those of a clip that starts from another one are the last ones, as `noise_mode` says."""
-        sigmas = super().sigmas(request)
-        if request.video_path is None:
-            return sigmas
-        if request.noise_mode == "direct":
-            return sigmas[int((sigmas - request.strength).abs().argmin()) :]
-        return sigmas[len(sigmas) - 1 - kept_steps(request) :]
+        return kept_sigmas(super().sigmas(request), request)
 
     def start(self, request: VideoRequest, sigmas: Tensor) -> Tensor:
         noise = self.noise(request)
         if request.video_path is None:
             return noise
-        if len(sigmas) == 1 and request.strength:
-            logger.warning("--strength %g of %d steps is none; the clip stays as it is", request.strength, request.steps)
-        clip = self.starting_clip(request)
-        more = request.v2_extra_noise if len(sigmas) > 1 else 0.0  # no step would take it away again
-        return (sigmas[0] + more) * noise.to(clip) + (1 - sigmas[0]) * clip
+        return noised_clip(self.starting_clip(request), noise, sigmas, request)
 
     def latents_together(
         self, requests: Sequence[VideoRequest], conditioning: Conditioning, negative: Conditioning | None
@@ -146,6 +138,24 @@ class VideoPipeline(FlowPipeline[VideoRequest]):
 def kept_steps(request: VideoRequest) -> int:
     """How many of the steps change the clip that is started from."""
     return int(request.steps * request.strength)
+
+
+def kept_sigmas(sigmas: Tensor, request: VideoRequest) -> Tensor:
+    """Of all sigmas [n + 1] those of the steps that are made: of a clip that starts from another one the last ones, as
+    `noise_mode` says."""
+    if request.video_path is None:
+        return sigmas
+    if request.noise_mode == "direct":
+        return sigmas[int((sigmas - request.strength).abs().argmin()) :]
+    return sigmas[max(len(sigmas) - 1 - kept_steps(request), 0) :]  # some tables have fewer steps than were asked for
+
+
+def noised_clip(clip: Tensor, noise: Tensor, sigmas: Tensor, request: VideoRequest) -> Tensor:
+    """Latents of a clip at the first of the `sigmas`, with noise of their shape. It is told where no step follows."""
+    if len(sigmas) == 1 and request.strength:
+        logger.warning("--strength %g of %d steps is none; the clip stays as it is", request.strength, request.steps)
+    more = request.v2_extra_noise if len(sigmas) > 1 else 0.0  # no step would take it away again
+    return (sigmas[0] + more) * noise.to(clip) + (1 - sigmas[0]) * clip
 
 
 def fitted(latents: Tensor, shape: Sequence[int], pad_mode: str) -> Tensor:

@@ -18,7 +18,7 @@ from library.generation.nag_options import NAG_LINES, NagOptions
 from library.generation.preview_options import PreviewOptions
 from library.generation.requests import DTYPE_NAMES, SampledRequest, SessionOptions
 from library.generation.speed_options import SpeedOptions
-from library.generation.step_options import STEP_LINES, StepOptions
+from library.generation.step_options import SOLVERS, STEP_LINES, StepOptions
 from library.generation.video_options import (
     LengthOptions,
     LongClipOptions,
@@ -31,13 +31,6 @@ from library.generation.video_options import (
 from library.generation.video_requests import VIDEO_LINES, VideoRequest
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import MOST_FRAMES, LineOption
-
-SOLVERS = {
-    "unipc": "unipc", "dpm++": "dpmsolver++", "vanilla": "euler", "dpm++sde": "dpmsolver++_sde", "lcm": "lcm",
-    "er_sde": "er_sde", "dpmpp_3m_sde": "dpmpp_3m_sde",
-}  # fmt: skip
-"""names of --sample_solver, the first three those of the known script -> names of the samplers here"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class WanRequest(VideoRequest, SampledRequest):

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
+CLIPPING_MARGIN = 1e-5
+"""a norm that is smaller than the limit by this, of both, is so whatever is rounded on the way"""
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -88,7 +90,8 @@ class Runtime:
         """Clip to a global norm; returns the norm before clipping, a tensor on the device."""
         self.unscale_gradients()  # accelerate does the same after importing torch.distributed.tensor, half a second
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        is_small = norm.device.type == "cpu" and bool(max_norm / (norm + 1e-6) >= 1)  # elsewhere, asking would wait
+        # on other devices, asking would wait
+        is_small = norm.device.type == "cpu" and float(norm) + CLIPPING_MARGIN < (1 - CLIPPING_MARGIN) * max_norm
         if not is_small:  # the factor would be 1
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm

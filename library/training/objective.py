@@ -233,11 +233,9 @@ class DdpmObjective(Objective):
         input_noise = with_ip_noise(noise, self.noise_options, draws)
         known = times.float() if times.device.type == "cpu" else None
         times = to_device(times, latents.device, torch.float32)
-        sigmas = self._look_up("noise", times)
-        signal, scale = (
-            expand_like(self._look_up("signal", times), latents),
-            expand_like(sigmas, latents),
-        )  # [B, 1, ...]
+        places = times.long()
+        sigmas = self._look_up("noise", places)
+        signal, scale = expand_like(self._look_up("signal", places), latents), expand_like(sigmas, latents)  # [B, 1, ...]
         noisy = signal * latents + scale * input_noise
         target = signal * noise - scale * latents if self.prediction_type == "v" else noise
         return NoisyLatents(latents, noisy, noise, times, sigmas, target, known)

@@ -18,6 +18,7 @@ from library.dataset.batch import PRESERVED, Batch, conditioning_rows
 from library.dataset.latent_cache import bucket_of
 from library.dataset.packed_batch import PackedBatch
 from library.dataset.strategies import Conditioning, StrategySet
+from library.dataset.text_padding import without_padding
 from library.device_utils import to_device
 from library.training.hooks.base import is_empty
 from library.training.objective import NoisyLatents, Objective
@@ -122,7 +123,8 @@ class TrainStep:
 
     def _noised_part(self, part: Batch) -> tuple[NoisyLatents, Conditioning, Batch]:
         sample, conditioning, batch = self.noised(part, self.draws_of(part, None))
-        return sample, self.family.of_pack(conditioning), batch
+        made_here = [text for text in self.family.texts_to_cut() if not text.is_in(part.conditioning or {})]
+        return sample, without_padding(conditioning, made_here), batch  # cached texts were cut when they were read
 
     # -- the pieces of the body, which hooks put together in their own ways --------------------------------------------
 

@@ -7,7 +7,9 @@ The functions keep the dtype of what they get; call them with float64 where an i
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -69,10 +71,18 @@ def shift_of_mode(mode: str, latent_hw: tuple[int, int]) -> float:
     return math.exp(line_mu(tokens, MU_LINES[mode]))
 
 
-def table_sigmas(u: torch.Tensor, shift: float) -> torch.Tensor:
-    """Sigmas of the 1000-entry schedule: s0 = (min(floor(1000 u), 999) + 1) / 1000, then the shift."""
-    index = (u * NUM_TIMESTEPS).floor().clamp(0, NUM_TIMESTEPS - 1)
-    return shift_sigmas((index + 1) / NUM_TIMESTEPS, shift)
+def at_parts(u: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
+    """[B]: the k-th value for numbers in the k-th of equally long parts of 0..1, in the type of u. Counted in Python, in
+    float64: a step has few numbers, and each operation of torch takes longer than all of them."""
+    count = len(values)
+    return torch.tensor([values[min(int(number * count), count - 1)] for number in u.tolist()], dtype=u.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def table_sigmas(shift: float, min_timestep: int | None, max_timestep: int | None) -> tuple[float, ...]:
+    """Sigmas of the 1000-entry schedule: (k + 1) / 1000, then the shift and the range."""
+    sigmas = torch.arange(1, NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS
+    return tuple(limit_range(shift_sigmas(sigmas, shift), min_timestep, max_timestep).tolist())
 
 
 def falling_timesteps(u: torch.Tensor, min_timestep: int | None, max_timestep: int | None) -> torch.Tensor:
@@ -119,9 +129,8 @@ def timestep_range(min_timestep: int | None, max_timestep: int | None) -> tuple[
 
 
 def ddpm_timesteps(u: torch.Tensor, min_timestep: int | None, max_timestep: int | None) -> torch.Tensor:
-    """Whole timesteps [B], uniform in min..max-1. Give float64: float32 can round up to max."""
-    low, high = timestep_range(min_timestep, max_timestep)
-    return (low + u * (high - low)).floor().clamp(low, high - 1)
+    """Whole timesteps [B], uniform in min..max-1."""
+    return at_parts(u, range(*timestep_range(min_timestep, max_timestep)))
 
 
 def whole_flow_timesteps(

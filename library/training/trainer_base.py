@@ -348,6 +348,8 @@ class Trainer:
         strategies.mark_text_models(self.trainable.transform_identity(self.family))
         data = group_data(self.config, found, self.family.architecture, runtime.seed)
         data.set_strategies(strategies)
+        if texts := self.family.texts_to_cut():
+            data.train.cut_texts_of_packs(texts)
         self.trainable.prepare_data(data)
         for group in data.groups:
             strategies.latents_caching.check_pictures(group.items)

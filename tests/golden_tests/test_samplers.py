@@ -97,7 +97,7 @@ def test_sampler_of_sd_models(case, tensors):
     if name == "plms":
         schedule, sampler = discrete.schedule_of("pndm", num_steps, steps_offset=0), linear_multistep.plms
     elif config.get("use_karras_sigmas"):
-        schedule = discrete.make_schedule(num_steps, "linspace_inner", karras=True)
+        schedule = discrete.make_schedule(num_steps, "linspace_inner", table="karras")
         sampler = INFERENCE_SAMPLERS.resolve(name)
     else:
         schedule = discrete.schedule_of(name, num_steps, steps_offset=0)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from library.core.errors import ConfigError
 from library.generation import framepack_inference
+from library.generation.framepack_pipeline import FramePackPipeline
 from library.generation.framepack_requests import FramePackRequest
 from library.safetensors_utils import save_file_atomic
 from library.tiny_models import build_tiny
@@ -110,6 +111,60 @@ def test_settings_change_the_video(tiny, tmp_path):
     assert torch.equal(made[0], latent(tiny, tmp_path / "k", *one, "--magcache_mag_ratios=0", "--magcache_k=0"))
 
 
+def test_every_solver_and_table_makes_its_own_video(tiny, tmp_path):
+    one = ["--video_sections=2"]
+    ways = {
+        "unipc": [], "dpm": ["--sample_solver=dpm++"], "euler": ["--sample_solver=vanilla"],
+        "sde": ["--sample_solver=dpm++sde"], "er_sde": ["--sample_solver=er_sde"], "lcm": ["--sample_solver=lcm"],
+        "karras": ["--sigma_table=karras"], "beta": ["--sigma_table=beta", "--sample_solver=dpmpp_3m_sde"],
+        "schedule": ["--cfg_schedule=1-2:3", "--negative_prompt=a dog"],
+    }  # fmt: skip
+    made = [latent(tiny, tmp_path / name, *one, *words) for name, words in ways.items()]
+    assert all(not torch.equal(a, b) for n, a in enumerate(made) for b in made[:n])
+    again = latent(tiny, tmp_path / "again", *one, "--sample_solver=er_sde")
+    assert torch.equal(again, made[list(ways).index("er_sde")])
+    lines = lines_file(tmp_path, "a red cat --ss er_sde", "a red cat --sg karras", "a red cat")
+    given = [*one, lines, "--output_type=latent"]
+    paths = run(tiny, tmp_path / "lines", *given, prompt="")
+    for path, name in zip(paths, ("er_sde", "karras", "unipc"), strict=True):
+        assert torch.equal(load_file(path)["latent"], made[list(ways).index(name)]), name
+    with pytest.raises(ConfigError, match="with the sampler heun, which asks the model twice"):
+        run(tiny, tmp_path, lines_file(tmp_path, "a --ss heun"), "--magcache_mag_ratios=0", prompt="")
+
+
+def test_a_video_starts_from_another_one(tiny, pictures, tmp_path, monkeypatch):
+    """Of two sections, made from either end: without steps it is that clip, with all of them a new one."""
+    encodings, encoded_clip = [], FramePackPipeline.starting_clip
+    monkeypatch.setattr(
+        FramePackPipeline, "starting_clip", lambda *given: encodings.append(encoded_clip(*given)) or encodings[-1]
+    )
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    for number in range(17):
+        Image.open(pictures[number % 3]).save(clip / f"{number:02d}.png")
+    two, start = ["--video_sections=2"], f"--video_path={clip}"
+    for more in ([], ["--f1"]):
+        kept = latent(tiny, tmp_path / "kept", *two, start, "--strength=0", *more)
+        encoded = latent(tiny, tmp_path / "direct", *two, start, "--strength=0", "--noise_mode=direct", *more)
+        assert torch.equal(kept, encoded) and kept.shape[1] == 5 and not torch.equal(kept[:, 1:3], kept[:, 3:])
+        assert torch.equal(kept[:, 1:], encodings[-1][0, :, 1:]), "each section has its own part of the clip"
+        half = latent(tiny, tmp_path / "half", *two, start, "--strength=0.67", *more)
+        extra = latent(tiny, tmp_path / "extra", *two, start, "--strength=0.67", "--v2_extra_noise=0.1", *more)
+        whole = latent(tiny, tmp_path / "whole", *two, start, "--strength=1", *more)
+        assert torch.equal(kept[:, 0], half[:, 0]) and not torch.equal(half, extra)
+        assert (half - kept).abs().mean() < (whole - kept).abs().mean()
+        begun = latent(tiny, tmp_path / "begun", *two, f"--image_path={clip / '00.png'}", *more)
+        # noise at sigma 1 covers the clip; pictures alone and in a row are encoded to within rounding
+        torch.testing.assert_close(begun, whole, atol=1e-3, rtol=1e-3)
+    short = tmp_path / "short"
+    short.mkdir()
+    Image.open(pictures[0]).save(short / "0.png")
+    filled = latent(tiny, tmp_path / "filled", *two, f"--video_path={short}", "--strength=0")
+    assert torch.equal(filled[:, 1:], filled[:, :1].expand(-1, 4, -1, -1))
+    with pytest.raises(ConfigError, match="--video_path is given for a single frame"):
+        run(tiny, tmp_path, start, "--one_frame_inference=default")
+
+
 def test_a_clip_tells_what_it_is_made_without(caplog):
     request = FramePackRequest(width=32, height=32, prompt="0:a;;;7:b", image_path="2-3:none.png;;;0:first.png", sections=2)
     framepack_inference.tell_effects(request, 2)
@@ -197,9 +252,9 @@ def test_what_is_missing_or_wrong_is_told_at_once(tiny, pictures, tmp_path, monk
     with pytest.raises(ConfigError, match="the sections 3-1 of a prompt run backwards"):
         run(tiny, tmp_path, prompt="3-1:x;;;0:y")
     with pytest.raises(ConfigError) as caught:
-        run(tiny, tmp_path, "--image_path=0:none.png;;;1:other.png", "--sample_solver=dpm++", "--image_encoder=no")
+        run(tiny, tmp_path, "--image_path=0:none.png;;;1:other.png", "--riflex_index=4", "--image_encoder=no")
     told = "\n".join(caught.value.problems)
-    for part in ("none.png", "other.png", "--sample_solver is dpm++", "--image_encoder is no"):
+    for part in ("none.png", "other.png", "--riflex_index is 4", "--image_encoder is no"):
         assert part in told, part
 
 

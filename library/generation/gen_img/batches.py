@@ -157,6 +157,7 @@ class PictureBatches:
             self.pipeline.zero_terminal_snr, size, noise_settings(picture),
             0 if sources.force_scheduler_zero_steps_offset else STEPS_OFFSET,
             source, self._mask(requests, size) if source is not None else None, first.strength, first.gradual_latent,
+            sigma_table=picture.sigma_table, observe=self.pipeline.observe,
         )  # fmt: skip
         shrink = first.deep_shrink
         if shrink is not None:

@@ -19,8 +19,16 @@ from library.core.plugins import PluginOptions
 from library.core.text_seeds import seed_of
 from library.generation.file_options import PictureFileOptions, wildcard_folder_problem
 from library.generation.gen_img.prompts import GENERATION_LINE_OPTIONS
+from library.generation.preview_options import PreviewOptions
 from library.generation.speed_options import UnetSpeedOptions, attention_option
-from library.training.inference_samplers import DEFAULT_SAMPLER, SAMPLER_HELP, SAMPLER_NAMES, check_sampler
+from library.training.inference_samplers import (
+    DEFAULT_SAMPLER,
+    SAMPLER_HELP,
+    SAMPLER_NAMES,
+    SD_SIGMA_TABLES,
+    check_sampler,
+    check_sd_table,
+)
 from library.training.sampling_prompts import DRAWN
 
 DEFAULT_STRENGTH = 0.8
@@ -371,6 +379,10 @@ class GenerationPictureOptions(PictureFileOptions):
     H: int | None = option(None, help="height in pixels", most=LARGEST_PICTURE_SIDE)
     steps: int = option(50, help="steps", most=LARGEST_STEPS)
     sampler: str = option(DEFAULT_SAMPLER, help="sampler: " + ", ".join(SAMPLER_NAMES) + SAMPLER_HELP)
+    sigma_table: str | None = option(
+        None, choices=SD_SIGMA_TABLES, help="noise levels of the steps, over those of the training; those of the"
+        " sampler when not given",
+    )  # fmt: skip
     scale: float = option(
         7.5, help="strength of the prompt against the negative prompt (classifier-free guidance); up to 1 = off"
     )
@@ -407,7 +419,10 @@ class GenerationPictureOptions(PictureFileOptions):
             crop_top=0, crop_left=0,
         )
         problems += problems_of(self.raise_file_problems)
-        problems += problems_of(lambda: check_sampler(self.sampler, "--sampler"))
+        sampler_problems = problems_of(lambda: check_sampler(self.sampler, "--sampler"))
+        problems += sampler_problems or problems_of(
+            lambda: check_sd_table(self.sigma_table, "--sigma_table", self.sampler)
+        )
         if self.steps > 1000:
             problems.append(f"--steps is {self.steps}; the noise schedule has 1000, needed: as many or fewer")
         for name in ("pyramid_noise_discount_range", "noise_offset_range"):
@@ -518,5 +533,5 @@ GENERATION_CLASSES = (
     PluginOptions,
     GenerationModelOptions, UnetSpeedOptions, GenerationPromptOptions, GenerationPictureOptions, GenerationSourceOptions,
     GenerationNetworkOptions, GenerationControlOptions,
-    GenerationShrinkOptions,
+    GenerationShrinkOptions, PreviewOptions,
 )

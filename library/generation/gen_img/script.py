@@ -38,6 +38,7 @@ from library.generation.gen_img.sources import (
     written_lines,
 )
 from library.generation.picture_files import write_picture
+from library.generation.preview_options import PreviewOptions
 from library.generation.recorded_requests import ENTRY
 from library.generation.script import Failures, filled, format_problems, free_path
 from library.scripts.command_line import read_command, refused_problems, run_to_exit, script_parser, tell_equivalent
@@ -108,6 +109,7 @@ def run(argv: Sequence[str] | None = None, *, sdxl: bool = False) -> list[Path]:
     maker = load_batches(config)
     choose_attention(maker.unet, config)
     add_pictures(maker, config)
+    add_previews(maker, config)
     files, failures = PictureFiles(config), Failures()
     size, place = config[GenerationPromptOptions].batch_size, place_of(config)
     for requests in groups_of(config, planner, lines or [], maker, failures):
@@ -172,6 +174,10 @@ def all_problems(config: Config) -> list[str]:
     folder_problem = unwritable_problem("outdir", config[GenerationPictureOptions].outdir)
     found += [folder_problem] if folder_problem else []
     found += attention_of(config).problems
+    if config[PreviewOptions].preview_latent_every:
+        from library.generation.previews import preview_problems
+
+        found += preview_problems(model.family, config[PreviewOptions].preview_vae)
     found += format_problems({"--fp16" if model.fp16 else "--bf16": model.dtype})
     found += word_problems(model, networks, has_model=not model_found)
     if config[GenerationPictureOptions].use_original_file_name and not sources.image_path:
@@ -329,7 +335,7 @@ def start_notices(config: Config) -> list[str]:
         "noise is drawn on the CPU in float32: a seed means the same picture on every device, and another one than in "
         "scripts that draw elsewhere"
     ]
-    lines += [*sampler_notices(pictures.sampler), *pictures.idle_file_options(config.explicit)]
+    lines += [*sampler_notices(pictures.sampler), *config[PreviewOptions].notices(), *pictures.idle_file_options(config.explicit)]
     if sources.image_path and sources.mask_path:
         lines.append(
             "inpainting: the kept part has the noise of each step's end and none at the end, where other scripts leave "
@@ -415,6 +421,17 @@ def add_pictures(maker: PictureBatches, config: Config) -> None:
     elif sources.mask_path:
         image = open_picture(source_files(sources.mask_path, "mask_path")[0], "RGB", "mask_path")
         maker.regions = read_regions(image, config[GenerationNetworkOptions].network_regional_mask_max_color_codes)
+
+
+def add_previews(maker: PictureBatches, config: Config) -> None:
+    """The steps of the first picture of a batch write previews, where that is asked for."""
+    options = config[PreviewOptions]
+    if options.preview_latent_every:
+        from library.generation.previews import previews_of
+
+        folder, family = Path(config[GenerationPictureOptions].outdir), config[GenerationModelOptions].family
+        every, fps = options.preview_latent_every, 1  # of clips, which these are not
+        maker.pipeline.observe = previews_of(family, folder, every, options.preview_vae, fps)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class StepLoss:
 class _Pending:
     step: int
     epoch: int
-    loss_sum: torch.Tensor  # [] on the device
+    loss_sum: torch.Tensor  # one number on the device
     count: int
     files: tuple[str, ...]
     logs: dict[str, torch.Tensor | float]
@@ -82,8 +82,7 @@ class LossReader(Hook):
         logs = {**self._rates, **output.logs}
         for values in run.hooks.extra_step_logs(run):
             logs.update(values)
-        loss_sum = output.loss_sum.detach().float().reshape(())
-        progress = run.progress
+        loss_sum, progress = output.loss_sum.detach(), run.progress
         self._pending.append(
             _Pending(progress.global_step, progress.epoch, loss_sum, output.count, tuple(self._files), logs)
         )
@@ -110,7 +109,7 @@ def _losses_of(pending: list[_Pending], runtime: Runtime) -> list[StepLoss]:
     if device.type == "cpu" and runtime.num_processes == 1:  # nothing to copy and nothing to add
         return [_alone(p) for p in pending]
     counts = torch.tensor([float(p.count) for p in pending], device=device)
-    local = torch.stack([torch.stack([p.loss_sum for p in pending]), counts], dim=1)  # [steps, 2]
+    local = torch.stack([torch.stack([p.loss_sum.float().reshape(()) for p in pending]), counts], dim=1)  # [steps, 2]
     together = runtime.sum_over_ranks(local)  # [steps, 2]
     tensors = [(i, name, v) for i, p in enumerate(pending) for name, v in p.logs.items() if isinstance(v, torch.Tensor)]
     extra = [v.detach().to(device, torch.float32).reshape(()) for _, _, v in tensors]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from library.core.errors import ConfigError, did_you_mean
+from library.core.errors import ConfigError, did_you_mean, problems_of
 from library.core.options import option
 from library.core.registry import Registry
 
@@ -73,6 +73,8 @@ SIGMA_TABLES: Registry[Callable] = Registry(
 )
 for _name in ("simple", "sgm_uniform", "karras", "beta"):
     SIGMA_TABLES.add(_name, f"library.training.inference_samplers.sigma_tables:{_name}")
+SD_SIGMA_TABLES = ("simple", "sgm_uniform", "karras", "beta")
+"""those of them that SD models have, over the noise levels of their training"""
 CLIPPED_ELSEWHERE = ("ddim", "ddpm", "heun")
 
 
@@ -114,6 +116,23 @@ def check_sigma_table(name: str | None, what: str) -> None:
         raise ConfigError(problem)
     if name is not None and SIGMA_TABLES.entry(name, what).is_outside:
         SIGMA_TABLES.resolve(name, what)
+
+
+def check_sd_table(name: str | None, what: str, sampler: str | None = None) -> None:
+    """ConfigError when SD models have no table of noise levels of this name, or the sampler goes with none; None
+    passes."""
+    if name is None:
+        return
+    if name not in SD_SIGMA_TABLES:
+        check_sigma_table(name, what)
+        raise ConfigError(
+            f"{what} is {name}, a table for flow models; SD models have {', '.join(SD_SIGMA_TABLES)}, in these letters"
+        )
+    if sampler is not None and INFERENCE_SAMPLERS.entry(sampler).info["final"] == "sigma_min":
+        raise ConfigError(
+            f"{what} is {name} with the sampler {sampler}, whose times are its own and end at the first noise level of"
+            " training; needed: another sampler, e.g. euler or dpmsolver++, or no table"
+        )
 
 
 def check_sampler(name: str, what: str) -> None:
@@ -160,5 +179,14 @@ class SamplerOptions:
         + f"; to flow models {DEFAULT_SAMPLER} is their own sampler",
     )
 
+    sample_sigma_table: str | None = option(
+        None, help="noise levels of the steps of sample images: " + ", ".join(SIGMA_TABLES.names()) + ", of flow models"
+        + SAMPLER_HELP + " too; those of the model or the sampler when not given",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
-        check_sampler(self.sample_sampler, "--sample_sampler")
+        if problems := [
+            *problems_of(lambda: check_sampler(self.sample_sampler, "--sample_sampler")),
+            *problems_of(lambda: check_sigma_table(self.sample_sigma_table, "--sample_sigma_table")),
+        ]:
+            raise ConfigError(problems)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy
 import torch
 
-from library.training.inference_samplers import INFERENCE_SAMPLERS
+from library.training.inference_samplers import INFERENCE_SAMPLERS, check_sd_table
 from library.training.inference_samplers.common import Denoise, NextNoise
+from library.training.inference_samplers.level_places import beta_places, karras_sigmas, simple_places
 from library.training.objective import PREDICTION_TYPES, ddpm_alphas_cumprod
 from library.training.timesteps import NUM_TIMESTEPS
 
@@ -24,7 +25,6 @@ STEPS_OFFSET = 1
 """first timestep of "leading" spacing, in training samples and in generation scripts alike"""
 SMALLEST_ALPHA_CUMPROD = 2.0**-24
 """stands for the 0 at the end of a zero-terminal schedule: sigma 4096 instead of infinity"""
-KARRAS_RHO = 7.0
 SPACINGS = ("leading", "linspace", "linspace_inner")
 FINAL_SIGMAS = ("zero", "sigma_min")
 
@@ -104,19 +104,27 @@ def timestep_at(table: torch.Tensor, sigma: float) -> float:
     return float(numpy.interp(math.log(max(sigma, 1e-10)), table.log().numpy(), numpy.arange(len(table))))
 
 
-def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float) -> torch.Tensor:
-    """[n] float64 from sigma_max to sigma_min, evenly spaced in sigma^(1/7). Source: arXiv 2206.00364, eq. 5."""
-    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
-    largest, smallest = sigma_max ** (1 / KARRAS_RHO), sigma_min ** (1 / KARRAS_RHO)
-    return (largest + ramp * (smallest - largest)) ** KARRAS_RHO
+def table_levels(name: str, num_steps: int, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sigmas, timesteps), float64 and downwards, of a sigma table over the levels `table` [1000] of the training:
+    [n] each, of "beta" a few less where there are many. ConfigError for one that SD models do not have."""
+    if name == "karras":
+        sigmas = karras_sigmas(num_steps, float(table[0]), float(table[-1]))
+        return sigmas, torch.tensor([timestep_at(table, sigma) for sigma in sigmas.tolist()], dtype=torch.float64)
+    if name == "sgm_uniform":
+        timesteps = torch.linspace(NUM_TIMESTEPS - 1, 0, num_steps + 1, dtype=torch.float64)[:-1]
+        return sigmas_at(table, timesteps), timesteps
+    check_sd_table(name, "the table of noise levels")
+    places = simple_places(num_steps) if name == "simple" else beta_places(num_steps)
+    return table[places], torch.tensor(places, dtype=torch.float64)
 
 
 def make_schedule(
     num_steps: int, spacing: str, *, final: str = "zero", steps_offset: int = STEPS_OFFSET,
     zero_terminal_snr: bool = False,
-    karras: bool = False,
+    table: str | None = None,
 ) -> DiscreteSchedule:
-    """A schedule by its settings. `final`: the last sigma is 0 or that of timestep 0. Raises ValueError for bad values.
+    """A schedule by its settings. `final`: the last sigma is 0 or that of timestep 0. `table`: the name of one that
+    takes the place of the spacing. Raises ValueError for bad values.
 
     Start latents have the variance of the network's training ("leading", "linspace_inner") or, as k-diffusion samplers
     have it, plain sigma ("linspace").
@@ -127,32 +135,35 @@ def make_schedule(
             f"{', '.join(SPACINGS)}, one of"
             f" {', '.join(map(str, FINAL_SIGMAS))}"
         )
-    table = model_sigmas(zero_terminal_snr)
+    trained = model_sigmas(zero_terminal_snr)
     if spacing == "leading":
         timesteps = leading_timesteps(num_steps, steps_offset)
     else:
         timesteps = linspace_timesteps(num_steps) if spacing == "linspace" else linspace_inner_timesteps(num_steps)
-    sigmas = sigmas_at(table, timesteps)
-    if karras:
-        sigmas = karras_sigmas(num_steps, float(table[0]), float(table[-1]))
-        timesteps = torch.tensor([timestep_at(table, sigma) for sigma in sigmas.tolist()], dtype=torch.float64)
+    sigmas = sigmas_at(trained, timesteps)
+    if table is not None:
+        sigmas, timesteps = table_levels(table, num_steps, trained)
         timesteps = timesteps if spacing == "linspace" else timesteps.round()
-    last = table[:1] if final == "sigma_min" else torch.zeros(1, dtype=torch.float64)
+    last = trained[:1] if final == "sigma_min" else torch.zeros(1, dtype=torch.float64)
     first = float(sigmas[0])
     return DiscreteSchedule(
-        sigmas=torch.cat([sigmas, last]), timesteps=timesteps, model_sigmas=table,
+        sigmas=torch.cat([sigmas, last]), timesteps=timesteps, model_sigmas=trained,
         whole_timesteps=spacing != "linspace",
         start_scale=first if spacing == "linspace" else math.sqrt(1 + first**2),
     )
 
 
 def schedule_of(
-    name: str, num_steps: int, *, zero_terminal_snr: bool = False, steps_offset: int = STEPS_OFFSET
+    name: str, num_steps: int, *, zero_terminal_snr: bool = False, steps_offset: int = STEPS_OFFSET,
+    table: str | None = None,
 ) -> DiscreteSchedule:
-    """The schedule that a sampler of the registry uses on SD models. ConfigError for an unknown name."""
+    """The schedule that a sampler of the registry uses on SD models, with the levels of a sigma `table` where one is
+    named. ConfigError for an unknown name, and for a sampler that goes with no table."""
+    check_sd_table(table, "the table of noise levels", name)
     info = INFERENCE_SAMPLERS.entry(name).info
     schedule = make_schedule(
-        num_steps, info["spacing"], final=info["final"], steps_offset=steps_offset, zero_terminal_snr=zero_terminal_snr
+        num_steps, info["spacing"], final=info["final"], steps_offset=steps_offset,
+        zero_terminal_snr=zero_terminal_snr, table=table,
     )
     return (
         dataclasses.replace(schedule, midpoints=_midpoints(schedule, num_steps)) if info.get("midpoints") else schedule

@@ -6,19 +6,12 @@ steps lie towards noise. All but `sgm_uniform` choose among the levels of 1000 e
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from library.training.inference_samplers import SIGMA_TABLES
-from library.training.inference_samplers.discrete import karras_sigmas
+from library.training.inference_samplers.level_places import beta_places, karras_sigmas, simple_places
 from library.training.timesteps import NUM_TIMESTEPS, shift_sigmas
-
-BETA_SHAPE = 0.6
-BISECTIONS = 60
-SERIES_TERMS = 60
-"""of the incomplete beta function up to the middle, where each is less than half of the one before"""
 
 
 def levels(shift: float) -> Tensor:
@@ -32,8 +25,7 @@ def with_end(sigmas: Tensor) -> Tensor:
 
 def simple(num_steps: int, shift: float) -> Tensor:
     """Every so many-th level, from the largest down."""
-    places = [NUM_TIMESTEPS - 1 - int(step * NUM_TIMESTEPS / num_steps) for step in range(num_steps)]
-    return with_end(levels(shift)[places])
+    return with_end(levels(shift)[simple_places(num_steps)])
 
 
 def sgm_uniform(num_steps: int, shift: float) -> Tensor:
@@ -50,43 +42,8 @@ def karras(num_steps: int, shift: float) -> Tensor:
 
 
 def beta(num_steps: int, shift: float) -> Tensor:
-    """Levels at quantiles of the beta distribution (0.6, 0.6), denser at both ends; equal ones are taken once, so that
-    many steps become a few less. Source: arXiv 2407.12173."""
-    found, places = levels(shift), []
-    for step in range(num_steps):
-        place = round(beta_quantile(1 - step / num_steps) * (NUM_TIMESTEPS - 1))
-        if place not in places:
-            places.append(place)
-    return with_end(found[places])
-
-
-def beta_quantile(share: float) -> float:
-    """x in 0..1 below which the share of the distribution with both exponents 0.6 lies, by bisection; the middle
-    is exact."""
-    if share > 0.5:
-        return 1 - beta_quantile(1 - share)
-    if share == 0.5:
-        return 0.5
-    low, high = 0.0, 0.5
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if beta_share(middle) < share else (low, middle)
-    return (low + high) / 2
-
-
-def beta_share(x: float) -> float:
-    """The share of that distribution below x: its regularised incomplete beta function, which is symmetric about 1/2.
-
-    Source: the power series of x^a / (a B(a, a)) * 2F1(a, 1 - a; a + 1; x).
-    """
-    if x > 0.5:
-        return 1 - beta_share(1 - x)
-    a = BETA_SHAPE
-    term, total = 1.0, 1.0 / a
-    for n in range(1, SERIES_TERMS):
-        term *= (n - a) / n * x  # (1 - a)_n / n! x^n
-        total += term / (a + n)
-    return x**a * total * math.gamma(2 * a) / math.gamma(a) ** 2
+    """Levels at quantiles of the beta distribution (0.6, 0.6), see `beta_places`."""
+    return with_end(levels(shift)[beta_places(num_steps)])
 
 
 def table_sigmas(name: str, num_steps: int, shift: float) -> Tensor:

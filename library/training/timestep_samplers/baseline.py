@@ -47,7 +47,7 @@ def _density_sigmas(options: TimestepOptions, numbers: torch.Tensor) -> torch.Te
         return timesteps.whole_flow_timesteps(u, options.discrete_flow_shift, *limits) / timesteps.NUM_TIMESTEPS
     if options.sigma_table == "falling":
         return timesteps.falling_timesteps(u, *limits) / timesteps.NUM_TIMESTEPS
-    return timesteps.limit_range(timesteps.table_sigmas(u, options.discrete_flow_shift), *limits)
+    return timesteps.at_parts(u, timesteps.table_sigmas(options.discrete_flow_shift, *limits))
 
 
 class FlowTimestepSampler:
@@ -93,5 +93,4 @@ class DdpmTimestepSampler:
 
     def sample(self, latent_shape: Sequence[int], draws: StepDraws) -> torch.Tensor:
         """Timesteps [B] float32 without a fraction."""
-        u = draws.uniform(PURPOSE).double()
-        return timesteps.ddpm_timesteps(u, self.options.min_timestep, self.options.max_timestep).float()
+        return timesteps.ddpm_timesteps(draws.uniform(PURPOSE), self.options.min_timestep, self.options.max_timestep)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from library.core.courses import Course
 from library.core.errors import ConfigError
 from library.core.options import LARGEST_TOKENS, Ignored, equivalent_option, ignored_option, option
+from library.dataset.text_padding import PaddedText
 from library.families.chroma import FAMILY
-from library.training.text_padding import PaddedText
 from library.training.whole_models import WholeModelOptions
 from library.training.wiring.flux import MODEL_TYPES, TOKEN_LENGTH_DEV, FluxFamily, FluxOptions, ignored_options
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 from library.core.courses import Course, course
 from library.core.errors import Problems
 from library.core.options import LARGEST_TOKENS, Ignored, ignored_option, option, without_effect
+from library.dataset.text_padding import PaddedText
 from library.families.flux import FAMILY
 from library.training.option_groups import ModelOptions, NoiseOptions
-from library.training.text_padding import PaddedText
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from library.core.courses import course
 from library.core.errors import ConfigError
 from library.core.options import Ignored, option, shortened, without_effect
+from library.dataset.text_padding import PaddedText
 from library.families.hunyuan_video import FAMILY
-from library.training.text_padding import PaddedText
 from library.training.wiring.video_llama_clip import LlamaClipFamily, LlamaClipOptions
 
 if TYPE_CHECKING:

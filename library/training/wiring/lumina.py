@@ -12,9 +12,9 @@ from library.core.courses import course
 from library.core.errors import Problems
 from library.core.options import LARGEST_BATCH, LARGEST_TOKENS, option, refused_option
 from library.dataset import DatasetOptions
+from library.dataset.text_padding import PaddedText
 from library.families.lumina import FAMILY
 from library.training.option_groups import ModelOptions, NoiseOptions
-from library.training.text_padding import PaddedText
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
 

@@ -11,7 +11,8 @@ from library.generation import step_options
 from library.generation.requests import PictureRequest
 from library.training.inference_samplers import FLOW_SAMPLER_NAMES, SIGMA_TABLES, common
 from library.training.inference_samplers.flow import LARGEST_SIGMA, flow_sampler, flow_schedule
-from library.training.inference_samplers.sigma_tables import beta_quantile, table_sigmas
+from library.training.inference_samplers.level_places import beta_quantile
+from library.training.inference_samplers.sigma_tables import table_sigmas
 
 SHAPE = (1, 2, 3, 4)
 SHIFT = 3.0
