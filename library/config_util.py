@@ -157,7 +157,8 @@ def load_blueprint(
 
     `content` is the parsed configuration where the caller has it already. `explicit` are the options that the user
     wrote; `script` decides the kinds of dataset (`supports_cn`, `supports_dropout` override its rules). With `native`
-    pictures keep their sizes, and settings of buckets have no effect. Files named in the configuration are not looked at; that is the scan's part. Raises DatasetConfigError with all problems.
+    pictures keep their sizes, and settings of buckets have no effect. Files named in the configuration are not looked
+    at; that is the scan's part. Raises DatasetConfigError with all problems.
     """
     problems, warnings = ProblemList(), []
     rules = rules_of(script, options, supports_cn, supports_dropout)
@@ -254,7 +255,8 @@ class _Resolver:
     def _buckets(self, dataset: DatasetTables, scope: Scope, values: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of buckets as they count, checked."""
         if self.native is not None:
-            check_resolution(scope, self.architecture, self.problems)
+            if not dataset.is_flat:  # these have one, of any sides
+                check_resolution(scope, self.architecture, self.problems)
             self.warnings += idle_beside_native(dataset)
             return {
                 "enable_bucket": True, "bucket_rule": RULE, "bucket_reso_steps": self.native.step, "native": self.native

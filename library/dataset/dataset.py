@@ -34,7 +34,7 @@ from library.dataset.items import DatasetParams, ImageItem, SubsetParams
 from library.dataset.latent_cache import float32_if_floats, seed_of
 from library.dataset.media_utils import ImageFileError
 from library.dataset.packed_batch import PackedBatch
-from library.dataset.packing import Pack, Packing, packs_of_epoch
+from library.dataset.packing import Pack, Packing, most_samples, packs_of_epoch
 from library.dataset.plan import BatchRequest, BucketList, StepPlan, plan_epoch, plan_packs
 from library.dataset.samples import Geometry, image_tensor, mask_tensor, picture_tensors, read_pictures, read_pixels
 from library.dataset.shared_tensors import SharedTensors
@@ -200,8 +200,16 @@ class Dataset:
 
     def packs(self, packing: Packing, epoch: int, seed: int) -> list[Pack]:
         """The packs of an epoch."""
-        samples = [item for bucket in self.buckets for item in bucket.samples]
-        return packs_of_epoch(samples, self.tokens, packing, seed=seed, epoch=epoch, dataset=self.index)
+        return packs_of_epoch(self._samples, self.tokens, packing, seed=seed, epoch=epoch, dataset=self.index)
+
+    def most_samples(self, packing: Packing) -> int:
+        """Of a pack of any epoch."""
+        return most_samples(self._samples, self.tokens, packing)
+
+    @property
+    def _samples(self) -> list[int]:
+        """Items with repeats."""
+        return [item for bucket in self.buckets for item in bucket.samples]
 
     @property
     def tokens(self) -> dict[int, int]:
@@ -398,6 +406,13 @@ class DatasetGroup(torch.utils.data.Dataset):
     def set_strategies(self, strategies: StrategySet) -> None:
         for dataset in self.datasets:
             dataset.strategies = strategies
+
+    @property
+    def most_samples(self) -> int | None:
+        """Of a pack of any epoch; None without packing, as batches of an epoch are as large as those of the first."""
+        if self.packing is None:
+            return None
+        return max(dataset.most_samples(self.packing) for dataset in self.datasets)
 
     def set_packing(self, packing: Packing | None) -> None:
         """Let samples of several sizes be trained together."""

@@ -25,9 +25,9 @@ RULE = "native"
 
 @dataclass(frozen=True, kw_only=True)
 class NativeSizes:
-    """Which size a picture is trained at. `step`: what sides are a multiple of; `token_budget`: tokens that the denoiser
-    makes of one sample, at most; `side_limit`: pixels that a side has, at most; `scales`: what is larger is scaled down,
-    else it is refused."""
+    """Which size a picture is trained at. `step`: what sides are a multiple of; `token_budget`: tokens that the
+    denoiser makes of one sample, at most; `side_limit`: pixels that a side has, at most; `scales`: what is larger is
+    scaled down, else it is refused."""
 
     latents: LatentSpec
     step: int
@@ -78,8 +78,8 @@ def native_problems(blueprint: Blueprint, scan: ScanResult) -> Iterator[str]:
             continue
         side = "" if sizes.side_limit is None else f" or a side of more than {sizes.side_limit} pixels"
         yield (
-            f"--navit_native_over_budget is fail, and {len(over)} of the samples of {params.label} have more tokens than"
-            f" --navit_token_budget {sizes.token_budget}{side}: {listed(over)}; needed: smaller files, a larger budget,"
+            f"--navit_native_over_budget is fail, and {len(over)} of the samples of {params.label} have more tokens"
+            f" than --navit_token_budget {sizes.token_budget}{side}: {listed(over)}; needed: smaller files, a larger budget,"
             " or --navit_native_over_budget downscale"
         )
 

@@ -44,6 +44,17 @@ def packs_of_epoch(
     return packs
 
 
+def most_samples(samples: Sequence[int], tokens: Mapping[int, int], packing: Packing) -> int:
+    """How many samples a pack of any epoch has at most: the smallest ones together."""
+    count, total = 0, 0
+    for item in sorted(samples, key=lambda item: tokens[item]):
+        total += tokens[item]
+        if count and total > packing.token_budget:
+            break
+        count += 1
+    return min(count, packing.max_samples or count)
+
+
 def fill_of(packs: Sequence[Pack], tokens: Mapping[int, int], packing: Packing) -> float:
     """Which part of the budget packs fill in the mean."""
     return sum(_total(pack, tokens) for pack in packs) / (packing.token_budget * max(len(packs), 1))

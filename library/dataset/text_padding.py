@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PaddedText:
-    """Tokens of captions whose padding the denoiser does not attend to. `mask`: the key of what marks tokens, [B, T] with
-    1 = token; `tensors`: the keys [B, T, ...] that are as long; `attended`: places behind the last token that are
+    """Tokens of captions whose padding the denoiser does not attend to. `mask`: the key of what marks tokens, [B, T]
+    with 1 = token; `tensors`: the keys [B, T, ...] that are as long; `attended`: places behind the last token that are
     attended to all the same."""
 
     mask: str

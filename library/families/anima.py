@@ -48,7 +48,7 @@ FAMILY = FamilyRecord(
         TextKey("t5_attn_mask", rank=1, dtype="int32"),
         TextKey("caption_dropout_rate", rank=0, dtype="float32", constant=0.0),
     ),
-    samples=SampleDefaults(512, 16, {"sample_steps": 30, "scale": 7.5, "flow_shift": 3.0}, reads=frozenset({"sample_sampler"})),
+    samples=SampleDefaults(512, 16, {"sample_steps": 30, "scale": 7.5, "flow_shift": 3.0}, reads=frozenset({"sample_sampler", "sigma_table"})),
     model_kinds=(
         ModelKind(
             name="anima",

@@ -65,7 +65,7 @@ FAMILY = FamilyRecord(
     ),
     text_flags=("apply_t5_attn_mask",),
     weighted_texts={"t5_out": 0},
-    samples=SampleDefaults(512, 16, {"sample_steps": 20, "scale": 1.0}, reads=frozenset({"sample_sampler"})),
+    samples=SampleDefaults(512, 16, {"sample_steps": 20, "scale": 1.0}, reads=frozenset({"sample_sampler", "sigma_table"})),
     model_kinds=(
         ModelKind(
             name="chroma",

@@ -77,7 +77,7 @@ FAMILY = FamilyRecord(
     foreign_text="their pooled captions (l_pooled) were computed with gelu in the place of quick_gelu",
     weighted_texts={"t5_out": 1},
     embedding_keys=("clip_l", "t5xxl"),
-    samples=SampleDefaults(512, 16, {"sample_steps": 20, "scale": 1.0, "guidance_scale": 3.5}, reads=frozenset({"sample_sampler"})),
+    samples=SampleDefaults(512, 16, {"sample_steps": 20, "scale": 1.0, "guidance_scale": 3.5}, reads=frozenset({"sample_sampler", "sigma_table"})),
     model_kinds=(
         ModelKind(
             name="flux",

@@ -54,7 +54,7 @@ FAMILY = FamilyRecord(
     samples=SampleDefaults(
         256, 16, {"sample_steps": 25, "guidance_scale": 10.0, "cfg_scale": 1.0, "frame_count": 1},
         reads=frozenset(
-            {"discrete_flow_shift", "image_path", "end_image_path", "control_image_path", "one_frame", "sample_sampler"}
+            {"discrete_flow_shift", "image_path", "end_image_path", "control_image_path", "one_frame", "sample_sampler", "sigma_table"}
         ),
     ),
     model_kinds=(

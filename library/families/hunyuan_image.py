@@ -60,7 +60,7 @@ FAMILY = FamilyRecord(
     ),
     samples=SampleDefaults(
         512, 32, {"sample_steps": 20, "scale": 3.5, "flow_shift": 5.0},
-        reads=frozenset({"guidance_scale", "sample_sampler"}),
+        reads=frozenset({"guidance_scale", "sample_sampler", "sigma_table"}),
     ),
     model_kinds=(
         ModelKind(

@@ -69,7 +69,7 @@ FAMILY = FamilyRecord(
     samples=SampleDefaults(
         256, 16,
         {"sample_steps": 20, "guidance_scale": 6.0, "cfg_scale": 1.0, "discrete_flow_shift": 14.5, "frame_count": 1},
-        reads=frozenset({"image_path", "sample_sampler"}),
+        reads=frozenset({"image_path", "sample_sampler", "sigma_table"}),
     ),
     model_kinds=(
         ModelKind(

@@ -63,7 +63,7 @@ FAMILY = FamilyRecord(
     learning_encoders=(0,),
     samples=SampleDefaults(
         1024, 8, {"sample_steps": 36, "scale": 3.5, "cfg_trunc_ratio": 0.25, "renorm_cfg": 1.0, "flow_shift": 6.0},
-        reads=frozenset({"sample_sampler"}),
+        reads=frozenset({"sample_sampler", "sigma_table"}),
     ),
     model_kinds=(
         ModelKind(

@@ -80,7 +80,7 @@ FAMILY = FamilyRecord(
     caches=CacheNames(latents="_sd.npz", legacy_keys=True),
     conditioning=(TextKey("hidden_state", encoders=(0,)),),
     embedding_keys=("emb_params",),
-    samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler"})),
+    samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler", "sigma_table"})),
     autoencoders={"vae_sd": "vae_sd1"},
     model_kinds=(
         ModelKind(

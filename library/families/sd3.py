@@ -100,7 +100,7 @@ FAMILY = FamilyRecord(
     learning_encoders=(0, 1),
     weighted_texts={"lg_out": 0, "t5_out": 2},
     embedding_keys=("clip_l", "clip_g", "t5xxl"),
-    samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler"})),
+    samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler", "sigma_table"})),
     layouts="library.sd3_folder_utils:LAYOUTS",
     autoencoders={"vae_flux": "vae_sd3"},
     wanted_denoiser="an SD3 or SD3.5 model (sd3.5_medium.safetensors, or a diffusers folder)",

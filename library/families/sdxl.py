@@ -55,7 +55,7 @@ FAMILY = FamilyRecord(
     ),
     foreign_text="their pooled captions (pool2) may have gone through the transposed text_projection",
     embedding_keys=("clip_l", "clip_g"),
-    samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler"})),
+    samples=SampleDefaults(512, 8, {"sample_steps": 30, "scale": 7.5}, reads=frozenset({"sample_sampler", "sigma_table"})),
     autoencoders={"vae_sd": "vae_sdxl"},
     model_kinds=(
         ModelKind(

@@ -64,7 +64,7 @@ FAMILY = FamilyRecord(
         reads=frozenset(
             {
                 "cfg_scale", "guidance_scale", "discrete_flow_shift", "image_path", "end_image_path",
-                "control_image_path", "control_video_path", "one_frame", "sample_sampler",
+                "control_image_path", "control_video_path", "one_frame", "sample_sampler", "sigma_table",
             }
         ),
     ),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 import torch
 from torch import Tensor, nn
 
+from library.core.errors import AtelierError
 from library.device_utils import clean_memory_on_device
 from library.families.latents import Bucket, LatentSpec
 from library.families.registry import record_of
@@ -133,12 +134,19 @@ class PictureMaker(Generic[Request]):
 
     @torch.no_grad()
     def generate(self, request: Request) -> Tensor:
-        """Latents of one picture; `request` is complete."""
+        """Latents of one picture; `request` is complete. AtelierError where they are not finite, which would decode to
+        black."""
         self.adapters.set_multipliers(request.multipliers)
         conditioning, negative = self.conditioning(request)
         self.pipeline.further = self.further(request)
         with self._at_work([self.pipeline.denoiser], self.device, self.denoiser_waits), self.computing():
-            return self.pipeline.latents(request, conditioning, negative)
+            latents = self.pipeline.latents(request, conditioning, negative)
+        if not bool(torch.isfinite(latents).all()):
+            raise AtelierError(
+                "the latents have values that are not finite: the model overflows in its number format (bfloat16 and"
+                " float32 have room), or a scale or the weight of a word is too large"
+            )
+        return latents
 
     @torch.no_grad()
     def conditioning(self, request: Request) -> tuple[Conditioning, Conditioning | None]:

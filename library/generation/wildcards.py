@@ -18,7 +18,7 @@ from library.core.text_files import read_text
 from library.generation.requests import PictureRequest, Request, taken_seed
 
 MARKER = re.compile(r"__([A-Za-z0-9][A-Za-z0-9_./ -]*?)__")
-PROMPT_FIELDS = ("prompt", "negative_prompt", "prompt2", "prompt_2")
+PROMPT_FIELDS = ("prompt", "negative_prompt", "prompt2", "prompt_2", "nag_prompt")
 """fields of requests that hold texts, as far as a request has them"""
 MOST_ROUNDS = 50
 """how deep wildcards may stand in each other"""

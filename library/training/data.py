@@ -185,7 +185,9 @@ class TrainingData:
         self.steps_per_epoch = len(plan)
         self.batches_per_epoch = sum(len(step) for step in plan)
         self.samples_per_step = max((sum(len(batch.items) for batch in step) for step in plan), default=0)
-        """of all processes, at most"""
+        """of all processes and of any epoch, at most"""
+        if (most := getattr(train, "most_samples", None)) is not None:
+            self.samples_per_step = most * num_processes * accumulation
 
     def _plan(self, epoch: int) -> list[StepPlan]:
         return self.train.plan(epoch, self.seed, self.num_processes, self.accumulation)

@@ -50,16 +50,16 @@ class NavitOptions:
     navit_pack_ffd_window: int = option(256, least=0, help="samples that ffd sorts at a time; 0 = the whole epoch")
     navit_drop_last: bool = option(False, help="leave out the emptiest pack of every epoch of a dataset")
     navit_text_trim_padding: bool = option(
-        False, help="cut the texts of each size in a pack to the longest one; for families whose denoiser does not attend"
-        " to padding",
+        False, help="cut the texts of each size in a pack to the longest one; for families whose denoiser does not"
+        " attend to padding",
     )  # fmt: skip
     navit_native_resolution: bool = option(
         False, help="every picture at its own size, cut to whole steps of the model's grid; settings of buckets have no"
         " effect",
     )  # fmt: skip
     navit_native_over_budget: str = option(
-        "downscale", choices=OVER_BUDGET, help="pictures with more tokens than the budget or more pixels a side than the"
-        " model takes: downscale, or fail",
+        "downscale", choices=OVER_BUDGET, help="pictures with more tokens than the budget or more pixels a side than"
+        " the model takes: downscale, or fail",
     )  # fmt: skip
 
     @property

@@ -54,6 +54,8 @@ class SamplePrompt:
     guidance_scale: float | None = None
     """embedded guidance"""
     sample_sampler: str | None = None
+    sigma_table: str | None = None
+    """noise levels of the steps, of families whose --sample_sigma_table says which"""
     controlnet_image: str | None = None
     cfg_trunc_ratio: float | None = None
     renorm_cfg: float | None = None
@@ -162,11 +164,12 @@ _SHARED_LINE_OPTIONS = {
     "w": LineOption("width", read_picture_side), "h": LineOption("height", read_picture_side),
     "d": LineOption("seed", read_seed),
     "s": LineOption("sample_steps", read_whole), "g": LineOption("guidance_scale", read_not_negative),
-    "n": LineOption("negative_prompt", read_text),
+    "n": LineOption("negative_prompt", read_text), "ss": LineOption("sample_sampler", read_text),
+    "sg": LineOption("sigma_table", read_text),
 }
 IMAGE_LINE_OPTIONS: Mapping[str, LineOption] = {
     **_SHARED_LINE_OPTIONS,
-    "l": LineOption("scale", read_number), "ss": LineOption("sample_sampler", read_text),
+    "l": LineOption("scale", read_number),
     "cn": LineOption("controlnet_image", read_text),
     "ctr": LineOption("cfg_trunc_ratio", read_share), "rcfg": LineOption("renorm_cfg", read_not_negative),
     "fs": LineOption("flow_shift", read_shift),
@@ -174,7 +177,7 @@ IMAGE_LINE_OPTIONS: Mapping[str, LineOption] = {
 VIDEO_LINE_OPTIONS: Mapping[str, LineOption] = {
     **_SHARED_LINE_OPTIONS,
     "f": LineOption("frame_count", Whole(1, MOST_FRAMES, 25)), "fs": LineOption("discrete_flow_shift", read_shift),
-    "l": LineOption("cfg_scale", read_number), "ss": LineOption("sample_sampler", read_text),
+    "l": LineOption("cfg_scale", read_number),
     "i": LineOption("image_path", read_text), "ei": LineOption("end_image_path", read_text),
     "cn": LineOption("control_video_path", read_text),
     "ci": LineOption("control_image_path", read_text, repeats=True), "of": LineOption("one_frame", read_text),

@@ -184,8 +184,8 @@ def _pack_lines(packs: PackSummary) -> list[tuple[str, str]]:
     few, many = packs.samples
     samples = str(many) if few == many else f"{few} to {many}"
     text = (
-        f"  {_count(packs.count, 'pack')} per epoch of {packs.token_budget} tokens at most, {packs.fill:.0%} full in the"
-        f" mean, {samples} sample{'' if samples == '1' else 's'} each"
+        f"  {_count(packs.count, 'pack')} per epoch of {packs.token_budget} tokens at most, {packs.fill:.0%} full in"
+        f" the mean, {samples} sample{'' if samples == '1' else 's'} each"
     )
     lines = [("", text)]
     if packs.left_out:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from library.core.text_seeds import string_to_seed
 from library.core.errors import ConfigError
 from library.core.options import Config
 from library.generation.gen_img.options import (
@@ -57,6 +58,8 @@ def test_seeds_of_a_line_win_and_the_last_one_repeats():
     plan = planner(seed=3, images_per_prompt=3)
     assert [r.seed for r in requests(plan, "a --d 7,8")] == [7, 8, 8]
     assert [r.seed for r in requests(plan, "{a|b} --d 9")] == [9, 9, 9]
+    assert [r.seed for r in requests(plan, "{a|b} --d cat, 7 --s 3")] == [2933283709, 7, 7]
+    assert [r.seed for r in requests(plan, "{a|b} --d red cat")] == [string_to_seed("red cat")] * 3
 
 
 def test_drawn_seeds_are_functions_of_seed_and_number():

@@ -166,7 +166,7 @@ TEXTS = {
     "clip_prompt",
     "file_name",
     "prompt2",
-    "sample_sampler",
+    "sample_sampler", "sigma_table",
     "controlnet_image",
     "image_path",
     "end_image_path",

@@ -144,8 +144,31 @@ def test_teacher_and_head_of_an_earlier_run_are_read_back(tinies: Tinies, tmp_pa
     weights = load_safetensors(first)
     assert all(torch.equal(p, weights[name]) for name, p in run.trainable.network.named_parameters())
     assert all(torch.equal(p, load_safetensors(files["proj"])[name]) for name, p in hook.head.state_dict().items())
-    with pytest.raises(Exception, match="which is no head gelu"):
-        work.prepare("third", *words)
+    with pytest.raises(ConfigError, match="which is no head gelu"):
+        cli.run("flux", "network", work.argv("third", *words))
+
+
+def test_files_that_are_no_teacher_and_no_head_are_refused_before_models_are_loaded(tinies: Tinies, tmp_path: Path) -> None:
+    work = tinies.work("flux", tmp_path)
+    first = work.train("first", *SELF_FLOW, "--max_train_steps=1")
+    text = work.folder / "text.toml"
+    text.write_text("a = 1", encoding="utf-8")
+
+    def told(*words: str, trainable: str = "network") -> str:
+        with pytest.raises(ConfigError) as error, pytest.MonkeyPatch.context() as patch:
+            patch.setattr("library.training.wiring.flux.FluxFamily.load_denoiser", None)
+            of_network = ("--network_",) if trainable == "full" else ()
+            argv = [word for word in work.argv("out", *SELF_FLOW) if not word.startswith(of_network)]
+            cli.run("flux", trainable, [*argv, *words])
+        return str(error.value)
+
+    both = told(f"--network_weights={first}", f"--network_weights_ema={text}", f"--network_weights_proj={text}")
+    assert "--network_weights_ema: " in both and "--network_weights_proj: " in both
+    head = first.with_name("lora-proj.safetensors")
+    assert "none of the layers" in told(f"--network_weights={first}", f"--network_weights_ema={head}")
+    assert "no head gelu" in told(f"--network_weights_proj={first}")
+    ema = first.with_name("lora-ema.safetensors")
+    assert "(--resume)" in told(f"--network_weights_ema={ema}", trainable="full")
 
 
 @pytest.mark.parametrize(("words", "told"), [

@@ -30,7 +30,7 @@ from library.training.sampling_prompts import DRAWN
 logger = logging.getLogger(__name__)
 
 SIZE_STEP, SOURCE_SIZE_STEP = 8, 32
-_SEED_PIECE = re.compile(r"\s--[dD]\s+([-\d,\s]+?)(?=\s--[A-Za-z]|$)")
+_SEED_PIECE = re.compile(r"\s--[dD]\s+([^{}]+?)\s*(?=\s--[A-Za-z]|$)")
 
 
 @dataclass(frozen=True)

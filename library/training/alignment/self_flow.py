@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ from library.device_utils import to_device
 from library.safetensors_utils import load_safetensors, save_file_atomic
 from library.training.alignment import depth_of
 from library.training.alignment.options import DECAYS, SelfFlowOptions
+from library.training.alignment.self_flow_files import file_problems
 from library.training.averaging import WeightAverage
 from library.training.hooks.base import Hook
 from library.training.objective import expand_like
@@ -123,14 +123,8 @@ class SelfFlow(Hook):
             problems.add(
                 f"--save_model_as is {config[SavingOptions].save_model_as}; --self_flow writes its head as safetensors"
             )
-        for name in ("network_weights_ema", "network_weights_proj"):
-            path = getattr(self.opts, name)
-            if path is not None and not Path(path).is_file():
-                problems.add(f"--{name} is {path}, which is not there")
-        if self.opts.network_weights_ema and getattr(trainable.opts, "network_weights", None) is None:
-            problems.add(
-                "--network_weights_ema is given without --network_weights, the weights that the teacher belongs to"
-            )
+        for problem in file_problems(self.opts, trainable):
+            problems.add(problem)
         problems.raise_if_any()
         decay = self.opts.self_flow_ema_decay
         written = config[EmaOptions].ema_decay if "ema_decay" in config.explicit else DEFAULT_DECAY

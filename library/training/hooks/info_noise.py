@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from library.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
+MOST_SHAPES = 64
+"""of latents, whose law of the warm-up is looked at: pictures at their own sizes may have thousands"""
 
 
 class InfoNoiseHook(Hook):
@@ -43,7 +45,8 @@ class InfoNoiseHook(Hook):
         self.info.warm_up = self.opts.warm_up(run.progress.max_train_steps)
         latents = run.family.architecture.latents
         buckets = list(dict.fromkeys(item.bucket for item in run.data.train.items)) or [(1024, 1024)]
-        self.info.know_law(sampler.law, [latents.latent_shape(bucket) for bucket in buckets], sampler.objective)
+        shapes = some_of([latents.latent_shape(bucket) for bucket in buckets])
+        self.info.know_law(sampler.law, shapes, sampler.objective)
         if self._loaded is not None:
             self.info.load_state_dict(self._loaded)
 
@@ -107,3 +110,11 @@ def _of_all_processes(rows: torch.Tensor, run: Run) -> torch.Tensor:
     parts = [torch.empty_like(filled) for _ in range(run.runtime.num_processes)]
     torch.distributed.all_gather(parts, filled)
     return torch.cat(parts)
+
+
+def some_of(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Shapes [C, ..., h, w] as they are, and of very many the smallest, the largest and some evenly between."""
+    if len(shapes) <= MOST_SHAPES:
+        return list(shapes)
+    by_area = sorted(shapes, key=lambda shape: math.prod(shape[-2:]))
+    return [by_area[place * (len(shapes) - 1) // (MOST_SHAPES - 1)] for place in range(MOST_SHAPES)]

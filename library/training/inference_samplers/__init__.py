@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from library.core.errors import ConfigError, did_you_mean
+from library.core.errors import ConfigError, did_you_mean, problems_of
 from library.core.options import option
 from library.core.registry import Registry
 
@@ -179,5 +179,14 @@ class SamplerOptions:
         + f"; to flow models {DEFAULT_SAMPLER} is their own sampler",
     )
 
+    sample_sigma_table: str | None = option(
+        None, help="noise levels of the steps of sample images: " + ", ".join(SIGMA_TABLES.names()) + ", of flow models"
+        + SAMPLER_HELP + " too; those of the model or the sampler when not given",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
-        check_sampler(self.sample_sampler, "--sample_sampler")
+        if problems := [
+            *problems_of(lambda: check_sampler(self.sample_sampler, "--sample_sampler")),
+            *problems_of(lambda: check_sigma_table(self.sample_sigma_table, "--sample_sigma_table")),
+        ]:
+            raise ConfigError(problems)

@@ -27,6 +27,7 @@ from library.training.inference_samplers import (
     DEFAULT_SAMPLER,
     SamplerOptions,
     check_flow_sampler,
+    check_sigma_table,
     sd_sampler_reason,
 )
 from library.training.option_groups import ModelOptions
@@ -64,6 +65,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DENOISER = ("denoiser",)
+NO_TABLE = "-"
+"""in the place of a table's name"""
 
 
 def ignored_by_flow(model: str) -> dict[str, str]:
@@ -404,12 +407,25 @@ class ModelFamily(ABC):
         return None
 
     def sample_defaults(self, prompt: SamplePrompt) -> SamplePrompt:
-        """Fill the settings that a SamplePrompt leaves open (size, steps, scales) and round size and number of
-        frames."""
-        complete = with_defaults(prompt, self.sampling)
+        """Fill the settings that a SamplePrompt leaves open (size, steps, scales, noise levels) and round size and
+        number of frames. ConfigError for a table of noise levels that there is not."""
+        complete = dataclasses.replace(with_defaults(prompt, self.sampling), sigma_table=self.sigma_table_of(prompt))
+        check_sigma_table(complete.sigma_table, "a sample prompt's table of noise levels")
         if complete.frame_count is None:
             return complete
         return dataclasses.replace(complete, frame_count=self.architecture.latents.usable_frames(complete.frame_count))
+
+    @property
+    def sampler_options(self) -> SamplerOptions:
+        """Those of the run, or their defaults where a script has none."""
+        return self.config[SamplerOptions] if SamplerOptions in self.config else SamplerOptions()
+
+    def sigma_table_of(self, prompt: SamplePrompt) -> str | None:
+        """The table of noise levels of a sample: that of the prompt, where `-` is none, or of --sample_sigma_table."""
+        asked = prompt.sigma_table
+        if asked is None:
+            return self.sampler_options.sample_sigma_table
+        return None if asked == NO_TABLE else asked
 
     def sample_notices(self, prompts: Sequence[SamplePrompt]) -> list[str]:
         """Lines for the log where sample prompts ask for what the family has no use for, beside settings that it does
@@ -586,8 +602,7 @@ class FlowFamily(ModelFamily):
         for problem in self._file_problems():
             problems.add(problem)
         problems.attempt(self.check_timesteps)
-        if SamplerOptions in self.config:
-            problems.attempt(lambda: check_flow_sampler(self.config[SamplerOptions].sample_sampler, "--sample_sampler"))
+        problems.attempt(lambda: check_flow_sampler(self.sampler_options.sample_sampler, "--sample_sampler"))
         problems.raise_if_any()
         for line in self._notices():
             logger.info(line)
@@ -601,7 +616,7 @@ class FlowFamily(ModelFamily):
         complete = super().sample_defaults(prompt)
         asked = complete.sample_sampler
         if asked is None or sd_sampler_reason(asked):
-            asked = self.config[SamplerOptions].sample_sampler
+            asked = self.sampler_options.sample_sampler
         if asked.lower() == DEFAULT_SAMPLER:
             return dataclasses.replace(complete, sample_sampler=self.own_sampler)
         check_flow_sampler(asked, "a sample prompt's sampler")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from library.core.errors import CheckpointError, Problems
 from library.training import timestep_samplers
-from library.training.inference_samplers import SamplerOptions, check_sampler, sampler_notices
+from library.training.inference_samplers import SamplerOptions, check_sampler, check_sd_table, sampler_notices
 from library.training.option_groups import ModelOptions, NoiseOptions, SamplingOptions
 from library.training.sampling_prompts import SamplePrompt, with_defaults
 from library.training.timestep_samplers import TimestepOptions
@@ -78,7 +78,10 @@ class UNetFamily(ModelFamily):
             if problem not in problems.messages:
                 problems.add(problem)
         problems.attempt(self.check_timesteps)
-        problems.attempt(lambda: self._check_sampler(self.config[SamplerOptions].sample_sampler, "--sample_sampler"))
+        given = self.config[SamplerOptions]
+        problems.attempt(lambda: self._check_sampler(given.sample_sampler, "--sample_sampler"))
+        table = given.sample_sigma_table
+        problems.attempt(lambda: check_sd_table(table, "--sample_sigma_table", given.sample_sampler))
         problems.raise_if_any()
         for line in self.notices():
             logger.info(line)
@@ -281,7 +284,9 @@ class UNetFamily(ModelFamily):
         8."""
         name = prompt.sample_sampler or self.config[SamplerOptions].sample_sampler
         self._check_sampler(name, "a sample prompt's sampler")
-        return dataclasses.replace(with_defaults(prompt, self.sampling), sample_sampler=name)
+        table = self.sigma_table_of(prompt)
+        check_sd_table(table, "a sample prompt's table of noise levels", name)
+        return dataclasses.replace(with_defaults(prompt, self.sampling), sample_sampler=name, sigma_table=table)
 
     @staticmethod
     def _check_sampler(name: str, what: str) -> None:

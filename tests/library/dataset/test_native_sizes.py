@@ -54,7 +54,8 @@ def test_frames_count_against_the_budget() -> None:
 def test_every_size_fits_and_none_is_enlarged() -> None:
     draws = random.Random(3)
     for _ in range(2000):
-        sizes = dataclasses.replace(SIZES, token_budget=draws.choice((1, 7, 64, 900, 16384)), side_limit=draws.choice((None, 512)))
+        budget, limit = draws.choice((1, 7, 64, 900, 16384)), draws.choice((None, 512))
+        sizes = dataclasses.replace(SIZES, token_budget=budget, side_limit=limit)
         size = draws.randint(16, 6000), draws.randint(16, 6000)
         width, height = sizes.size_of(size)
         assert sizes.fits((width, height)) and 16 <= width <= size[0] and 16 <= height <= size[1]
@@ -65,7 +66,8 @@ def test_every_size_fits_and_none_is_enlarged() -> None:
 
 
 def test_pictures_are_cut_and_not_scaled() -> None:
-    items = [ImageItem(str(i), f"{i}.png", "", SubsetParams(), size) for i, size in enumerate([(70, 55), (70, 50), (9, 99)])]
+    files = enumerate(((70, 55), (70, 50), (9, 99)))
+    items = [ImageItem(str(i), f"{i}.png", "", SubsetParams(), size) for i, size in files]
     result = assign_buckets(items, params_of(SIZES))
     assert [item.bucket_reso for item in items] == [(64, 48), (64, 48), None]
     assert [item.resized_size for item in items[:2]] == [(70, 55), (70, 50)]

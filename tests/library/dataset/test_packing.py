@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from library.dataset.packing import Packing, fill, fill_of, packs_of_epoch
+from library.dataset.packing import Packing, fill, fill_of, most_samples, packs_of_epoch
 from library.dataset.plan import GlobalBatch, plan_packs, requests_of_epoch
 from library.families.latents import LatentSpec
 from library.families.registry import FAMILIES
@@ -111,3 +111,11 @@ def test_a_whole_epoch_is_packed_at_once() -> None:
     begun = time.perf_counter()
     packs = fill(list(tokens), tokens, Packing(16384, strategy="ffd", window=0))
     assert time.perf_counter() - begun < 5 and fill_of(packs, tokens, Packing(16384)) > 0.99
+
+
+@pytest.mark.parametrize("packing", [NEXT, FIRST, replace(NEXT, max_samples=3), Packing(5)])
+def test_no_pack_of_any_epoch_has_more_samples_than_told(packing: Packing) -> None:
+    most = most_samples(SAMPLES, TOKENS, packing)
+    assert all(len(pack) <= most for epoch in range(1, 40) for pack in of_epoch(packing, epoch))
+    small = sorted(TOKENS[item] for item in SAMPLES)[:most]
+    assert most == packing.max_samples or sum(small) <= packing.token_budget or most == 1

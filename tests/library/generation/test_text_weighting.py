@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from library.core.errors import ConfigError
+from library.core.errors import AtelierError, ConfigError
 from library.generation.text_weighting import on_states, plain_text, token_weights, weighted_states
 
 
@@ -62,6 +62,8 @@ def test_pictures_of_flux_and_chroma_follow_weights_and_those_of_1_change_nothin
         plain = picture("plain", "--prompt=a red cat, a dog")
         assert picture("one", "--prompt=a (red:1.0) cat, a dog", "--prompt_weighting") == plain
         assert picture("more", "--prompt=a (red:2.5) cat, a dog", "--prompt_weighting") != plain
+        with pytest.raises(AtelierError, match="the latents have values that are not finite"):
+            picture("huge", f"--prompt=a (red:1{'0' * 44}) cat", "--prompt_weighting")
         assert picture("marks", "--prompt=a (red:2.5) cat, a dog") != picture("none", "--prompt=a red cat, a dog")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from library.core.errors import ConfigError
 from library.generation.gen_img.options import GenerationPromptOptions
 from library.generation.requests import PictureRequest, SessionOptions
+from library.generation.wan_options import WanRequest
 from library.generation.wildcards import Wildcards, wildcard_problems, with_drawn_words
 
 
@@ -45,6 +47,11 @@ def test_requests_get_their_seed_and_finished_texts(wildcards: Wildcards) -> Non
     assert made.seed is not None and made.prompt in ("a cat", "a dog") and made.negative_prompt in ("cat", "dog")
     assert list(with_drawn_words([made], wildcards.folder)) == [made]
     assert with_drawn_words([request], None) == [request]
+    clip = dataclasses.replace(WanRequest(prompt="a", width=64, height=64), nag_prompt="__animal__")
+    (drawn,) = with_drawn_words([clip], wildcards.folder)
+    assert drawn.nag_prompt in ("cat", "dog") and "none.txt" in wildcard_problems(
+        dataclasses.replace(clip, nag_prompt="__none__"), wildcards.folder
+    )[0]
     typed = with_drawn_words(iter([request]), wildcards.folder)
     assert "__" not in next(iter(typed)).prompt
 
@@ -66,14 +73,6 @@ def test_what_is_wrong_is_told_before_anything_is_drawn(wildcards: Wildcards, te
         assert len(problems) == 1 and told in problems[0]
 
 
-@pytest.mark.parametrize("folder", ["", "nowhere"])
-def test_the_folder_has_to_be_one(folder: str) -> None:
-    with pytest.raises(ConfigError, match=f"--prompt_wildcards is '{folder}'; needed: a folder"):
-        SessionOptions(prompt_wildcards=folder)
-    with pytest.raises(ConfigError, match=f"--prompt_wildcards is '{folder}'; needed: a folder"):
-        GenerationPromptOptions(prompt="a cat", prompt_wildcards=folder)
-
-
 def test_wildcards_that_lead_back_to_themselves_end(wildcards: Wildcards) -> None:
     (Path(wildcards.folder) / "loop.txt").write_text("again __loop__\n", encoding="utf-8")
     assert wildcards.problems("__loop__") == []
@@ -86,6 +85,8 @@ def test_options_take_a_folder_and_refuse_what_is_none(group: Any, tmp_path: Pat
     assert group(prompt_wildcards=str(tmp_path)).prompt_wildcards == str(tmp_path)
     with pytest.raises(ConfigError, match="needed: a folder with files NAME.txt"):
         group(prompt_wildcards=str(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match="--prompt_wildcards is ''; needed: a folder"):
+        group(prompt_wildcards="")
 
 
 def test_a_line_with_its_own_wildcard_twice_is_told_at_once(tmp_path):

@@ -66,7 +66,7 @@ OWN_OF_ALL = {
     "overwrite", "on_existing", "clamp_overflow", "strict", "check_images", "skip_image_resolution", "skip_bad_images",
     "fail_on_missing_captions", "ema", "ema_decay", "ema_power", "ema_every_n_steps", "ema_start_step", "ema_on_cpu",
     "plugins", "loss_weight", "loss_weighting", "loss_weighting_gamma", "detail_inv_t_min", "detail_inv_t_max",
-    "weight_cap_ratio", "timestep_schedule_shift", "timestep_mix_low_prob", "hook", "textual_inversion_embeddings", "sigma_table", "show_timesteps_resolution",
+    "weight_cap_ratio", "timestep_schedule_shift", "timestep_mix_low_prob", "hook", "textual_inversion_embeddings", "sigma_table", "sample_sigma_table", "show_timesteps_resolution",
     "dynamo_cache_size_limit", "vram_budget", "fp8_fast", "fp16_accumulation", "upcast_quantization", "mixed_precision_transformer",
     "quantize_base", "quantize_text_encoder", "offload_optimizer",
     "progress", "no_progress", "log_every", "loss_curve_steps", "log_metrics", "emit_events", "self_flow",
