@@ -86,8 +86,10 @@ def scheduled_scales(text: str, steps: int, default: float | None = None) -> dic
 
 
 def step_scales(text: str, steps: int) -> list[float | None]:
-    """[steps] the scale of each step, None = that of the request, 1 = not guided. ConfigError."""
-    chosen = scheduled_scales(text, steps)
+    """[steps] the scale of each step, None = that of the request, 1 = not guided. ConfigError. The schedule may name
+    steps beyond them: a table of noise levels makes a few less than the request asks for, by which it was checked."""
+    most = max(steps, *(piece.last or 0 for piece in read_schedule(text)))
+    chosen = scheduled_scales(text, most)
     return [chosen.get(step, 1.0) for step in range(1, steps + 1)]
 
 

@@ -17,6 +17,7 @@ from library.generation.guidance_options import (
     idle_guidance,
     request_guidance_problems,
     scheduled_scales,
+    step_scales,
 )
 from library.generation.requests import PictureRequest
 from library.generation.video_pipeline import VideoPipeline
@@ -163,6 +164,8 @@ def test_schedules_are_read():
             scheduled_scales(wrong, 10)
     with pytest.raises(ConfigError, match="names step 11; there are 10 steps"):
         scheduled_scales("1-11", 10)
+    # a table of noise levels made five of the six steps
+    assert step_scales("e~2:3, 4-6", 5) == [1.0, 3.0, 1.0, None, None]
 
 
 def test_what_fights_is_refused_and_what_has_no_use_is_told():
