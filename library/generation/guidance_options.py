@@ -3,6 +3,7 @@ the schedule of its steps, letters of prompt lines. Without torch; the formulas 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from library.training.sampling_prompts import LineOption, Whole, read_not_negati
 
 if TYPE_CHECKING:
     from library.generation.requests import PictureRequest
+
+logger = logging.getLogger(__name__)
 
 SCHEDULE_FORM = "numbers of steps from 1 on, as 5, 1-10 or e~2 (every second one), each with :SCALE behind it or not," \
     " and ! before those that are left out, e.g. e~2:6.4,1-10,!7"  # fmt: skip
@@ -86,8 +89,13 @@ def scheduled_scales(text: str, steps: int, default: float | None = None) -> dic
 
 
 def step_scales(text: str, steps: int) -> list[float | None]:
-    """[steps] the scale of each step, None = that of the request, 1 = not guided. ConfigError."""
-    chosen = scheduled_scales(text, steps)
+    """[steps] the scale of each step, None = that of the request, 1 = not guided. ConfigError. The schedule may name
+    steps beyond them, which is told: by noise levels (--sigma_table beta, --noise_mode direct) fewer steps are made
+    than the request asks for, by which it was checked."""
+    most = max(steps, *(piece.last or 0 for piece in read_schedule(text)))
+    if most > steps:
+        logger.warning("--cfg_schedule names step %d; %d steps are made, by their noise levels", most, steps)
+    chosen = scheduled_scales(text, most)
     return [chosen.get(step, 1.0) for step in range(1, steps + 1)]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.core.options import Config
+from library.core.options import Config, option_fields
 from library.generation.adapter_files import MergedModelOptions
 from library.generation.picture_files import write_picture
 from library.generation.preview_options import PreviewOptions
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from library.generation.pipeline import PictureMaker, PicturePipeline
 
 logger = logging.getLogger(__name__)
+
+OF_DECODING = frozenset({None, "prompt", "fps"})
+"""options of requests that decoding looks at or refuses; None is the option of a field without one"""
 
 
 class LatentScript(ImageScript[Request]):
@@ -43,13 +47,20 @@ class LatentScript(ImageScript[Request]):
         if not target and not config[self.pictures].latent_path:
             return self.make_from_prompts(config)
         self._check_all(config)
-        if PreviewOptions in config and config[PreviewOptions].preview_latent_every:
-            logger.info("--preview_latent_every has no effect: nothing is sampled")
+        for name in self._sampling_options(config):
+            logger.info("--%s has no effect: nothing is sampled", name)
         if not target:
             return self.decode_files(config)
         self.save_merged(config, target)
         logger.info("%s", target)
         return [Path(target)]
+
+    def _sampling_options(self, config: Config) -> list[str]:
+        """Options that were written and say what is sampled, or how."""
+        fields = (field.name for field in dataclasses.fields(self.base_request(config)))
+        of_requests = {self._option_of(name) for name in fields} - OF_DECODING
+        found = {*of_requests, *option_fields(PreviewOptions), "prompt_weighting", "prompt_wildcards"}
+        return sorted(name for name in found & config.explicit if config.value(name) not in (None, False, 0))
 
     def writes_pictures(self, config: Config) -> bool:
         return config[self.pictures].output_type != "latent"

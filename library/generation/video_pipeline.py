@@ -4,6 +4,7 @@ steps, blocks that are left out."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from library.generation.sampling_utils import (
 )
 from library.generation.video_files import read_video
 from library.generation.video_requests import VideoRequest, guided_steps
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -148,7 +151,9 @@ def kept_sigmas(sigmas: Tensor, request: VideoRequest) -> Tensor:
 
 
 def noised_clip(clip: Tensor, noise: Tensor, sigmas: Tensor, request: VideoRequest) -> Tensor:
-    """Latents of a clip at the first of the `sigmas`, with noise of their shape."""
+    """Latents of a clip at the first of the `sigmas`, with noise of their shape. It is told where no step follows."""
+    if len(sigmas) == 1 and request.strength:
+        logger.warning("--strength %g of %d steps is none; the clip stays as it is", request.strength, request.steps)
     more = request.v2_extra_noise if len(sigmas) > 1 else 0.0  # no step would take it away again
     return (sigmas[0] + more) * noise.to(clip) + (1 - sigmas[0]) * clip
 

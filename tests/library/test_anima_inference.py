@@ -232,13 +232,17 @@ def test_eight_bits(tiny, adapters, tmp_path):
         picture(tiny, tmp_path, "--fp8", *lora, "--lycoris")
 
 
-def test_latents_are_written_and_decoded(tiny, tmp_path):
+def test_latents_are_written_and_decoded(tiny, tmp_path, caplog):
     expected = picture(tiny, tmp_path / "a")
     (path,) = anima_inference.run(arguments(tiny, tmp_path / "b", "--output_type=latent_images"))
     (latents,) = path.parent.glob("*_latent.safetensors")
     assert pixels([path]) == [expected] and load_safetensors(latents, "cpu")["latent"].shape == (16, 1, 4, 6)
     decode = [f"--vae={tiny.vae}", "--dtype=float32", f"--save_path={tmp_path / 'c'}", "--latent_path", str(latents)]
-    (decoded,) = anima_inference.run(decode)
+    idle = ["--infer_steps=9", "--cfg_schedule=1", "--prompt_wildcards", str(tmp_path), "--image_size", "64", "64"]
+    caplog.set_level("INFO")
+    (decoded,) = anima_inference.run([*decode[:-2], *idle, *decode[-2:]])
+    told = [record.message.split()[0] for record in caplog.records if "nothing is sampled" in record.message]
+    assert told == ["--cfg_schedule", "--image_size", "--infer_steps", "--prompt_wildcards"]
     assert pixels([decoded]) == [expected] and Image.open(decoded).text["prompt"] == "a red cat"
     (alone,) = anima_inference.run(
         [a for a in arguments(tiny, tmp_path / "d", "--output_type=latent") if not a.startswith("--vae")]

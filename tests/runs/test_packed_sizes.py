@@ -17,6 +17,7 @@ from library.training.packing_options import idle_beside_packs
 from tests.golden_tests.test_metadata_run import metadata_of
 from tests.runs.conftest import Work, fingerprint
 from tests.runs.families import Tinies, refused_run
+from tests.runs.test_packing import FAMILIES as PACKING_FAMILIES
 from tests.runs.test_packing import draw, mixed_dataset, shaken, step_results
 from tests.tiny_clips import write_moving_shapes
 
@@ -265,3 +266,16 @@ def test_no_step_of_any_epoch_has_more_samples_than_samplers_are_told(odd: Work)
         for epoch in range(1, 60)
     ]  # fmt: skip
     assert most[0] < max(most) <= run.data.samples_per_step == 4
+
+
+@pytest.mark.parametrize("family", PACKING_FAMILIES)
+def test_denoisers_make_as_many_tokens_as_the_budget_counts(tinies: Tinies, tmp_path: Path, family: str) -> None:
+    work = tinies.work(family, tmp_path)
+    work.images = draw(tmp_path / "mixed")
+    run = work.prepare("out", "--navit_packing", dataset=mixed_dataset(work))
+    (pack,) = run.data.batches(1)
+    latents = run.family.architecture.latents
+    for part in pack.parts:
+        output, _, _ = run.step.forward(part, feature_layer=0)  # [B, tokens, D] behind the first block
+        (height, width), *_ = part.target_sizes_hw.tolist()
+        assert output.extra["features"].shape[1] == latents.tokens((width, height))

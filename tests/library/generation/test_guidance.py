@@ -17,6 +17,7 @@ from library.generation.guidance_options import (
     idle_guidance,
     request_guidance_problems,
     scheduled_scales,
+    step_scales,
 )
 from library.generation.requests import PictureRequest
 from library.generation.video_pipeline import VideoPipeline
@@ -152,7 +153,7 @@ def test_a_clip_that_skips_steps_is_guided_where_its_schedule_says():
     assert np.array_equal(made(ToyClips, cfg_schedule="4-5", **skipping), made(ToyClips, cfg_schedule="4-5"))
 
 
-def test_schedules_are_read():
+def test_schedules_are_read(caplog):
     assert scheduled_scales("e~2:6.4, 1-4, 9-10, !3, !9", 10) == {
         1: None, 2: None, 4: None, 6: 6.4, 8: 6.4, 10: None
     }  # fmt: skip
@@ -163,6 +164,9 @@ def test_schedules_are_read():
             scheduled_scales(wrong, 10)
     with pytest.raises(ConfigError, match="names step 11; there are 10 steps"):
         scheduled_scales("1-11", 10)
+    # a table of noise levels made five of the six steps
+    assert step_scales("e~2:3, 4-6", 5) == [1.0, 3.0, 1.0, None, None]
+    assert "--cfg_schedule names step 6; 5 steps are made" in caplog.text
 
 
 def test_what_fights_is_refused_and_what_has_no_use_is_told():

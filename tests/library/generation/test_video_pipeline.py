@@ -53,13 +53,13 @@ def by_hand(pipeline, latents, sigmas, combine):
     return latents
 
 
-def test_a_clip_starts_from_another_as_strongly_as_asked(pipeline, tmp_path):
+def test_a_clip_starts_from_another_as_strongly_as_asked(pipeline, tmp_path, caplog):
     clip = frames(5)
     folder = write_frames(clip, tmp_path / "clip")
     with torch.no_grad():
         encoded = pipeline.vae.encode(clip_pixels(clip, 32, 32), [3])
     untouched = made(pipeline, video_path=str(folder), strength=0.2)  # int(4 * 0.2) = 0 steps
-    assert torch.equal(untouched, encoded)
+    assert torch.equal(untouched, encoded) and "--strength 0.2 of 4 steps is none" in caplog.text
     sigmas = torch.tensor([0.5, 0.25, 0.0])
     start = 0.5 * start_noise(3, 4, 3, 4, 4) + 0.5 * encoded
     expected = by_hand(pipeline, start, sigmas, lambda number, forward: forward(TEXT))

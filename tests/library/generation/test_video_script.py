@@ -81,11 +81,14 @@ def test_kinds_of_files(run, tmp_path, output_type, names):
             }.items()  # fmt: skip
 
 
-def test_latents_become_the_video_that_was_made_with_them(run, tmp_path):
+def test_latents_become_the_video_that_was_made_with_them(run, tmp_path, caplog):
     run("--output_type=both")
     (video,) = (tmp_path / "out").glob("*.mp4")
     (latent,) = (tmp_path / "out").glob("*.safetensors")
-    made = run(f"--latent_path={latent}", prompt=False, folder="decoded")
+    caplog.set_level("INFO")
+    made = run(f"--latent_path={latent}", "--cfg_apply_ratio=0.5", prompt=False, folder="decoded")
+    told = [record.message.split()[0] for record in caplog.records if "nothing is sampled" in record.message]
+    assert "--cfg_apply_ratio" in told and "--fps" not in told
     assert [path.name for path in made] == [f"20010909-014640-123_0_7_{latent.stem}.mp4"]
     assert made[0].read_bytes() == video.read_bytes()
     several = run("--latent_path", str(latent), str(latent), "--output_type=images", prompt=False, folder="several")
