@@ -17,7 +17,8 @@ from library.families.hunyuan_image import FAMILY
 from library.training.computing_options import PrecisionOptions
 from library.training.option_groups import ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
-from library.training.wiring.base import FlowFamily, ignored_by_flow, tokenizer_problems
+from library.training.wiring.base import tokenizer_problems
+from library.training.wiring.flow import FlowFamily, ignored_by_flow
 
 if TYPE_CHECKING:
     import torch

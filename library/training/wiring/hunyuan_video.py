@@ -16,6 +16,8 @@ from library.families.hunyuan_video import FAMILY
 from library.training.wiring.video_llama_clip import LlamaClipFamily, LlamaClipOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from library.checkpoints.denoisers import DenoiserInfo

@@ -17,7 +17,8 @@ from library.training.adapters import NetworkOptions
 from library.training.option_groups import ModelOptions, NoiseOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.whole_models import WholeModelOptions
-from library.training.wiring.base import DENOISER, FlowFamily, ignored_by_flow, tokenizer_problems
+from library.training.wiring.base import DENOISER, tokenizer_problems
+from library.training.wiring.flow import FlowFamily, ignored_by_flow
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from library.training.computing_options import MemoryOptions, PrecisionOptions
 from library.training.option_groups import ModelOptions, NoiseOptions, SamplingOptions
 from library.training.timestep_samplers import TimestepOptions
 from library.training.wiring import video_options
-from library.training.wiring.base import FlowFamily, ignored_by_flow
+from library.training.wiring.flow import FlowFamily, ignored_by_flow
 from library.training.wiring.video_options import VideoOptions
 
 if TYPE_CHECKING:
