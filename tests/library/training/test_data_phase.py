@@ -43,8 +43,8 @@ class ControlNetLike(NetworkTrainable):
 def test_a_run_looks_at_its_data_as_its_own_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the usual check, and in the one that follows options which could not be read."""
     asked = []
-    monkeypatch.setattr(trainer_base, "find_data", lambda config, architecture, script: asked.append(script))
-    monkeypatch.setattr(data_phase, "find_data", lambda config, architecture, script: asked.append(script))
+    monkeypatch.setattr(trainer_base, "find_data", lambda config, architecture, script, limit=None: asked.append(script))
+    monkeypatch.setattr(data_phase, "find_data", lambda config, architecture, script, limit=None: asked.append(script))
     options = config(tmp_path)
     with pytest.raises(ConfigError):
         trainer_base.Trainer(options, FluxFamily(options), ControlNetLike(options)).check()
