@@ -7,7 +7,6 @@ import gc
 
 import torch
 
-
 QUEUED_COPIES = ("cuda", "meta")
 """devices that copy from page-locked memory in the order of their work while the host goes on; elsewhere (MPS) such
 a copy may be read before it is there. "meta" has no numbers: tests use it"""

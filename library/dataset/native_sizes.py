@@ -79,8 +79,8 @@ def native_problems(blueprint: Blueprint, scan: ScanResult) -> Iterator[str]:
         side = "" if sizes.side_limit is None else f" or a side of more than {sizes.side_limit} pixels"
         yield (
             f"--navit_native_over_budget is fail, and {len(over)} of the samples of {params.label} have more tokens"
-            f" than --navit_token_budget {sizes.token_budget}{side}: {listed(over)}; needed: smaller files, a larger budget,"
-            " or --navit_native_over_budget downscale"
+            f" than --navit_token_budget {sizes.token_budget}{side}: {listed(over)}; needed: smaller files, a larger"
+            " budget, or --navit_native_over_budget downscale"
         )
 
 

@@ -20,7 +20,6 @@ from library.training.inference_samplers import (
 )
 from library.training.sampling_prompts import LineOption
 
-
 SOLVERS = {
     "unipc": "unipc", "dpm++": "dpmsolver++", "vanilla": "euler", "dpm++sde": "dpmsolver++_sde", "lcm": "lcm",
     "er_sde": "er_sde", "dpmpp_3m_sde": "dpmpp_3m_sde",

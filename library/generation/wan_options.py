@@ -32,6 +32,7 @@ from library.generation.video_requests import VIDEO_LINES, VideoRequest
 from library.training.option_groups import ConsoleOptions
 from library.training.sampling_prompts import MOST_FRAMES, LineOption
 
+
 @dataclass(frozen=True, kw_only=True)
 class WanRequest(VideoRequest, SampledRequest):
     """A clip of Wan. `cfg_scale_high_noise`: guidance of the expert for much noise, None: `cfg_scale`; `flow_shift`

@@ -6,8 +6,8 @@ import pytest
 
 from library.components.framepack_sections import (
     index_for,
-    parse_one_frame,
     paddings,
+    parse_one_frame,
     places_after,
     places_before,
     section_texts,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from library.core.text_seeds import string_to_seed
 from library.core.errors import ConfigError
 from library.core.options import Config
+from library.core.text_seeds import string_to_seed
 from library.generation.gen_img.options import (
     GENERATION_CLASSES,
     GenerationNetworkOptions,

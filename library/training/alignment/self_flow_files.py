@@ -30,8 +30,8 @@ def file_problems(options: SelfFlowOptions, trainable: Trainable) -> list[str]:
         shapes = {name: info.shape for name, info in (infos or {}).items()}
         if infos is not None and (last is None or shapes != head_shapes(options.self_flow_head, *last.shape[:1])):
             found.append(
-                f"--network_weights_proj is {options.network_weights_proj}, which is no head {options.self_flow_head} of"
-                " Self-Flow; needed: NAME-proj.safetensors of a run with this --self_flow_head"
+                f"--network_weights_proj is {options.network_weights_proj}, which is no head {options.self_flow_head}"
+                " of Self-Flow; needed: NAME-proj.safetensors of a run with this --self_flow_head"
             )
     return found
 
@@ -39,8 +39,8 @@ def file_problems(options: SelfFlowOptions, trainable: Trainable) -> list[str]:
 def _teacher_problems(path: str, trainable: Trainable) -> list[str]:
     if not hasattr(trainable.opts, "network_weights"):
         return [
-            f"--network_weights_ema is {path}, and what this script trains begins with no file of an adapter; its teacher"
-            " is read from a state alone (--resume)"
+            f"--network_weights_ema is {path}, and what this script trains begins with no file of an adapter; its"
+            " teacher is read from a state alone (--resume)"
         ]
     found: list[str] = []
     infos, weights = _infos("network_weights_ema", path, found), trainable.opts.network_weights

@@ -25,6 +25,7 @@ from library.wan_expert_utils import TwoExperts
 from tests.library.components.deep_denoisers import DEPTHS, MOST, Denoiser
 from tests.simulated_device import RaceError, SimulatedDevice, simulated_device
 
+
 def learn_beside(denoiser: Denoiser) -> list[Tensor]:
     """Low-rank changes hooked to all linear layers, as adapters are; what is trained of them."""
     draws = torch.Generator().manual_seed(2)

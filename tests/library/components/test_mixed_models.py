@@ -87,7 +87,8 @@ def test_weights_in_8_bits_compute_in_the_type_that_is_said():
     found = compute_as_stored(model, torch.bfloat16)
     assert found.computed == torch.bfloat16 and stored_of(model[0]) is not None
     x = torch.randn(2, 64)
-    middle = F.linear(x.bfloat16(), model[0].weight.bfloat16()).mul_(model[0].weight_scale).add_(model[0].bias.bfloat16())
+    middle = F.linear(x.bfloat16(), model[0].weight.bfloat16()).mul_(model[0].weight_scale)
+    middle = middle.add_(model[0].bias.bfloat16())
     middle = F.layer_norm(middle.float(), (64,), model[1].weight, model[1].bias).bfloat16()
     wanted = F.linear(middle, model[2].weight.bfloat16()).mul_(model[2].weight_scale).add_(model[2].bias.bfloat16())
     assert torch.equal(model(x), wanted)

@@ -54,9 +54,6 @@ OWN_OPTIONS = {
         "live_encoding", "text_encoder1_tokenizer", "text_encoder2_tokenizer", "one_frame_no_2x", "one_frame_no_4x",
     },
     "wan_network": {"live_encoding", "t5_tokenizer", "i2v", "adapter_per_expert"},
-    "framepack_network": {
-        "live_encoding", "text_encoder1_tokenizer", "text_encoder2_tokenizer", "one_frame_no_2x", "one_frame_no_4x",
-    },
     "hunyuan_video_full": {
         "live_encoding", "text_encoder1_tokenizer", "text_encoder2_tokenizer", "guidance_unscaled", "layer_lrs",
         "bf16_update",
