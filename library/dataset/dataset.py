@@ -421,8 +421,8 @@ class DatasetGroup(torch.utils.data.Dataset):
             alone = [dataset.items[item] for item, count in dataset.tokens.items() if count > packing.token_budget]
             if alone:
                 logger.warning(
-                    "%s: of %d samples each has more tokens than --navit_token_budget %d and is a pack of its own: %s",
-                    dataset.params.label, len(alone), packing.token_budget,
+                    "%s: %s more tokens than --navit_token_budget %d, each a pack of its own: %s", dataset.params.label,
+                    "1 sample has" if len(alone) == 1 else f"{len(alone)} samples have", packing.token_budget,
                     listed([item.absolute_path for item in alone]),
                 )
 

@@ -56,8 +56,9 @@ def most_samples(samples: Sequence[int], tokens: Mapping[int, int], packing: Pac
 
 
 def fill_of(packs: Sequence[Pack], tokens: Mapping[int, int], packing: Packing) -> float:
-    """Which part of the budget packs fill in the mean."""
-    return sum(_total(pack, tokens) for pack in packs) / (packing.token_budget * max(len(packs), 1))
+    """Which part of the budget packs fill in the mean; a sample that has more fills one."""
+    filled = sum(min(_total(pack, tokens), packing.token_budget) for pack in packs)
+    return filled / (packing.token_budget * max(len(packs), 1))
 
 
 def _as_many_as_first(

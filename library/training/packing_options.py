@@ -177,13 +177,21 @@ def _problems(config: Config, family: ModelFamily, trainable: Trainable) -> Iter
         yield from _network_problems(config[NetworkOptions])
 
 
+def _is_off(value: str) -> bool:
+    """Whether a dropout of --network_args drops nothing; what is no number is told where arguments are read."""
+    try:
+        return float(value) == 0
+    except ValueError:
+        return True
+
+
 def _network_problems(options: NetworkOptions) -> Iterator[str]:
     """Dropouts and ranks of each sample."""
     if options.network_dropout:
         yield f"--network_dropout is {options.network_dropout}, which {OF_SAMPLES}: leave it or --navit_packing out"
     given = dict(pair.partition("=")[::2] for pair in options.network_args or ())
     for name, value in given.items():
-        if name.endswith("dropout") and name != "module_dropout" and value not in ("0", "0.0", "None", ""):
+        if name.endswith("dropout") and name != "module_dropout" and not _is_off(value):
             yield f"--network_args {name}={value}: it {OF_SAMPLES}: leave it or --navit_packing out"
     if "tlora" in (options.network_module or "") or given.get("algo", "").lower() == "tlora":
         yield (

@@ -171,12 +171,18 @@ def pack_summary(dataset: Dataset, packing: Packing | None) -> PackSummary | Non
 
 
 def pack_notes(data: DataGroups) -> list[str]:
-    """Batch sizes that have no effect on packs."""
+    """Settings that have no effect on packs."""
     packing = getattr(data.train, "packing", None)
     if packing is None:
         return []
-    return [
-        f"{dataset.params.label}: batch_size is {dataset.batch_size} and counts for validation alone;"
+    effect = "has no effect" if data.validation is None else "counts for validation alone"
+    whole = [
+        f"{dataset.params.label}: --navit_drop_last leaves nothing out, as there is one pack"
+        for dataset in data.train.datasets
+        if packing.drop_last and not pack_summary(dataset, packing).left_out
+    ]
+    return whole + [
+        f"{dataset.params.label}: batch_size is {dataset.batch_size} and {effect};"
         " --navit_token_budget says how many samples a training step has"
         for dataset in data.train.datasets
         if dataset.batch_size > 1

@@ -168,7 +168,8 @@ def test_the_start_and_the_file_tell_of_packs(odd: Work, caplog: pytest.LogCaptu
     page = next(record.getMessage() for record in caplog.records if "packs per epoch" in record.getMessage())
     assert "1 pack per epoch" not in page and "packs per epoch of 30 tokens at most" in page
     assert "one pack of every epoch is left out (--navit_drop_last)" in page
-    assert "batch_size is 2 and counts for validation alone" in page
+    assert "batch_size is 2 and has no effect; --navit_token_budget says" in page
+    assert "leaves nothing out" not in page
     assert "--train_batch_size: has no effect" in page
     metadata = metadata_of(file)
     assert metadata["ss_navit_packing"] == "True" and metadata["ss_navit_token_budget"] == "30"
@@ -177,8 +178,17 @@ def test_the_start_and_the_file_tell_of_packs(odd: Work, caplog: pytest.LogCaptu
 
 def test_samples_over_the_budget_are_told(odd: Work, caplog: pytest.LogCaptureFixture) -> None:
     run = odd.prepare("out", "--navit_packing", "--navit_token_budget=3")
-    assert "of 5 samples each has more tokens than --navit_token_budget 3 and is a pack of its own" in caplog.text
+    assert "5 samples have more tokens than --navit_token_budget 3, each a pack of its own" in caplog.text
     assert [len(pack) for pack in run.data.batches(1)] == [1] * 5
+
+
+def test_what_one_pack_has_no_use_for_is_told(odd: Work, caplog: pytest.LogCaptureFixture) -> None:
+    options = ("--navit_packing", "--navit_drop_last", "--validation_split=0.4", "--max_train_steps=1")
+    with caplog.at_level(logging.INFO):
+        odd.train("out", *options, "--console_log_level=INFO", "--network_args", "rank_dropout=0.00")
+    page = next(record.getMessage() for record in caplog.records if "per epoch of" in record.getMessage())
+    assert "--navit_drop_last leaves nothing out, as there is one pack" in page
+    assert "counts for validation alone" in page
 
 
 def test_another_budget_is_told_of_a_state(odd: Work, caplog: pytest.LogCaptureFixture) -> None:

@@ -43,6 +43,7 @@ def test_a_pack_begins_where_the_next_does_not_fit() -> None:
     assert fill([0, 1, 2, 3, 4, 5], tokens, replace(FIRST, window=0)) == [(4,), (0, 1, 3), (2, 5)]
     assert fill([0, 1, 2, 3, 4, 5], tokens, replace(FIRST, window=3)) == [(0, 1), (2,), (4,), (3, 5)]
     assert fill_of([(0, 1), (2, 3)], tokens, NEXT) == pytest.approx(0.6)
+    assert fill_of([(4,), (5,)], tokens, NEXT) == pytest.approx(0.525)
 
 
 def test_the_emptiest_is_left_out() -> None:
