@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -73,6 +74,7 @@ class BlockStackMixin(CheckpointedBlocks):
     def init_block_stack(self, num_rows: int) -> None:
         self.init_checkpointing()
         self.offloaders = (None,) * num_rows
+        self._has_begun = False
 
     def swapped_rows(self) -> tuple[nn.ModuleList, ...]:
         """The rows whose blocks can be swapped, in the order of `offloaders`."""
@@ -142,9 +144,19 @@ class BlockStackMixin(CheckpointedBlocks):
 
     def prepare_block_swap_before_forward(self) -> None:
         """A forward pass begins: what it needs first of the swapped blocks sets out for the device."""
-        for offloader in self.offloaders:
+        for offloader in self.offloaders if not self._has_begun else ():
             if offloader is not None:
                 offloader.arm()
+
+    @contextmanager
+    def as_one_forward(self) -> Iterator[None]:
+        """Inside, forwards of several batches go through the blocks together, and begin as one."""
+        self.prepare_block_swap_before_forward()
+        self._has_begun = True
+        try:
+            yield
+        finally:
+            self._has_begun = False
 
     def move_to_device_except_swap_blocks(self, device: torch.device) -> None:
         """Move everything but the weights that block swap keeps on the CPU."""

@@ -51,7 +51,8 @@ def denoise_together(calls: Sequence[DenoiserCall]) -> list[Any]:
         return [calls[0].alone()]
     denoiser = calls[0].denoiser
     forward = type(denoiser).forward.course
-    return run_together([forward(denoiser, *call.args, **call.inputs) for call in calls], BlocksTogether())
+    with denoiser.as_one_forward():
+        return run_together([forward(denoiser, *call.args, **call.inputs) for call in calls], BlocksTogether())
 
 
 class BlocksTogether:

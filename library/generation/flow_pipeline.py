@@ -14,7 +14,7 @@ from library.device_utils import to_device
 from library.generation.guidance import combine, scheduled
 from library.generation.pipeline import PicturePipeline
 from library.generation.requests import Request
-from library.generation.sampling_utils import Conditioning, guided_velocity, on_device, start_noise
+from library.generation.sampling_utils import Conditioning, guided_velocity, on_device, start_noise, step_draws
 from library.training.inference_samplers.common import noise_of
 from library.training.inference_samplers.flow import flow_sampler, flow_schedule, observed
 from library.training.inference_samplers.sigma_tables import table_sigmas
@@ -58,8 +58,7 @@ class FlowPipeline(PicturePipeline[Request]):
         request = requests[0]
         sigmas = self.sigmas(request)
         start = to_device(torch.cat([self.start(one, sigmas) for one in requests]), self.denoiser.device)
-        # samplers with noise of their own draw from here
-        generators = [torch.Generator("cpu").manual_seed(one.seed + 1) for one in requests]
+        generators = [step_draws(one.seed) for one in requests]
         sampler = flow_sampler(request.sampler or self.default_sampler)
         conditioning, negative = self.brought(conditioning), None if negative is None else self.brought(negative)
         velocity = self.scheduled(request, sigmas, conditioning, negative)

@@ -26,6 +26,7 @@ from library.generation.sampling_utils import (
     images_of,
     on_device,
     start_noise,
+    step_draws,
     with_spread,
 )
 from library.generation.video_pipeline import (
@@ -100,7 +101,7 @@ class FramePackPipeline(VideoPipeline):
         count = self.section_count(request)
         texts, starts = sections.section_texts(request.prompt), self._starts(request)
         rows = {index: row for row, index in enumerate(texts)}
-        draws, drawn = torch.Generator("cpu").manual_seed(request.seed), step_draws(request)
+        draws, drawn = torch.Generator("cpu").manual_seed(request.seed), step_draws(request.seed)
         history, clip = self._history(request, starts), None
         if request.video_path is not None:
             clip = self.starting_clip(dataclasses.replace(request, frames=sections.frames_needed(self.window, count)))
@@ -261,7 +262,7 @@ class FramePackPipeline(VideoPipeline):
         text = {name: tensor[:1] for name, tensor in conditioning.items()}
         noise = start_noise(request.seed, *self._section_shape(request, 1))
         beside = {**states, "latents_clean": torch.cat(seen, dim=2), **rows}
-        made = self._made(request, noise, text, negative, beside, step_draws(request))
+        made = self._made(request, noise, text, negative, beside, step_draws(request.seed))
         if self.observe is not None:
             self.observe(1, 1, made)
         return made
@@ -289,11 +290,6 @@ class FramePackPipeline(VideoPipeline):
                 lambda part: self.vae.decode(part).float(), latents, self.window, stride, is_f1=self.is_f1
             )
         return images_of(pixels[0].movedim(1, 0))
-
-
-def step_draws(request: FramePackRequest) -> torch.Generator:
-    """Of the noise that samplers add, in the order in which sections are made."""
-    return torch.Generator("cpu").manual_seed(request.seed + 1)
 
 
 def _rows(places: Places) -> dict[str, Tensor]:

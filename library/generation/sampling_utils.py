@@ -21,6 +21,11 @@ Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, Callable
 """(velocity function, latents, sigmas, noise function) -> latents; library/training/inference_samplers"""
 
 
+def step_draws(seed: int) -> torch.Generator:
+    """Where samplers that add noise in their steps take that of one picture or clip from."""
+    return torch.Generator("cpu").manual_seed(seed + 1)
+
+
 def start_noise(seed: int, *shape: int) -> Tensor:
     """Standard normal latents [1, C, H, W] (or of any `shape`): drawn on the CPU in float32, so that a seed means one
     picture everywhere."""

@@ -15,7 +15,7 @@ from library.core.errors import ConfigError
 from library.core.keyed_random import keyed_generator, keyed_random
 from library.device_utils import to_like
 from library.generation.gen_img.plan import GradualLatentSettings
-from library.generation.sampling_utils import start_noise
+from library.generation.sampling_utils import start_noise, step_draws
 from library.training.inference_samplers import INFERENCE_SAMPLERS
 from library.training.inference_samplers.common import Denoise, ancestral_levels, noise_of, steps_of
 from library.training.inference_samplers.discrete import (
@@ -127,7 +127,7 @@ class SamplingRun:
             denoise = self._keeping(denoise, start)
         if self.observe is not None:
             denoise = observed(denoise, schedule.sigmas, self.observe)
-        generators = [torch.Generator("cpu").manual_seed(seed + 1) for seed in self.seeds]
+        generators = [step_draws(seed) for seed in self.seeds]
         if self.gradual is None:
             latents = sampler_of(self.sampler, schedule)(denoise, start, schedule.sigmas, noise_of(generators, start))
         else:

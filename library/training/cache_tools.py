@@ -141,7 +141,7 @@ def tool_script(family: str, what: str) -> option_reader.Script:
             DatasetOptions,
             CachingOptions,
             LoopOptions,
-            *((NavitOptions,) if what == "latents" and hasattr(family_class.predict, "course") else ()),
+            *((NavitOptions,) if what == "latents" and family_class.packs() else ()),
             PrecisionOptions,
             DdpOptions,
             ConsoleOptions,

@@ -153,7 +153,7 @@ def check_packing(config: Config, family: ModelFamily, trainable: Trainable, hoo
 
 
 def _problems(config: Config, family: ModelFamily, trainable: Trainable) -> Iterator[str]:
-    if not family.packs:
+    if not family.packs():
         yield (
             f"--navit_packing is set, and the denoiser of {family.record.title} takes batches of one size; leave it"
             " out: buckets make such batches"

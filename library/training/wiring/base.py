@@ -167,11 +167,11 @@ class ModelFamily(ABC):
     takes_token_times: ClassVar[bool] = False
     """whether `predict` takes times per token"""
 
-    @property
-    def packs(self) -> bool:
+    @classmethod
+    def packs(cls) -> bool:
         """Whether samples of several sizes can go through the denoiser together: `predict` is a course then, as the
         forward of the denoiser is."""
-        return hasattr(self.predict, "course")
+        return hasattr(cls.predict, "course")
 
     padding_masked_by: ClassVar[str] = ""
     """the option that keeps the denoiser from attending to padding, where there is one"""

@@ -172,13 +172,19 @@ def test_with_a_time_for_every_frame(family: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "wan"])
-def test_with_swapped_blocks(family: str) -> None:
+def test_with_swapped_blocks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block travels once for all sizes."""
     plain = Denoiser(family)
     expected = results(plain, learn_beside(plain), together)
     with simulated_device() as device:
         denoiser = swapped(family, device)
+        begun = []
+        for offloader in denoiser.offloaders:
+            monkeypatch.setattr(offloader, "arm", lambda arm=offloader.arm: begun.append(1) or arm())
         found = results(denoiser, learn_beside(denoiser), together)
+        assert len(begun) == len(denoiser.offloaders)
+        apart(denoiser, parts_of(denoiser)[:2])
+        assert len(begun) == 3 * len(denoiser.offloaders)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
